@@ -64,10 +64,12 @@ class Checks {
       const int64_t actual = buffer.dimensions()[axis];
       if (*size == kUnbound) *size = actual;
       if (actual != *size) {
-        return fail(std::string(name) + " must have size " + std::to_string(*size) + " on axis " + std::to_string(axis));
+        return fail(std::string(name) + " must have size " + std::to_string(*size) + " on axis " +
+                    std::to_string(axis));
       }
       if (actual > INT32_MAX - 1 && dtype != ffi::U8) {
-        return fail(std::string(name) + " is too large on axis " + std::to_string(axis) + ": rows are numbered in int32");
+        return fail(std::string(name) + " is too large on axis " + std::to_string(axis) +
+                    ": rows are numbered in int32");
       }
       ++axis;
     }
@@ -185,7 +187,8 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out found, 
   if (!checks.ok()) return checks.error();
   s->geometry = decode_geometry(checks, dims, kernel, stride, padding, dilation);
   s->bounded = bounds.size() != 0;
-  checks.require(!s->bounded || bounds.size() == static_cast<size_t>(dims), "bounds must be empty or have one entry an axis");
+  checks.require(!s->bounded || bounds.size() == static_cast<size_t>(dims),
+                 "bounds must be empty or have one entry an axis");
   for (int a = 0; s->bounded && checks.ok() && a < dims; ++a) s->bounds[a] = bounds[a];
   return checks.error();
 }
@@ -278,8 +281,8 @@ struct Conv {
 };
 
 // What both convolutions share: the map, the dtypes, the attributes.
-inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, ffi::DataType out_dtype, int64_t precision,
-                       int64_t tile_rows, Conv* s) {
+inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, ffi::DataType out_dtype,
+                       int64_t precision, int64_t tile_rows, Conv* s) {
   s->dtype = x.element_type();
   s->out_dtype = out_dtype;
   checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
@@ -309,8 +312,8 @@ inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_coun
   return checks.error();
 }
 
-inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts, Out dw, Out workspace, int64_t precision,
-                                   int64_t tile_rows, Conv* s) {
+inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
+                                   int64_t precision, int64_t tile_rows, Conv* s) {
   Checks checks("jaxsparse_conv_wgrad_v1");
   check_conv(checks, x, table, masks, out_counts, dw->element_type(), precision, tile_rows, s);
   checks.operand("g", g, s->dtype, {&s->out_rows, &s->out_channels});
