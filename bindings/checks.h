@@ -95,7 +95,8 @@ class Checks {
     for (const auto& [name, buffer] : operands_) {
       text += std::string(" ") + name + " " + dtype_name(buffer.element_type()) + " [";
       for (size_t a = 0; a < buffer.dimensions().size(); ++a) {
-        text += (a ? ", " : "") + std::to_string(buffer.dimensions()[a]);
+        text += a ? ", " : "";
+        text += std::to_string(buffer.dimensions()[a]);
       }
       text += "]";
     }

@@ -100,7 +100,7 @@ void coarse_sites(const ParallelFor& parallel_for, const Geometry& geometry, con
       for (int64_t i = begin * per_site; i < end * per_site; ++i) {
         const int32_t* fine = coords + i / per_site * (1 + D);
         int64_t rest = i % per_site, coarse[D];
-        bool exists = true;
+        bool exists = key_of_row<D>(fine) != kNoKey;
         for (int a = 0; a < D; ++a) {
           const int64_t n = axes[a].coarse_per_axis();
           exists = exists && axes[a].coarse(fine[1 + a], rest % n, &coarse[a]);
@@ -185,15 +185,17 @@ void kernel_map(const ParallelFor& parallel_for, const Geometry& geometry, const
   });
 }
 
-void reverse_table(const ParallelFor& parallel_for, int64_t volume, const int32_t* table, int64_t out_rows,
+void reverse_table(const ParallelFor& parallel_for, int64_t volume, const int32_t* table, const Segments& out,
                    int64_t in_rows, int32_t* reverse, uint32_t* masks) {
   const int64_t words = (volume + 31) / 32;
   parallel_for(volume, [&](int64_t k) {
     int32_t* row = reverse + k * in_rows;
     std::fill(row, row + in_rows, -1);
-    const int32_t* entry = table + k * out_rows;
-    for (int64_t m = 0; m < out_rows; ++m) {
-      if (entry[m] >= 0) row[entry[m]] = static_cast<int32_t>(m);
+    const int32_t* entry = table + k * out.rows();
+    for (int64_t s = 0; s < out.number; ++s) {
+      for (int64_t m = out.begin(s); m < out.end(s); ++m) {
+        if (entry[m] >= 0) row[entry[m]] = static_cast<int32_t>(m);
+      }
     }
   });
   parallel_ranges(parallel_for, in_rows, kGrain, [&](int64_t begin, int64_t end) {

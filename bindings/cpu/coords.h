@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "bindings/cpu/parallel.h"
+#include "bindings/cpu/segments.h"
 #include "cuda/coords/key.h"
 
 namespace jaxsparse::cpu {
@@ -27,7 +28,7 @@ void kernel_map(const ParallelFor&, const Geometry&, const Key* keys, const int3
                 const int32_t* out_coords, int64_t out_rows, int64_t out_count, int32_t* table, uint32_t* masks);
 
 // reverse[k, table[k, m]] = m, -1 elsewhere, with the tap masks of the input rows.
-void reverse_table(const ParallelFor&, int64_t volume, const int32_t* table, int64_t out_rows, int64_t in_rows,
+void reverse_table(const ParallelFor&, int64_t volume, const int32_t* table, const Segments& out, int64_t in_rows,
                    int32_t* reverse, uint32_t* masks);
 
 }  // namespace jaxsparse::cpu
