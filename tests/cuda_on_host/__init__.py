@@ -22,7 +22,8 @@ def compiler() -> str | None:
 
 def build(folder: pathlib.Path) -> pathlib.Path:
     """Compiles the kernels and handlers; returns the shared library."""
-    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", f"-I{_HERE / 'include'}", f"-I{_ROOT}"]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"]
+    flags += [f"-I{_HERE / 'include'}", f"-I{_ROOT}"]
     flags += ["-isystem", jax.ffi.include_dir(), "-x", "c++"]
     sources = [*sorted((_ROOT / "cuda").rglob("*.cu")), _HERE / "handlers_on_host.cc"]
     objects = []

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -59,32 +60,50 @@ inline std::mutex one_launch_at_a_time;  // shared memory is static, and so are 
 
 struct Thread {
   static constexpr size_t kStack = 128 << 10;
-  ucontext_t context{};
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  std::unique_ptr<char[]> stack;  // made when first run, then kept from block to block
+  jmp_buf here;
   bool done = false;
   int barrier = 0;  // line of the barrier it waits at
   std::vector<std::vector<std::function<void()>>> copies{1};  // asynchronous ones by group, the last still open
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Thread> threads(1024);
 inline Thread* running = nullptr;
 inline std::function<void()> body;
 inline int votes[2];  // of __syncthreads_count, for this and the next barrier
 inline int barriers = 0;
 
+// Contexts start a thread on its own stack; from then on setjmp and longjmp switch, without a system call.
+[[gnu::noinline]] inline void wait() {
+  if (_setjmp(running->here) == 0) _longjmp(scheduler, 1);
+}
+
 inline void thread_main() {
   for (;;) {
     body();
     running->done = true;
-    swapcontext(&running->context, &scheduler);
+    wait();
   }
+}
+
+[[gnu::noinline]] inline void resume() {
+  if (_setjmp(scheduler) != 0) return;
+  if (running->stack != nullptr) _longjmp(running->here, 1);
+  running->stack.reset(new char[Thread::kStack]);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = running->stack.get();
+  start.uc_stack.ss_size = Thread::kStack;
+  makecontext(&start, thread_main, 0);
+  setcontext(&start);
 }
 
 inline void run_block(int count) {
   for (int t = 0; t < count; ++t) {
     threads[t].done = false;
-    threads[t].copies.assign(1, {});
+    threads[t].copies.resize(1);
+    threads[t].copies.back().clear();
   }
   for (int alive = count; alive > 0;) {
     int line = 0;
@@ -94,13 +113,7 @@ inline void run_block(int count) {
       running = &threads[t];
       if (running->done) continue;
       threadIdx.x = t;
-      if (running->context.uc_stack.ss_sp == nullptr) {
-        getcontext(&running->context);
-        running->context.uc_stack.ss_sp = running->stack.get();
-        running->context.uc_stack.ss_size = Thread::kStack;
-        makecontext(&running->context, thread_main, 0);
-      }
-      swapcontext(&scheduler, &running->context);
+      resume();
       if (running->done) continue;
       if (alive++ > 0 && running->barrier != line) die("threads of a block wait at different barriers");
       line = running->barrier;
@@ -114,7 +127,7 @@ inline int barrier(int line, bool vote) {
   int& ballot = votes[barriers % 2];
   ballot += vote;
   running->barrier = line;
-  swapcontext(&running->context, &scheduler);
+  wait();
   return ballot;
 }
 
