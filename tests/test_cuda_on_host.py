@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxsparse.ops import _workspace
+
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
 
 PADDING = np.iinfo(np.int32).min
-BITS = {1: 32, 2: 24, 3: 18, 4: 14}
+BITS = {1: 31, 2: 24, 3: 18, 4: 14}
 I32, U32, U8 = np.int32, np.uint32, np.uint8
 F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 
@@ -76,31 +78,6 @@ def masks_of(table):
     return masks
 
 
-# --- workspaces: what Python computes at trace time ---
-
-
-def padded(size):
-    return -(-size // 256) * 256
-
-
-def sort_bytes(n):
-    return n + 2**18
-
-
-def distinct_bytes(n):
-    return 2 * padded(8 * n) + padded(4 * (-(-n // 2048) + 1)) + sort_bytes(n)
-
-
-def invert_bytes(n):
-    return 2 * padded(8 * n) + sort_bytes(n)
-
-
-def wgrad_bytes(volume, rows, c_in, c_out, sum_bytes):
-    slots = max(2 * volume, min(2048, 2**25 // (c_in * c_out * sum_bytes)))
-    size = padded(8 * volume * rows) + padded(4 * volume * (-(-rows // 1024) + 1)) + padded(4 * volume)
-    return size + padded(4 * (volume + 1)) + padded(4) + slots * c_in * c_out * sum_bytes
-
-
 # --- sites ---
 
 
@@ -125,7 +102,7 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     sites = {k: tuple(c) for k, c in zip(keys, coords, strict=True) if k is not None}
     ordered = sorted(sites)
     row_of_key = {k: r if r < capacity else -1 for r, k in enumerate(ordered)}
-    results = [((capacity, 1 + dims), I32), ((1,), I32), ((points,), I32), ((distinct_bytes(points),), U8)]
+    results = [((capacity, 1 + dims), I32), ((1,), I32), ((points,), I32), ((_workspace.unique_sites(points),), U8)]
     got, found, row_of, _ = call("unique_sites", results, coords, np.array([count], I32))
     np.testing.assert_array_equal(found, [len(ordered)])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in ordered], capacity, dims))
@@ -168,7 +145,7 @@ def test_coarse_sites_are_all_sites_whose_window_holds_a_site(geometry, bounded,
             if k is not None:
                 sites[k] = (int(site[0]), *coarse)
     windows = np.prod([-(-k // (s // np.gcd(s, d))) for k, s, d in zip(kernel, stride, dilation, strict=True)])
-    results = [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), ((distinct_bytes(rows * int(windows)),), U8)]
+    results = [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), ((_workspace.unique_sites(rows * int(windows)),), U8)]
     got, found, lost, _ = call(
         "coarse_sites", results, coords, np.array([count], I32), **attributes(geometry, bounds=np.array(bounds, I32))
     )
@@ -258,7 +235,7 @@ def forward(x, w, table, counts, out_dtype, precision=0, tile_rows=64):
 def wgrad(x, g, table, counts, out_dtype, precision=0):
     with wide(x.dtype):
         shape = (table.shape[0], x.shape[1], g.shape[1])
-        size = wgrad_bytes(*table.shape, *shape[1:], 8 if x.dtype == F64 else 4)
+        size = _workspace.conv_wgrad(len(table), *shape[1:], table.shape[1], 8 if x.dtype == F64 else 4)
         return call(
             "conv_wgrad", [(shape, out_dtype), ((size,), U8)], x, g, table, masks_of(table), np.array(counts, I32),
             precision=precision, tile_rows=64,
@@ -351,7 +328,7 @@ def test_negative_underflow_leaves_no_negative_zero():
 def test_inverted_index_lists_the_positions_of_each_value(positions, values):
     rng = np.random.default_rng(positions)
     index = rng.integers(-2, values + 2, positions).astype(I32)
-    results = [((positions,), I32), ((values + 1,), I32), ((invert_bytes(positions),), U8)]
+    results = [((positions,), I32), ((values + 1,), I32), ((_workspace.invert_index(positions),), U8)]
     order, offsets, _ = call("invert_index", results, index)
     lists = [np.flatnonzero(index == v) for v in range(values)]
     listed = np.concatenate(lists)
@@ -364,7 +341,7 @@ def test_inverted_index_lists_the_positions_of_each_value(positions, values):
 def test_segment_sum_adds_the_listed_rows(dtype, channels):
     rng = np.random.default_rng(channels)
     index = rng.integers(-1, 50, 400).astype(I32)
-    results = [((400,), I32), ((51,), I32), ((invert_bytes(400),), U8)]
+    results = [((400,), I32), ((51,), I32), ((_workspace.invert_index(400),), U8)]
     order, offsets, _ = call("invert_index", results, index)
     x = small_integers(rng, (400, channels), dtype)
     x[index < 0] = np.nan

@@ -39,7 +39,7 @@ __global__ void coarse_keys_kernel(CoarseSitesArgs a, int64_t windows, int64_t c
     const int32_t* site = a.coords + row * (1 + D);
     int64_t window = i % windows;
     int64_t coarse[D];
-    bool counts = true;
+    bool counts = key_of_row<D>(site) != kNoKey;
     for (int d = D - 1; d >= 0; --d) {
       const Geometry& g = a.geometry;
       const CoarseAxis axis{g.kernel[d], g.stride[d], g.padding[d], g.dilation[d]};
