@@ -139,7 +139,7 @@ class SparseTensor:
             )
         shape = (self.batch_size, *self.bounds)
         # A negative index would count from the end: send padding and rows outside the grid past it instead.
-        at = jnp.where(self.sites.is_real[:, None] & (self.coords >= 0), self.coords, np.int32([shape]))
+        at = jnp.where(self.sites.is_real[:, None] & (self.coords >= 0), self.coords, np.array([shape], np.int32))
         dense = jnp.zeros((*shape, self.num_features), self.dtype)
         return dense.at[tuple(at.T)].set(self.feats, mode="drop", unique_indices=False)
 
