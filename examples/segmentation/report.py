@@ -1,0 +1,109 @@
+"""Scores and pictures: IoU from a confusion matrix, the table of classes, and the view from above."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from rich.table import Table
+
+from .labels import IGNORED, ClassTable
+from .scans import Scan
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib.colors import LinearSegmentedColormap, to_rgb  # noqa: E402
+
+_BACKGROUND, _TEXT, _QUIET = "#0d1117", "#e6edf3", "#8b949e"
+_HEIGHTS = LinearSegmentedColormap.from_list("heights", ["#21305e", "#2c6fbb", "#35b8c8", "#8fe3a1", "#fff3a3"])
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class, NaN for classes without labelled points.
+
+    `confusion[t, p]` counts the labelled points of class t that were predicted as p.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    hits, labelled, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    union = labelled + predicted - hits
+    return np.where(labelled > 0, hits / np.maximum(union, 1), np.nan)
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean IoU over the classes that have labelled points; NaN if none has."""
+    present = iou(confusion)
+    present = present[~np.isnan(present)]
+    return float(present.mean()) if len(present) else float("nan")
+
+
+def iou_table(confusion: np.ndarray, classes: ClassTable) -> Table:
+    """A table with a row for each class present, largest class first."""
+    confusion = np.asarray(confusion)
+    scores, points = iou(confusion), confusion.sum(axis=1)
+    table = Table("class", "points", "IoU", "", title=f"mIoU {mean_iou(confusion):.3f} over the classes present")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for c in np.argsort(-points, kind="stable"):
+        if points[c]:
+            bar = "█" * round(20 * scores[c])
+            table.add_row(classes.names[c], f"{int(points[c]):,}", f"{scores[c]:.3f}", f"[{classes.colours[c]}]{bar}")
+    return table
+
+
+def _window(xyz: np.ndarray) -> tuple[float, float, float, float]:
+    """A rectangle x0, x1, y0, y1 around the sensor that holds most points, no wider than 3 : 4 nor narrower than 4 : 3."""
+    reach = np.clip(np.quantile(np.abs(xyz[:, :2]), 0.96, axis=0), 8.0, 40.0)
+    half = np.maximum(reach, 0.75 * reach[::-1])
+    return -half[0], half[0], -half[1], half[1]
+
+
+def draw_from_above(path: Path, scan: Scan, prediction: np.ndarray, classes: ClassTable, title: str) -> None:
+    """Writes a PNG with three views from above: the points by height, by label, and by prediction.
+
+    Args:
+        path: where the picture goes.
+        scan: the points; those labelled `IGNORED` are drawn faintly in all but the first panel.
+        prediction: class index int32 [P].
+        classes: names and colours.
+        title: the headline.
+    """
+    x0, x1, y0, y1 = _window(scan.xyz)
+    inside = (scan.xyz[:, 0] > x0) & (scan.xyz[:, 0] < x1) & (scan.xyz[:, 1] > y0) & (scan.xyz[:, 1] < y1)
+    order = np.flatnonzero(inside)
+    order = order[np.argsort(scan.xyz[order, 2])]  # what stands higher is drawn over what lies below
+    xyz, label, predicted = scan.xyz[order], scan.label[order], prediction[order]
+
+    low, high = np.quantile(xyz[:, 2], [0.02, 0.98])
+    height = _HEIGHTS(np.clip((xyz[:, 2] - low) / max(high - low, 1e-6), 0.0, 1.0))[:, :3]
+    palette = np.array([to_rgb(colour) for colour in classes.colours] + [to_rgb("#30363d")])  # the last one is IGNORED's
+    where_labelled = np.where(label == IGNORED, len(classes), predicted)
+    panels = (("Input, coloured by height", height), ("Labels", palette[label]), ("Prediction", palette[where_labelled]))
+
+    width = 7.0
+    tall = width * (y1 - y0) / (x1 - x0)
+    figure, axes = plt.subplots(1, 3, figsize=(3 * width, tall + 1.9), facecolor=_BACKGROUND, dpi=130)
+    figure.subplots_adjust(0.005, 0.95 / (tall + 1.9), 0.995, 1 - 0.95 / (tall + 1.9), wspace=0.012)
+    size = np.clip(60_000 / max(len(order), 1), 0.6, 6.0)
+    for panel, (name, colours) in zip(axes, panels):
+        panel.scatter(xyz[:, 0], xyz[:, 1], s=size, c=colours, linewidths=0, rasterized=True)
+        panel.plot(0, 0, marker="+", color=_TEXT, markersize=9, markeredgewidth=1.2)
+        panel.set(xlim=(x0, x1), ylim=(y0, y1), xticks=[], yticks=[], aspect="equal", facecolor="#10151d")
+        panel.set_title(name, color=_QUIET, fontsize=14, pad=8)
+        for spine in panel.spines.values():
+            spine.set_color("#21262d")
+    _scale_bar(axes[0], x0, x1, y0, y1)
+    figure.suptitle(title, color=_TEXT, fontsize=19, fontweight="bold", y=1 - 0.12 / (tall + 1.9), va="top")
+    shown = [c for c in range(len(classes)) if (label == c).any()]
+    keys = [plt.Line2D([], [], marker="o", linestyle="", markersize=9, color=classes.colours[c]) for c in shown]
+    figure.legend(
+        keys, [classes.names[c] for c in shown], loc="lower center", ncols=min(len(shown), 13), frameon=False,
+        labelcolor=_TEXT, fontsize=13, handletextpad=0.1, columnspacing=1.4,
+    )  # fmt: skip
+    figure.savefig(path, facecolor=_BACKGROUND)
+    plt.close(figure)
+
+
+def _scale_bar(panel, x0: float, x1: float, y0: float, y1: float) -> None:
+    x, y = x0 + 0.04 * (x1 - x0), y0 + 0.05 * (y1 - y0)
+    panel.plot([x, x + 10], [y, y], color=_TEXT, linewidth=2, solid_capstyle="butt")
+    panel.text(x + 5, y + 0.015 * (y1 - y0), "10 m", color=_TEXT, fontsize=11, ha="center", va="bottom")
