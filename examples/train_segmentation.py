@@ -4,10 +4,11 @@
     python examples/train_segmentation.py --data kitti/dataset --width 1 --dtype bfloat16 --voxel 0.05 --steps 50000
     python examples/train_segmentation.py --data a.npz b.npz --width 1 --steps 600
 
-Without --data, the scans are streets that segmentation/ray_casting.py measures as a spinning LiDAR would. The run writes its
-settings, checkpoints and a picture (input, labels, prediction from above) below --out, and goes on from the last checkpoint
-that it finds there, unless --fresh. Other files: segmentation/scans.py reads data, segmentation/batches.py gives it static
-shapes, segmentation/training.py holds the compiled steps, segmentation/report.py scores and draws.
+Without --data, the scans are streets that segmentation/ray_casting.py measures as a spinning LiDAR would. The run
+writes its settings, checkpoints and a picture (input, labels, prediction from above) below --out, and goes on from
+the last checkpoint that it finds there, unless --fresh. Other files: segmentation/scans.py reads data,
+segmentation/batches.py gives it static shapes, segmentation/training.py holds the compiled steps,
+segmentation/report.py scores and draws.
 """
 
 from __future__ import annotations
@@ -17,46 +18,51 @@ import json
 import shutil
 import time
 from collections import deque
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxsparse as js
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from segmentation import batches, report, scans, training
 from segmentation.ray_casting import Lidar
-
-import jaxsparse as js
 
 console = Console()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", default=[], help="SemanticKITTI root, .npz files or a folder of them; none: streets")
+    add("--data", type=Path, nargs="+", default=[], help="SemanticKITTI root, or .npz files or folders")
     add("--sequences", nargs="+", help="which SemanticKITTI sequences, such as 00 01; none: all that have labels")
     add("--scenes", type=int, default=6, help="how many streets to make up when there is no --data")
     add("--beams", type=int, default=64, help="beams of the LiDAR that measures the streets")
     add("--azimuths", type=int, default=600, help="its measurements a turn")
     add("--out", type=Path, default=Path("out/segmentation"), help="folder for checkpoints, scores and the picture")
-    add("--fresh", action="store_true", help="delete the checkpoints below --out first, rather than going on from the last")
+    add("--fresh", action="store_true", help="delete the checkpoints below --out and start over")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the layers; parameters are float32")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="parameters stay float32")
     add("--width", type=float, default=0.25, help="multiplies the network's channels")
     add("--voxel", type=float, default=None, help="voxel size in metres; none: 0.2 for streets, 0.1 for --data")
     add("--batch", type=int, default=2, help="scans a step")
     add("--steps", type=int, default=200, help="where training ends, counted from the first run")
-    add("--lr", type=float, default=4e-3, help="highest learning rate; a warm-up leads to it and a cosine away from it")
-    add("--class-weights", choices=("sqrt", "none"), default="sqrt", help="weigh classes by 1 / sqrt(points), or not at all")
+    add("--lr", type=float, default=4e-3, help="highest learning rate; warm-up before it, cosine after")
+    add("--class-weights", choices=("sqrt", "none"), default="sqrt", help="a class weighs 1 / sqrt(points), or 1")
     add("--slack", type=float, default=1.2, help="voxels to make room for, over those of the fullest batch")
     add("--save-every", type=int, default=100, help="steps between checkpoints; the last step always writes one")
     add("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.voxel is None:
+        options.voxel = 0.1 if options.data else 0.2
+    return options
 
 
 def choose_device(name: str) -> jax.Device:
@@ -84,9 +90,15 @@ class Checkpoints:
         record = folder / "settings.json"
         if record.exists():
             found = json.loads(record.read_text())
-            differing = [f"{name} {found.get(name)!r} -> {settings[name]!r}" for name in settings if found.get(name) != settings[name]]
-            if differing:
-                raise SystemExit(f"{folder} holds another run ({', '.join(differing)}): choose another --out, or pass --fresh")
+            other = [
+                f"{name} {found.get(name)} there, {value} here"
+                for name, value in settings.items()
+                if found.get(name) != value
+            ]
+            if other:
+                raise SystemExit(
+                    f"{folder} holds another run ({'; '.join(other)}): choose another --out, or pass --fresh"
+                )
         record.write_text(json.dumps(settings, indent=1))
 
     def restore(self, state: training.TrainState) -> training.TrainState:
@@ -108,38 +120,76 @@ class Checkpoints:
         self._manager.close()
 
 
-def train(
-    steps: training.Steps, state: training.TrainState, scan_set: scans.ScanSet, sampler: batches.Sampler,
-    grids: dict[int, training.Grid], checkpoints: Checkpoints, options: argparse.Namespace,
-) -> training.TrainState:  # fmt: skip
+@dataclass
+class Job:
+    """What a run works on: made once by `prepare`, constant from then on."""
+
+    options: argparse.Namespace
+    scan_set: scans.ScanSet
+    sampler: batches.Sampler
+    grids: dict[int, training.Grid]  # by bucket
+    steps: training.Steps
+
+
+def prepare(options: argparse.Namespace) -> Job:
+    """Opens the scans, plans capacities from them, and builds the model; ends the program where the data will not do."""
+    try:
+        if options.data:
+            scan_set = scans.open_scans(options.data, options.sequences)
+        else:
+            scan_set = scans.synthetic_streets(options.scenes, options.seed, Lidar(options.beams, options.azimuths))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    sampler = batches.Sampler(scan_set, options.batch, options.seed)
+    model = js.models.SparseResUNet42(
+        4,
+        width=options.width,
+        num_classes=len(scan_set.classes),
+        dtype=jnp.dtype(options.dtype),
+        rngs=nnx.Rngs(options.seed),
+    )
+    grids, points = training.plan(scan_set, sampler, model, options.voxel, options.slack)
+    weights = training.class_weights(points, options.class_weights)
+    optimizer = training.adamw(options.lr, options.steps, options.dtype)
+    # float16 gradients below 6e-8 vanish: the loss is scaled up before the backward pass, the gradients down after it.
+    steps = training.Steps(model, optimizer, weights, loss_scale=1024.0 if options.dtype == "float16" else 1.0)
+    console.print(f"{len(scan_set)} scans, {sum(scan_set.points):,} points")
+    for bucket, grid in grids.items():
+        room = f"room for {grid.capacity:,} voxels of {grid.voxel_size:g} m"
+        console.print(f"bucket of scans up to {bucket:,} points: {grid.scans} a batch, {room}")
+    return Job(options, scan_set, sampler, grids, steps)
+
+
+def train(job: Job, state: training.TrainState, checkpoints: Checkpoints) -> training.TrainState:
     """Runs from the state's step to the last one."""
-    start, key = int(state.step), jax.random.key(options.seed)
-    draws = (sampler.at(step) for step in range(start, options.steps))
-    recent: deque = deque(maxlen=max(10, sampler.steps_per_epoch))  # confusion of the latest steps
-    losses: deque = deque(maxlen=10)
-    seen, begun = 0, time.perf_counter()
+    options, start, key = job.options, int(state.step), jax.random.key(job.options.seed)
+    draws = (job.sampler.at(step) for step in range(start, options.steps))
+    recent: deque = deque(maxlen=max(10, job.sampler.steps_per_epoch))  # (loss, confusion) of the latest steps
+    begun, scans_seen = time.perf_counter(), 0
+
     columns = "[progress.description]{task.description}", BarColumn(), MofNCompleteColumn()
-    fields = TextColumn("loss {task.fields[loss]:.3f}  mIoU {task.fields[miou]:.3f}  {task.fields[rate]:.2f} scans/s")
-    with Progress(*columns, fields, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task("training", total=options.steps, completed=start, loss=np.nan, miou=np.nan, rate=0.0)
+    with Progress(*columns, "{task.fields[measured]}", TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("training", total=options.steps, completed=start, measured="compiling ...")
 
         def show(step: int, measured: training.Measured) -> None:
-            """Waits for a step and raises what went wrong in it."""
+            """Waits for a step, raises what went wrong in it, and shows what it measured."""
             training.check(measured)
-            losses.append(float(measured.loss))
-            recent.append(np.asarray(measured.confusion))
-            rate = seen / (time.perf_counter() - begun - steps.compile_seconds)  # compilation is not throughput
-            miou = report.mean_iou(sum(recent))
-            progress.update(bar, completed=step + 1, loss=np.mean(losses), miou=miou, rate=rate)
+            recent.append((float(measured.loss), np.asarray(measured.confusion)))
+            losses, confusions = zip(*recent, strict=True)
+            rate = scans_seen / (
+                time.perf_counter() - begun - job.steps.compile_seconds
+            )  # not compiling
+            text = f"loss {np.mean(losses):.3f}  mIoU {report.mean_iou(sum(confusions)):.3f}  {rate:.2f} scans/s"
+            progress.update(bar, completed=step + 1, measured=text)
             if not console.is_terminal and (step + 1) % max(1, options.steps // 10) == 0:
-                console.print(f"step {step + 1}: loss {np.mean(losses):.3f}  mIoU {miou:.3f}  {rate:.2f} scans/s")
+                console.print(f"step {step + 1}: {text}")
 
         before = None  # the step before the one that runs: the host reads it while the device works
-        for step, (draw, batch) in enumerate(batches.load_ahead(scan_set, draws, options.batch), start):
-            state, measured = steps.train(grids[draw.bucket], state, batch, key)
+        for step, (draw, batch) in enumerate(batches.load_ahead(job.scan_set, draws, options.batch), start):
+            state, measured = job.steps.train(job.grids[draw.bucket], state, batch, key)
             if before is not None:
                 show(*before)
-            before, seen = (step, measured), seen + len(draw.scans)
+            before, scans_seen = (step, measured), scans_seen + len(draw.scans)
             if (step + 1) % options.save_every == 0:
                 training.check(measured)
                 checkpoints.save(state)
@@ -149,77 +199,53 @@ def train(
     return state
 
 
-def evaluate(
-    steps: training.Steps, state: training.TrainState, scan_set: scans.ScanSet, sampler: batches.Sampler,
-    grids: dict[int, training.Grid], options: argparse.Namespace,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+def evaluate(job: Job, state: training.TrainState) -> tuple[np.ndarray, np.ndarray]:
     """The confusion matrix of all scans as they are, and the prediction for each point of scan 0."""
-    confusion, first = 0, None
-    for draw, batch in batches.load_ahead(scan_set, iter(sampler.in_order()), options.batch):
-        measured = steps.evaluate(grids[draw.bucket], state, batch)
+    confusion, first = np.zeros((len(job.scan_set.classes),) * 2, np.int64), None
+    for draw, batch in batches.load_ahead(job.scan_set, iter(job.sampler.in_order()), job.options.batch):
+        measured = job.steps.evaluate(job.grids[draw.bucket], state, batch)
         training.check(measured)
-        confusion = confusion + np.asarray(measured.confusion, np.int64)
+        confusion += np.asarray(measured.confusion)
         if draw.scans[0] == 0:
-            first = np.asarray(measured.prediction)[: scan_set.points[0]]
+            first = np.asarray(measured.prediction)[: job.scan_set.points[0]]
     return confusion, first
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    """Trains, scores and draws; returns the scores that `scores.json` holds."""
+    """Trains, scores and draws; returns what `scores.json` holds."""
     options = parse(arguments)
-    device = choose_device(options.device)
-    if options.voxel is None:
-        options.voxel = 0.1 if options.data else 0.2
-    try:
-        if options.data:
-            scan_set = scans.open_scans(options.data, options.sequences)
-        else:
-            scan_set = scans.synthetic_streets(options.scenes, options.seed, Lidar(options.beams, options.azimuths))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
-    sampler = batches.Sampler(scan_set, options.batch, options.seed)
-    console.print(f"{len(scan_set)} scans, {sum(scan_set.points):,} points, {len(sampler.buckets)} bucket(s); {device.device_kind}")
+    console.print(f"device: {choose_device(options.device).device_kind}")
+    job = prepare(options)
+    classes, out = job.scan_set.classes, options.out
+    out.mkdir(parents=True, exist_ok=True)
 
-    model = js.models.SparseResUNet42(
-        4, width=options.width, num_classes=len(scan_set.classes), dtype=jnp.dtype(options.dtype), rngs=nnx.Rngs(options.seed)
-    )
-    grids, points = training.plan(scan_set, sampler, model, options.voxel, options.slack)
-    for bucket, grid in grids.items():
-        console.print(f"bucket of {bucket:,} points: {grid.scans} scans a batch, room for {grid.capacity:,} voxels of {grid.voxel_size:g} m")
-    weights = training.class_weights(points, options.class_weights)
-    optimizer = training.adamw(options.lr, options.steps, options.dtype)
-    steps = training.Steps(model, optimizer, weights, loss_scale=1024.0 if options.dtype == "float16" else 1.0)
+    settings = {name: getattr(options, name) for name in ("width", "dtype", "voxel", "seed")}
+    settings |= {"classes": list(classes.names), "data": [str(path) for path in options.data] or "streets"}
+    with closing(Checkpoints(out / "checkpoints", settings, options.fresh)) as checkpoints:
+        state = checkpoints.restore(job.steps.initial_state())
+        if state.step:
+            console.print(f"going on from step {int(state.step)} of the run in {out} (--fresh starts over)")
+        state = train(job, state, checkpoints)
+    confusion, prediction = evaluate(job, state)
 
-    settings = {"width": options.width, "classes": list(scan_set.classes.names), "dtype": options.dtype, "voxel": options.voxel}
-    options.out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(options.out / "checkpoints", settings, options.fresh)
-    state = checkpoints.restore(steps.initial_state())
-    if state.step:
-        console.print(f"going on from step {int(state.step)} in {options.out} (--fresh starts over)")
-    try:
-        state = train(steps, state, scan_set, sampler, grids, checkpoints, options)
-    finally:
-        checkpoints.close()
-    confusion, prediction = evaluate(steps, state, scan_set, sampler, grids, options)
-
-    miou = report.mean_iou(confusion)
-    console.print(report.iou_table(confusion, scan_set.classes))
-    scores = {
+    miou, scores = report.mean_iou(confusion), report.iou(confusion)
+    compilations = {name: job.steps.compilations(name) for name in ("train", "evaluate")}
+    results = {
         "step": int(state.step),
         "miou": miou,
-        "iou": {n: round(float(v), 4) for n, v in zip(scan_set.classes.names, report.iou(confusion)) if v == v},
-        "compilations": {name: steps.compilations(name) for name in ("train", "evaluate")},
+        "iou": {name: float(score) for name, score in zip(classes.names, scores, strict=True) if not np.isnan(score)},
+        "compilations": compilations,
     }
-    (options.out / "scores.json").write_text(json.dumps(scores, indent=1))
-    picture = options.out / "segmentation.png"
-    title = f"SparseResUNet42 on {scan_set.names[0]}, mIoU {miou:.2f} over {len(scan_set)} scans"
-    report.draw_from_above(picture, scan_set.load(0), prediction, scan_set.classes, title)
+    (out / "scores.json").write_text(json.dumps(results, indent=1))
+    title = f"SparseResUNet42 after {int(state.step)} steps on {len(job.scan_set)} scans: mIoU {miou:.2f}"
+    report.draw_from_above(out / "segmentation.png", job.scan_set.load(0), prediction, classes, title)
+    console.print(report.iou_table(confusion, classes))
     console.print(
-        "compilations: {train} of the train step, {evaluate} of the evaluation step".format(**scores["compilations"])
-        + f" ({steps.compile_seconds:.0f} s) for {len(scan_set)} scans in {len(sampler.buckets)} bucket(s)"
+        f"compilations: {compilations['train']} of the train step, {compilations['evaluate']} of the evaluation step "
+        f"({job.steps.compile_seconds:.0f} s), for {len(job.scan_set)} scans in {len(job.grids)} bucket(s)"
     )
-    console.print(f"picture: {picture}")
-    return scores
+    console.print(f"picture: {out / 'segmentation.png'}")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The example's parts against brute force, and short runs of the whole."""
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from segmentation import batches, labels, ray_casting, report, scans, street_scenes  # noqa: E402
-from segmentation.ray_casting import Lidar, Solid  # noqa: E402
+from segmentation import batches, labels, ray_casting, report, scans, street_scenes
+from segmentation.ray_casting import Lidar, Solid
 
 TINY = Lidar(beams=12, azimuths=90)
 

@@ -1,7 +1,7 @@
 """Static shapes for scans of any size: buckets, the batches drawn from them, and the voxels that each bucket may need.
 
-Scans of similar size share a bucket, which is as large as its largest scan. A batch takes scans of one bucket, one after the
-other, and pads the end: every batch of a bucket has the same shapes, so a bucket costs one compilation.
+Scans of similar size share a bucket, which is as large as its largest scan. A batch takes scans of one bucket, one
+after the other, and pads the end: every batch of a bucket has the same shapes, so a bucket costs one compilation.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Draw:
 
 
 class Sampler:
-    """Draws every scan once an epoch, in an order that depends on the seed and the step alone: a resumed run goes on with it."""
+    """Draws every scan once an epoch. The order depends on seed and step alone: a resumed run goes on with it."""
 
     def __init__(self, scans: ScanSet, batch: int, seed: int):
         self.batch, self.seed = batch, seed
@@ -100,7 +100,7 @@ class Sampler:
 
 
 def load_ahead(scans: ScanSet, draws: Iterator[Draw], batch: int) -> Iterator[tuple[Draw, Batch]]:
-    """The batches of `draws` on the device; a thread reads, packs and sends each one while the one before it is in use."""
+    """The batches of `draws` on the device; a thread reads, packs and sends each while the one before it is in use."""
     with ThreadPoolExecutor(max_workers=1) as reader:
 
         def read(draw: Draw) -> tuple[Draw, Batch]:
@@ -124,6 +124,6 @@ def voxels(xyz: np.ndarray, voxel_size: float) -> int:
 
 
 def voxel_capacity(scans: list[Scan], batch: int, voxel_size: float, slack: float) -> int:
-    """Rows for the `batch` fullest of `scans` at once, `slack` times over (augmentation moves points), in whole 1024s."""
+    """Rows for the `batch` fullest of `scans` at once, times `slack` (augmentation moves points), in whole 1024s."""
     fullest = sorted((voxels(scan.xyz, voxel_size) for scan in scans), reverse=True)[:batch]
     return -(-int(slack * sum(fullest)) // 1024) * 1024

@@ -1,8 +1,8 @@
 """Class tables: names and colours of what is learnt, and how raw label ids become class indices.
 
-`IGNORED` marks points without a class; they take no part in the loss or in the score. SemanticKITTI's raw ids map to its 19
-learning classes by the published table (semantic-kitti.yaml, `learning_map`, with its class 0 as `IGNORED`). Ids of any other
-data set are relabelled densely: the ids present, in ascending order, with 0 ignored.
+`IGNORED` marks points without a class; they take no part in the loss or in the score. SemanticKITTI's raw ids map to
+its 19 learning classes by the published table (semantic-kitti.yaml, `learning_map`, with its class 0 as `IGNORED`).
+Ids of any other data set are relabelled densely: the ids present, in ascending order, with 0 ignored.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ class ClassTable:
         return len(self.names)
 
     def index(self, name: str) -> int:
+        """The class of this name."""
         return self.names.index(name)
 
     def from_raw(self, raw: np.ndarray) -> np.ndarray:
@@ -61,7 +62,7 @@ _SEMANTIC_KITTI = (
     ("pole", "#fff1a8", (80,)),
     ("traffic-sign", "#ff3df0", (81,)),
 )
-SEMANTIC_KITTI = ClassTable(*zip(*_SEMANTIC_KITTI))
+SEMANTIC_KITTI = ClassTable(*zip(*_SEMANTIC_KITTI, strict=True))
 
 
 def dense_table(raw_labels: list[np.ndarray]) -> ClassTable:
@@ -70,5 +71,5 @@ def dense_table(raw_labels: list[np.ndarray]) -> ClassTable:
     # The golden ratio spreads hues so that neighbours in the list differ; two lightnesses tell wrapped hues apart.
     hues = [(0.58 + 0.618034 * i) % 1.0 for i in range(len(ids))]
     rgb = [colorsys.hls_to_rgb(hue, 0.62 if i % 2 else 0.72, 0.75) for i, hue in enumerate(hues)]
-    colours = ["#%02x%02x%02x" % tuple(round(255 * channel) for channel in colour) for colour in rgb]
+    colours = ["#" + "".join(f"{round(255 * channel):02x}" for channel in colour) for colour in rgb]
     return ClassTable(tuple(f"id {i}" for i in ids), tuple(colours), tuple((i,) for i in ids))

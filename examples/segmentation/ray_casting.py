@@ -1,8 +1,8 @@
 """What a spinning LiDAR measures of a scene made of boxes, upright cylinders and ellipsoids, by exact ray casting.
 
-Every solid is a unit shape (cube [-1, 1]^3, unit cylinder, unit sphere) that was scaled by `half`, turned by `yaw` about z and
-moved to `centre`. A ray is taken back into that frame, where it stays a ray with the same parameter t, and meets the convex
-unit shape in one interval [enter, leave]. The nearest `enter` of all solids is the return.
+Every solid is a unit shape (cube [-1, 1]^3, unit cylinder, unit sphere) that was scaled by `half`, turned by `yaw`
+about z and moved to `centre`. A ray is taken back into that frame, where it stays a ray with the same parameter t,
+and meets the convex unit shape in one interval [enter, leave]. The nearest `enter` of all solids is the return.
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from .labels import IGNORED, ClassTable
 from .scans import Scan
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
-from matplotlib.colors import LinearSegmentedColormap, to_rgb  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-_BACKGROUND, _TEXT, _QUIET = "#0d1117", "#e6edf3", "#8b949e"
+_BACKGROUND, _TEXT, _QUIET, _UNLABELLED = "#0d1117", "#e6edf3", "#8b949e", "#30363d"
 _HEIGHTS = LinearSegmentedColormap.from_list("heights", ["#21305e", "#2c6fbb", "#35b8c8", "#8fe3a1", "#fff3a3"])
 
 
@@ -51,9 +51,9 @@ def iou_table(confusion: np.ndarray, classes: ClassTable) -> Table:
 
 
 def _window(xyz: np.ndarray) -> tuple[float, float, float, float]:
-    """A rectangle x0, x1, y0, y1 around the sensor that holds most points, no wider than 3 : 4 nor narrower than 4 : 3."""
-    reach = np.clip(np.quantile(np.abs(xyz[:, :2]), 0.96, axis=0), 8.0, 40.0)
-    half = np.maximum(reach, 0.75 * reach[::-1])
+    """A rectangle x0, x1, y0, y1 around the sensor that holds most points, at least 2/3 as short as it is long."""
+    reach = np.clip(np.quantile(np.abs(xyz[:, :2]), 0.94, axis=0), 8.0, 40.0)
+    half = np.maximum(reach, reach[::-1] * 2 / 3)
     return -half[0], half[0], -half[1], half[1]
 
 
@@ -75,16 +75,16 @@ def draw_from_above(path: Path, scan: Scan, prediction: np.ndarray, classes: Cla
 
     low, high = np.quantile(xyz[:, 2], [0.02, 0.98])
     height = _HEIGHTS(np.clip((xyz[:, 2] - low) / max(high - low, 1e-6), 0.0, 1.0))[:, :3]
-    palette = np.array([to_rgb(colour) for colour in classes.colours] + [to_rgb("#30363d")])  # the last one is IGNORED's
-    where_labelled = np.where(label == IGNORED, len(classes), predicted)
-    panels = (("Input, coloured by height", height), ("Labels", palette[label]), ("Prediction", palette[where_labelled]))
+    palette = np.array([to_rgb(colour) for colour in (*classes.colours, _UNLABELLED)])  # IGNORED, -1, is the last
+    predicted = np.where(label == IGNORED, IGNORED, predicted)
+    panels = {"Input, coloured by height": height, "Labels": palette[label], "Prediction": palette[predicted]}
 
     width = 7.0
     tall = width * (y1 - y0) / (x1 - x0)
     figure, axes = plt.subplots(1, 3, figsize=(3 * width, tall + 1.9), facecolor=_BACKGROUND, dpi=130)
     figure.subplots_adjust(0.005, 0.95 / (tall + 1.9), 0.995, 1 - 0.95 / (tall + 1.9), wspace=0.012)
-    size = np.clip(60_000 / max(len(order), 1), 0.6, 6.0)
-    for panel, (name, colours) in zip(axes, panels):
+    size = np.clip(110_000 / max(len(order), 1), 0.8, 8.0)  # points squared, so that any scan is as dense on paper
+    for panel, (name, colours) in zip(axes, panels.items(), strict=True):
         panel.scatter(xyz[:, 0], xyz[:, 1], s=size, c=colours, linewidths=0, rasterized=True)
         panel.plot(0, 0, marker="+", color=_TEXT, markersize=9, markeredgewidth=1.2)
         panel.set(xlim=(x0, x1), ylim=(y0, y1), xticks=[], yticks=[], aspect="equal", facecolor="#10151d")

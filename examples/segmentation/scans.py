@@ -1,4 +1,4 @@
-"""Labelled scans from a SemanticKITTI folder, from `.npz` files, or made up: one `Scan` type, one `ScanSet` to draw them from."""
+"""Labelled scans from a SemanticKITTI folder, from `.npz` files, or made up: one `Scan` type, one `ScanSet`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from .labels import SEMANTIC_KITTI, ClassTable, dense_table
 from .ray_casting import Lidar
-from .street_scenes import street_scan
+from .street_scenes import DEFAULT_LIDAR, street_scan
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Scan:
         points = len(self.xyz)
         if self.xyz.shape != (points, 3) or self.intensity.shape != (points,) or self.label.shape != (points,):
             raise ValueError(
-                f"{self.name}: xyz {self.xyz.shape}, intensity {self.intensity.shape} and label {self.label.shape} do not "
-                "describe the same points; they must be [P, 3], [P] and [P]"
+                f"{self.name}: xyz {self.xyz.shape}, intensity {self.intensity.shape} and label {self.label.shape} do "
+                "not describe the same points; they must be [P, 3], [P] and [P]"
             )
 
 
 @dataclass(frozen=True)
 class ScanSet:
-    """Scans that share one class table. `load(i)` reads scan i, which may be on disk; `points[i]` is known without it."""
+    """Scans that share one class table. `load(i)` reads scan i, perhaps from disk; `points[i]` is known without it."""
 
     classes: ClassTable
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ def _in_memory(classes: ClassTable, scans: Sequence[Scan]) -> ScanSet:
     return ScanSet(classes, tuple(scan.name for scan in scans), points, list(scans).__getitem__)
 
 
-def synthetic_streets(scenes: int, seed: int = 0, lidar: Lidar = Lidar()) -> ScanSet:
+def synthetic_streets(scenes: int, seed: int = 0, lidar: Lidar = DEFAULT_LIDAR) -> ScanSet:
     """`scenes` random streets. The table is SemanticKITTI's, of which streets hold twelve classes."""
     seeds = range(seed, seed + scenes)
     return _in_memory(SEMANTIC_KITTI, [Scan(f"street {s}", *street_scan(s, lidar)) for s in seeds])
@@ -59,11 +59,11 @@ def synthetic_streets(scenes: int, seed: int = 0, lidar: Lidar = Lidar()) -> Sca
 def semantic_kitti(root: Path, sequences: Sequence[str] | None = None) -> ScanSet:
     """Scans below `root/sequences/NN/` that have a label file. Scans are read when they are asked for.
 
-    `velodyne/*.bin` holds float32 x, y, z, remission for each point; `labels/*.label` holds uint32, the class in the low
-    16 bits and the instance above.
+    `velodyne/*.bin` holds float32 x, y, z, remission for each point; `labels/*.label` holds uint32, the class in the
+    low 16 bits and the instance above.
     """
-    chosen = sorted((root / "sequences").iterdir()) if sequences is None else [root / "sequences" / s for s in sequences]
-    bins = [path for folder in chosen for path in sorted((folder / "velodyne").glob("*.bin"))]
+    folders = [root / "sequences" / s for s in sequences] if sequences else sorted((root / "sequences").iterdir())
+    bins = [path for folder in folders for path in sorted((folder / "velodyne").glob("*.bin"))]
     pairs = [(path, path.parent.parent / "labels" / f"{path.stem}.label") for path in bins]
     pairs = [(points, labels) for points, labels in pairs if labels.exists()]
     if not pairs:
@@ -81,26 +81,25 @@ def semantic_kitti(root: Path, sequences: Sequence[str] | None = None) -> ScanSe
 def npz_scans(paths: Sequence[Path]) -> ScanSet:
     """Scans from `.npz` files with arrays `xyz` [P, 3], `intensity` [P] and `label` [P].
 
-    SemanticKITTI's ids become its 19 classes where the file's `meta` text or its name says that they are SemanticKITTI's.
+    SemanticKITTI's ids become its 19 classes where a file's `meta` text or its name says that they are SemanticKITTI's.
     Other ids are relabelled densely; all files must then use the same ids.
     """
     arrays = [dict(np.load(path)) for path in paths]
-    unlabelled = [path.name for path, data in zip(paths, arrays) if "label" not in data]
+    unlabelled = [path.name for path, data in zip(paths, arrays, strict=True) if "label" not in data]
     if unlabelled:
-        labelled = [path.name for path in paths if path.name not in unlabelled]
-        raise ValueError(
-            f"no array `label` in {', '.join(unlabelled)}: training needs labelled scans. "
-            + (f"Name the labelled ones with --data: {', '.join(labelled)}." if labelled else "None of the files has one.")
-        )
-    incomplete = [path.name for path, data in zip(paths, arrays) if "intensity" not in data]
+        labelled = ", ".join(path.name for path in paths if path.name not in unlabelled)
+        remedy = f"Name the labelled ones with --data: {labelled}." if labelled else "None of the files has one."
+        raise ValueError(f"no array `label` in {', '.join(unlabelled)}: training needs labelled scans. {remedy}")
+    incomplete = [path.name for path, data in zip(paths, arrays, strict=True) if "intensity" not in data]
     if incomplete:
         raise ValueError(f"no array `intensity` in {', '.join(incomplete)}: the model reads it as a feature")
-    kinds = {_label_system(path, data) for path, data in zip(paths, arrays)}
+    kinds = {_label_system(path, data) for path, data in zip(paths, arrays, strict=True)}
     if len(kinds) > 1:
-        raise ValueError(f"the files label their points by different systems ({', '.join(sorted(kinds))}): train on one")
+        systems = ", ".join(sorted(kinds))
+        raise ValueError(f"the files label their points by different systems ({systems}): train on one of them")
     classes = SEMANTIC_KITTI if kinds == {"SemanticKITTI"} else dense_table([data["label"] for data in arrays])
     scans = []
-    for path, data in zip(paths, arrays):
+    for path, data in zip(paths, arrays, strict=True):
         intensity = data["intensity"].astype(np.float32)
         if intensity.max(initial=0.0) > 1.0:  # 8-bit sensors
             intensity /= 255.0
@@ -127,7 +126,6 @@ def open_scans(paths: Sequence[Path], sequences: Sequence[str] | None = None) ->
     files = [file for path in paths for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
     wrong = [file.name for file in files if file.suffix != ".npz"]
     if wrong or not files:
-        raise ValueError(
-            f"{', '.join(wrong) or paths[0]}: expected .npz files, a folder of them, or a folder that holds sequences/NN/"
-        )
+        found = ", ".join(wrong) or paths[0]
+        raise ValueError(f"{found}: expected .npz files, a folder of them, or a folder that holds sequences/NN/")
     return npz_scans(files)

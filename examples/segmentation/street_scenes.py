@@ -1,7 +1,7 @@
 """Synthetic street scenes: a road, perhaps a crossing, sidewalks, gardens, buildings, trees, cars and people.
 
-`street_scene(rng)` places solids around a sensor that drives along +x in the right lane; `street_scan(seed)` measures one.
-Lengths are metres. z is 0 on the road. Classes are SemanticKITTI's.
+`street_scene(rng)` places solids around a sensor that drives along +x in the right lane; `street_scan(seed)` measures
+one. Lengths are metres. z is 0 on the road. Classes are SemanticKITTI's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 from .labels import SEMANTIC_KITTI
 from .ray_casting import Lidar, Solid, measure
 
+DEFAULT_LIDAR = Lidar()
 _EXTENT = 64.0  # the scene reaches this far from the sensor, a little further than it sees
 _KERB = 0.15
 # Mean reflectivity of each class that the scenes hold: dark asphalt, bright signs.
@@ -89,12 +90,12 @@ def _sign(rng) -> list[Solid]:
 
 
 def _block(rng, x0: float, x1: float, kerb: float, side: int, sidewalk: float) -> list[Solid]:
-    """One block of land from x0 to x1 on one side of the road (side 1 is left): ground, lots, and what lines the kerb."""
+    """The land from x0 to x1 on one side of the road (side 1 is left): ground, lots, and what lines the kerb."""
     far = side * _EXTENT
     solids = [_slab(rng, "sidewalk", x0, x1, *sorted((kerb, far)), -0.5, _KERB)]
     fence_line = kerb + side * sidewalk
-    garden = _slab(rng, "terrain", x0 + sidewalk, x1 - sidewalk, *sorted((fence_line, far)), -0.5, _KERB + 0.06, depth=0.04)
-    solids.append(garden)
+    garden = x0 + sidewalk, x1 - sidewalk, *sorted((fence_line, far))
+    solids.append(_slab(rng, "terrain", *garden, -0.5, _KERB + 0.06, depth=0.04))
 
     x = x0 + sidewalk
     while x < x1 - sidewalk - 6.0:  # lots, one after the other along the sidewalk
@@ -145,7 +146,7 @@ def _traffic(rng, right: float, left: float, gap: tuple[float, float] | None) ->
                 solids += [part.moved(x, y, heading + rng.normal(0.0, 0.02)) for part in _car(rng)]
             x += rng.uniform(5.6, 7.5)
     lanes = ((0.0, 0.0), (left + right, np.pi))
-    for (y, heading), vehicle in zip(lanes + lanes[1:], (_car, _truck, _car)):
+    for (y, heading), vehicle in zip(lanes + lanes[1:], (_car, _truck, _car), strict=True):
         x = rng.choice([-1, 1]) * rng.uniform(9.0, 28.0)
         solids += [part.moved(x, y, heading) for part in vehicle(rng)]
     for _ in range(2):
@@ -165,12 +166,12 @@ def street_scene(rng: np.random.Generator) -> list[Solid]:
         gap = (middle - half, middle + half)
     for side, kerb in ((-1, right), (1, left)):
         ends = (-_EXTENT, _EXTENT) if gap is None else (-_EXTENT, *gap, _EXTENT)
-        for x0, x1 in zip(ends[::2], ends[1::2]):
+        for x0, x1 in zip(ends[::2], ends[1::2], strict=True):
             solids += _block(rng, x0, x1, kerb, side, sidewalk)
     return solids + _traffic(rng, right, left, gap)
 
 
-def street_scan(seed: int, lidar: Lidar = Lidar()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def street_scan(seed: int, lidar: Lidar = DEFAULT_LIDAR) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """xyz float32 [P, 3] in the sensor's frame, intensity float32 [P], class int32 [P] of the street with this seed."""
     rng = np.random.default_rng(seed)
     solids = street_scene(rng)

@@ -1,8 +1,8 @@
 """The compiled parts of training, and what they need to know beforehand: capacities, class weights, the optimiser.
 
-The model is split once into its graph and its arrays, and each step is a plain function of arrays that is compiled ahead of
-time for each bucket. `Steps.compilations` counts those compilations; a compiled step refuses other shapes, so there are no
-hidden ones.
+The model is split once into its graph and its arrays, and each step is a plain function of arrays that is compiled
+ahead of time for each bucket. `Steps.compilations` counts those compilations; a compiled step refuses other shapes,
+so there are no hidden ones.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxsparse as js
 import numpy as np
 import optax
 from flax import nnx
-
-import jaxsparse as js
 
 from . import batches
 from .batches import Batch
@@ -112,7 +111,7 @@ def _measure(model: nnx.Module, xyz: jax.Array, batch: Batch, grid: Grid, weight
 
 
 def plan(scan_set: ScanSet, sampler: batches.Sampler, model: nnx.Module, voxel_size: float, slack: float):
-    """The grid of each bucket, with room for its fullest scans, and how many points each class has (of the scans read)."""
+    """The grid of each bucket, with room for its fullest scans, and the points of each class in the scans read."""
     grids: dict[int, Grid] = {}
     points = np.zeros(len(scan_set.classes), np.int64)
     for bucket, members in sampler.buckets.items():
@@ -145,7 +144,9 @@ def adamw(highest: float, steps: int, dtype: str) -> optax.GradientTransformatio
 class Steps:
     """The train and the evaluation step of one model and one optimiser, compiled once for each bucket."""
 
-    def __init__(self, model: nnx.Module, optimizer: optax.GradientTransformation, weights: np.ndarray, loss_scale: float):
+    def __init__(
+        self, model: nnx.Module, optimizer: optax.GradientTransformation, weights: np.ndarray, loss_scale: float
+    ):
         model.train()
         self._train_graph, self._params, self._stats = nnx.split(model, nnx.Param, ...)
         model.eval()
