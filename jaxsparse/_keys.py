@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 AXIS_BITS = {1: 31, 2: 24, 3: 18, 4: 14}
 PADDING_COORD = -(2**31)  # every entry of a padding row
-NO_KEY = 0xFFFFFFFF  # both words of the key of a row that is not a site
+NO_KEY = np.uint32(0xFFFFFFFF)  # both words of the key of a row that is not a site
 
 
 def axis_limit(dims: int) -> int:

@@ -162,7 +162,7 @@ def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementati
 
 
 def _with_bias(y: SparseTensor, bias: jax.Array | None) -> SparseTensor:
-    return y if bias is None else elementwise.map_features(lambda feats: feats + bias.astype(feats.dtype), y)
+    return y if bias is None else elementwise.map_features(lambda feats: feats + bias.astype(feats.dtype)[None], y)
 
 
 def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:
