@@ -24,7 +24,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxsparse as js
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -32,6 +31,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from segmentation import batches, report, scans, training
 from segmentation.ray_casting import Lidar
+
+import jaxsparse as js
 
 console = Console()
 
@@ -53,12 +54,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--width", type=float, default=0.25, help="multiplies the network's channels")
     add("--voxel", type=float, default=None, help="voxel size in metres; none: 0.2 for streets, 0.1 for --data")
     add("--batch", type=int, default=2, help="scans a step")
-    add("--steps", type=int, default=200, help="where training ends, counted from the first run")
-    add("--lr", type=float, default=4e-3, help="highest learning rate; warm-up before it, cosine after")
+    add("--steps", type=int, default=300, help="where training ends, counted from the first run")
+    add("--lr", type=float, default=6e-3, help="highest learning rate; warm-up before it, cosine after")
     add("--class-weights", choices=("sqrt", "none"), default="sqrt", help="a class weighs 1 / sqrt(points), or 1")
     add("--slack", type=float, default=1.2, help="voxels to make room for, over those of the fullest batch")
     add("--save-every", type=int, default=100, help="steps between checkpoints; the last step always writes one")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=1, help="of the streets, the initial parameters, the order and the augmentation")
     options = parser.parse_args(arguments)
     if options.voxel is None:
         options.voxel = 0.1 if options.data else 0.2
@@ -131,22 +132,26 @@ class Job:
     steps: training.Steps
 
 
-def prepare(options: argparse.Namespace) -> Job:
-    """Opens the scans, plans capacities from them, and builds the model; ends the program where the data will not do."""
+def find_scans(options: argparse.Namespace) -> scans.ScanSet:
+    """The scans that the command line names; ends the program where they will not do."""
     try:
         if options.data:
-            scan_set = scans.open_scans(options.data, options.sequences)
-        else:
-            scan_set = scans.synthetic_streets(options.scenes, options.seed, Lidar(options.beams, options.azimuths))
+            return scans.open_scans(options.data, options.sequences)
+        return scans.synthetic_streets(options.scenes, options.seed, Lidar(options.beams, options.azimuths))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def prepare(options: argparse.Namespace, scan_set: scans.ScanSet) -> Job:
+    """Builds the model and its steps, and plans capacities from the scans."""
     sampler = batches.Sampler(scan_set, options.batch, options.seed)
     model = js.models.SparseResUNet42(
         4,
         width=options.width,
         num_classes=len(scan_set.classes),
         dtype=jnp.dtype(options.dtype),
-        rngs=nnx.Rngs(options.seed),
+        # Each layer's shape compiles its own initialiser, which takes this generator a third of the default's time.
+        rngs=nnx.Rngs(jax.random.key(options.seed, impl="rbg")),
     )
     grids, points = training.plan(scan_set, sampler, model, options.voxel, options.slack)
     weights = training.class_weights(points, options.class_weights)
@@ -176,9 +181,7 @@ def train(job: Job, state: training.TrainState, checkpoints: Checkpoints) -> tra
             training.check(measured)
             recent.append((float(measured.loss), np.asarray(measured.confusion)))
             losses, confusions = zip(*recent, strict=True)
-            rate = scans_seen / (
-                time.perf_counter() - begun - job.steps.compile_seconds
-            )  # not compiling
+            rate = scans_seen / (time.perf_counter() - begun - job.steps.compile_seconds)  # not compiling
             text = f"loss {np.mean(losses):.3f}  mIoU {report.mean_iou(sum(confusions)):.3f}  {rate:.2f} scans/s"
             progress.update(bar, completed=step + 1, measured=text)
             if not console.is_terminal and (step + 1) % max(1, options.steps // 10) == 0:
@@ -215,16 +218,20 @@ def main(arguments: list[str] | None = None) -> dict:
     """Trains, scores and draws; returns what `scores.json` holds."""
     options = parse(arguments)
     console.print(f"device: {choose_device(options.device).device_kind}")
-    job = prepare(options)
-    classes, out = job.scan_set.classes, options.out
+    scan_set = find_scans(options)
+    classes, out = scan_set.classes, options.out
     out.mkdir(parents=True, exist_ok=True)
 
     settings = {name: getattr(options, name) for name in ("width", "dtype", "voxel", "seed")}
-    settings |= {"classes": list(classes.names), "data": [str(path) for path in options.data] or "streets"}
+    settings |= {"classes": list(classes.names), "data": [str(path) for path in options.data]}
+    if not options.data:
+        settings |= {"data": f"{options.scenes} streets, {options.beams} x {options.azimuths} rays"}
     with closing(Checkpoints(out / "checkpoints", settings, options.fresh)) as checkpoints:
+        job = prepare(options, scan_set)
         state = checkpoints.restore(job.steps.initial_state())
         if state.step:
-            console.print(f"going on from step {int(state.step)} of the run in {out} (--fresh starts over)")
+            done = "" if state.step < options.steps else "; nothing is left to train up to --steps"
+            console.print(f"going on from step {int(state.step)} of the run in {out} (--fresh starts over){done}")
         state = train(job, state, checkpoints)
     confusion, prediction = evaluate(job, state)
 
@@ -237,12 +244,12 @@ def main(arguments: list[str] | None = None) -> dict:
         "compilations": compilations,
     }
     (out / "scores.json").write_text(json.dumps(results, indent=1))
-    title = f"SparseResUNet42 after {int(state.step)} steps on {len(job.scan_set)} scans: mIoU {miou:.2f}"
-    report.draw_from_above(out / "segmentation.png", job.scan_set.load(0), prediction, classes, title)
+    title = f"SparseResUNet42 after {int(state.step)} steps on {len(scan_set)} scans: mIoU {miou:.2f}"
+    report.draw_from_above(out / "segmentation.png", scan_set.load(0), prediction, classes, title)
     console.print(report.iou_table(confusion, classes))
     console.print(
         f"compilations: {compilations['train']} of the train step, {compilations['evaluate']} of the evaluation step "
-        f"({job.steps.compile_seconds:.0f} s), for {len(job.scan_set)} scans in {len(job.grids)} bucket(s)"
+        f"({job.steps.compile_seconds:.0f} s), for {len(scan_set)} scans in {len(job.grids)} bucket(s)"
     )
     console.print(f"picture: {out / 'segmentation.png'}")
     return results

@@ -1,13 +1,21 @@
 """The example's parts against brute force, and short runs of the whole."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
+import jax
+import matplotlib.image
 import numpy as np
 import pytest
+from conftest import SCANS
+
+import jaxsparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import train_segmentation
 from segmentation import batches, labels, ray_casting, report, scans, street_scenes
 from segmentation.ray_casting import Lidar, Solid
 
@@ -194,17 +202,15 @@ def test_npz_files_say_what_they_lack(tmp_path):
         scans.open_scans([tmp_path / "nowhere"])
 
 
-def test_real_scans_are_read_with_their_classes(request):
-    beside = (folder / "shared" / "data" for folder in Path(request.config.rootpath).parents)
-    folder = next((folder for folder in beside if folder.is_dir()), None)
-    if folder is None:
-        pytest.skip("no folder shared/data with real scans beside the repository")
-    kitti = scans.open_scans(sorted(folder.glob("semkitti_*.npz")))
+def test_real_scans_are_read_with_their_classes():
+    if not SCANS.is_dir():
+        pytest.skip(f"no real scans at {SCANS} (set JAXSPARSE_SCANS to the folder that holds them)")
+    kitti = scans.open_scans(sorted(SCANS.glob("semkitti_*.npz")))
     assert kitti.classes is labels.SEMANTIC_KITTI
     counts = np.bincount(kitti.load(0).label + 1)
     assert counts[1 + kitti.classes.index("road")] == 34228 + 1053  # raw ids 40 and 60
     with pytest.raises(ValueError, match="no array `label` in kitti_obj"):
-        scans.open_scans([folder])
+        scans.open_scans([SCANS])
 
 
 def test_miou_is_that_of_a_count_point_by_point():
@@ -262,8 +268,6 @@ def test_voxels_are_counted_as_distinct_cells():
 
 
 def test_the_picture_shows_the_prediction_in_its_last_panel(tmp_path):
-    import matplotlib.image
-
     scan = scans.synthetic_streets(1).load(0)
     wrong = np.full_like(scan.label, labels.SEMANTIC_KITTI.index("person"))
     panels = []
@@ -280,3 +284,66 @@ def test_the_picture_shows_the_prediction_in_its_last_panel(tmp_path):
     assert np.abs(right[2] - wrong[2]).max() > 0.3
     # Equal labels and predictions give equal panels, up to the columns at their borders.
     assert np.abs(right[1][:, 40:-40].mean() - right[2][:, 40:-40].mean()) < 0.01
+
+
+# --- short runs of the whole ---
+
+RUN = ["--scenes", "3", "--beams", "12", "--azimuths", "90", "--width", "0.1", "--voxel", "0.5", "--device", "cpu"]
+
+
+def main(*arguments: str | Path) -> dict:
+    """Runs the example as a program would: the suite's strict promotion is not optax's."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return train_segmentation.main([*RUN, *map(str, arguments)])
+
+
+def parameters(folder: Path, step: int) -> list[np.ndarray]:
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((folder / "checkpoints").resolve()) as manager:
+        state = manager.restore(step, args=ocp.args.StandardRestore())
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder and the results of three uninterrupted steps."""
+    folder = tmp_path_factory.mktemp("run")
+    results = main("--steps", "3", "--save-every", "1", "--out", folder)
+    return folder, results
+
+
+def test_a_run_compiles_each_step_once_and_leaves_scores_and_a_picture(run):
+    folder, results = run
+    assert results["compilations"] == {"train": 1, "evaluate": 1}
+    assert results["step"] == 3
+    assert 0 < results["miou"] < 1
+    assert json.loads((folder / "scores.json").read_text()) == results
+    image = matplotlib.image.imread(folder / "segmentation.png")[..., :3]
+    assert image.shape[1] > 2000
+    assert (np.abs(image - image[0, 0]).max(axis=-1) > 0.1).mean() > 0.002
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(run, tmp_path, capsys):
+    folder, results = run
+    shutil.copytree(folder, tmp_path / "cut")
+    expected = parameters(folder, 3)
+    shutil.rmtree(tmp_path / "cut/checkpoints/3")
+    again = main("--steps", "3", "--out", tmp_path / "cut")
+    assert "going on from step 2" in capsys.readouterr().out
+    for ours, theirs in zip(parameters(tmp_path / "cut", 3), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    before = parameters(folder, 2)
+    assert any(np.any(a != b) for a, b in zip(before, expected, strict=True))  # the third step changes something
+    assert again["miou"] == results["miou"]
+
+
+def test_a_folder_with_another_run_is_left_alone(run, capsys):
+    folder, _ = run
+    with pytest.raises(SystemExit, match=r"holds another run \(width 0\.1 there, 0\.2 here\).*--fresh"):
+        main("--width", "0.2", "--steps", "3", "--out", folder)
+
+
+def test_too_little_room_ends_the_run(tmp_path):
+    with pytest.raises(jaxsparse.SiteError, match="voxels do not fit"):
+        main("--slack", "0.4", "--steps", "1", "--out", tmp_path)

@@ -14,6 +14,7 @@ from .scans import Scan
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.patheffects import withStroke
 
 _BACKGROUND, _TEXT, _QUIET, _UNLABELLED = "#0d1117", "#e6edf3", "#8b949e", "#30363d"
 _HEIGHTS = LinearSegmentedColormap.from_list("heights", ["#21305e", "#2c6fbb", "#35b8c8", "#8fe3a1", "#fff3a3"])
@@ -52,7 +53,7 @@ def iou_table(confusion: np.ndarray, classes: ClassTable) -> Table:
 
 def _window(xyz: np.ndarray) -> tuple[float, float, float, float]:
     """A rectangle x0, x1, y0, y1 around the sensor that holds most points, at least 2/3 as short as it is long."""
-    reach = np.clip(np.quantile(np.abs(xyz[:, :2]), 0.94, axis=0), 8.0, 40.0)
+    reach = np.clip(np.quantile(np.abs(xyz[:, :2]), 0.95, axis=0), 8.0, 40.0)
     half = np.maximum(reach, reach[::-1] * 2 / 3)
     return -half[0], half[0], -half[1], half[1]
 
@@ -77,13 +78,17 @@ def draw_from_above(path: Path, scan: Scan, prediction: np.ndarray, classes: Cla
     height = _HEIGHTS(np.clip((xyz[:, 2] - low) / max(high - low, 1e-6), 0.0, 1.0))[:, :3]
     palette = np.array([to_rgb(colour) for colour in (*classes.colours, _UNLABELLED)])  # IGNORED, -1, is the last
     predicted = np.where(label == IGNORED, IGNORED, predicted)
-    panels = {"Input, coloured by height": height, "Labels": palette[label], "Prediction": palette[predicted]}
+    panels = {
+        f"Input, coloured by height ({low:.1f} m to {high:.1f} m)".replace("-", "\u2212"): height,
+        "Labels": palette[label],
+        "Prediction": palette[predicted],
+    }
 
     width = 7.0
     tall = width * (y1 - y0) / (x1 - x0)
     figure, axes = plt.subplots(1, 3, figsize=(3 * width, tall + 1.9), facecolor=_BACKGROUND, dpi=130)
     figure.subplots_adjust(0.005, 0.95 / (tall + 1.9), 0.995, 1 - 0.95 / (tall + 1.9), wspace=0.012)
-    size = np.clip(110_000 / max(len(order), 1), 0.8, 8.0)  # points squared, so that any scan is as dense on paper
+    size = np.clip(90_000 / max(len(order), 1), 0.8, 8.0)  # points squared, so that any scan is as dense on paper
     for panel, (name, colours) in zip(axes, panels.items(), strict=True):
         panel.scatter(xyz[:, 0], xyz[:, 1], s=size, c=colours, linewidths=0, rasterized=True)
         panel.plot(0, 0, marker="+", color=_TEXT, markersize=9, markeredgewidth=1.2)
@@ -105,5 +110,7 @@ def draw_from_above(path: Path, scan: Scan, prediction: np.ndarray, classes: Cla
 
 def _scale_bar(panel, x0: float, x1: float, y0: float, y1: float) -> None:
     x, y = x0 + 0.04 * (x1 - x0), y0 + 0.05 * (y1 - y0)
-    panel.plot([x, x + 10], [y, y], color=_TEXT, linewidth=2, solid_capstyle="butt")
-    panel.text(x + 5, y + 0.015 * (y1 - y0), "10 m", color=_TEXT, fontsize=11, ha="center", va="bottom")
+    halo = [withStroke(linewidth=5, foreground=_BACKGROUND)]  # points may lie behind
+    panel.plot([x, x + 10], [y, y], color=_TEXT, linewidth=2, solid_capstyle="butt", path_effects=halo)
+    label = panel.text(x + 5, y + 0.015 * (y1 - y0), "10 m", color=_TEXT, fontsize=11, ha="center", va="bottom")
+    label.set_path_effects(halo)
