@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _keys, status
 from jaxsparse._compat import trace_state
@@ -259,7 +260,7 @@ def _check_values(coords, count, batch_size, bounds) -> jax.Array:
         status.report(Problem.DUPLICATE_SITES, duplicates > 0, duplicates, 0),
     ]
     if bounds is not None:
-        outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= jnp.asarray(bounds))).any(1))
+        outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= np.int32([bounds]))).any(1))
         problems.append(status.report(Problem.OUT_OF_BOUNDS, outside > 0, outside, 0))
     return status.merge(*problems)
 

@@ -88,14 +88,14 @@ def voxelize(
     real = _keys.real_rows(jnp.clip(given, 0, rows)[None], points.shape[0])
 
     origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
-    cell = jnp.floor((points.astype(jnp.float32) - origin) * np.float32(1 / sizes))
+    cell = jnp.floor((points.astype(jnp.float32) - origin[None]) * np.float32(1 / sizes)[None])
     limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
     is_finite = jnp.isfinite(points).all(1)
     in_range = (jnp.abs(cell) < limit).all(1)
     in_batch = (batch >= 0) & (batch <= batches - 1)
     kept = real & is_finite & in_range & in_batch
     if bounds is not None:
-        kept &= ((cell >= 0) & (cell < jnp.asarray(bounds))).all(1)
+        kept &= ((cell >= 0) & (cell < np.float32([bounds]))).all(1)
     cell = jnp.where(kept[:, None], cell, 0).astype(jnp.int32)
     coords = jnp.concatenate([batch[:, None].astype(jnp.int32), cell], 1)
     coords = jnp.where(kept[:, None], coords, _keys.PADDING_COORD)
@@ -150,7 +150,7 @@ def _reduce(feats, row_of, capacity, reduce, implementation):
     is_highest = (masked == highest[jnp.minimum(target, capacity - 1)]) & (row_of[:, None] >= 0)
     candidate = jnp.where(is_highest, position[:, None], none)
     winner = jnp.full((capacity, feats.shape[1]), none, jnp.int32).at[target].min(candidate, mode="drop")
-    channel = jnp.arange(feats.shape[1])
+    channel = jnp.arange(feats.shape[1])[None]
     return jnp.where(winner < none, feats[jnp.minimum(winner, none - 1), channel], 0)
 
 
