@@ -86,20 +86,13 @@ class Checkpoints:
         folder = folder.resolve()
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
+        record = folder / "settings.json"
+        found = json.loads(record.read_text()) if record.exists() else settings
+        other = [f"{k} {found.get(k)} there, {v} here" for k, v in settings.items() if found.get(k) != v]
+        if other:
+            raise SystemExit(f"{folder} holds another run ({'; '.join(other)}): choose another --out, or pass --fresh")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(folder, options=options)
-        record = folder / "settings.json"
-        if record.exists():
-            found = json.loads(record.read_text())
-            other = [
-                f"{name} {found.get(name)} there, {value} here"
-                for name, value in settings.items()
-                if found.get(name) != value
-            ]
-            if other:
-                raise SystemExit(
-                    f"{folder} holds another run ({'; '.join(other)}): choose another --out, or pass --fresh"
-                )
         record.write_text(json.dumps(settings, indent=1))
 
     def restore(self, state: training.TrainState) -> training.TrainState:
@@ -222,10 +215,9 @@ def main(arguments: list[str] | None = None) -> dict:
     classes, out = scan_set.classes, options.out
     out.mkdir(parents=True, exist_ok=True)
 
+    made_up = f"{options.scenes} streets, {options.beams} x {options.azimuths} rays"
     settings = {name: getattr(options, name) for name in ("width", "dtype", "voxel", "seed")}
-    settings |= {"classes": list(classes.names), "data": [str(path) for path in options.data]}
-    if not options.data:
-        settings |= {"data": f"{options.scenes} streets, {options.beams} x {options.azimuths} rays"}
+    settings |= {"classes": list(classes.names), "data": [str(path) for path in options.data] or made_up}
     with closing(Checkpoints(out / "checkpoints", settings, options.fresh)) as checkpoints:
         job = prepare(options, scan_set)
         state = checkpoints.restore(job.steps.initial_state())
@@ -245,13 +237,13 @@ def main(arguments: list[str] | None = None) -> dict:
     }
     (out / "scores.json").write_text(json.dumps(results, indent=1))
     title = f"SparseResUNet42 after {int(state.step)} steps on {len(scan_set)} scans: mIoU {miou:.2f}"
-    report.draw_from_above(out / "segmentation.png", scan_set.load(0), prediction, classes, title)
+    report.draw_from_above(out / "prediction.png", scan_set.load(0), prediction, classes, title)
     console.print(report.iou_table(confusion, classes))
     console.print(
         f"compilations: {compilations['train']} of the train step, {compilations['evaluate']} of the evaluation step "
         f"({job.steps.compile_seconds:.0f} s), for {len(scan_set)} scans in {len(job.grids)} bucket(s)"
     )
-    console.print(f"picture: {out / 'segmentation.png'}")
+    console.print(f"picture: {out / 'prediction.png'}")
     return results
 
 

@@ -309,8 +309,7 @@ def parameters(folder: Path, step: int) -> list[np.ndarray]:
 def run(tmp_path_factory):
     """The folder and the results of three uninterrupted steps."""
     folder = tmp_path_factory.mktemp("run")
-    results = main("--steps", "3", "--save-every", "1", "--out", folder)
-    return folder, results
+    return folder, main("--steps", "3", "--save-every", "1", "--out", folder)
 
 
 def test_a_run_compiles_each_step_once_and_leaves_scores_and_a_picture(run):
@@ -319,7 +318,7 @@ def test_a_run_compiles_each_step_once_and_leaves_scores_and_a_picture(run):
     assert results["step"] == 3
     assert 0 < results["miou"] < 1
     assert json.loads((folder / "scores.json").read_text()) == results
-    image = matplotlib.image.imread(folder / "segmentation.png")[..., :3]
+    image = matplotlib.image.imread(folder / "prediction.png")[..., :3]
     assert image.shape[1] > 2000
     assert (np.abs(image - image[0, 0]).max(axis=-1) > 0.1).mean() > 0.002
 
