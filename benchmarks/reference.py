@@ -199,6 +199,12 @@ def in_float64(tree):
     return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
+def conv_output(feats, kernel, rows):
+    """One layer in float64, as a numpy array."""
+    with jax.enable_x64(True):
+        return np.asarray(jax.jit(conv)(np.asarray(feats, np.float64), np.asarray(kernel, np.float64), rows))
+
+
 def seg_output(weights, voxels, training=False):
     """Output features and norm statistics in float64, as numpy arrays. Rows are those of `voxels`."""
     with jax.enable_x64(True):

@@ -69,6 +69,27 @@ class SparseResUNet42(nn.Module):
         return x
 
 
+def to_spconv(kernel, size):
+    """A kernel [taps, in, out] in spconv's layout [out, z, y, x, in].
+
+    Its 1x1 convolutions are the exception: spconv 2.3.8 declares [out, 1, 1, 1, in] and multiplies by the same memory
+    read as [in, out].
+    """
+    _, c_in, c_out = kernel.shape
+    if len(kernel) == 1:
+        return torch.from_numpy(kernel.reshape(c_out, *size, c_in))
+    return torch.from_numpy(np.moveaxis(kernel.reshape(*size, c_in, c_out), -1, 0).copy())
+
+
+def from_spconv(weight):
+    """The inverse of `to_spconv`, as a float32 numpy array."""
+    weight = weight.float().cpu().numpy()
+    c_out, *size, c_in = weight.shape
+    if np.prod(size) == 1:
+        return weight.reshape(1, c_in, c_out)
+    return np.moveaxis(weight, 0, -1).reshape(-1, c_in, c_out)
+
+
 def build(weights, in_features, width, dtype, device):
     """The network with the given weights, which lie in the order of its modules."""
     net = SparseResUNet42(in_features, width)
@@ -76,9 +97,7 @@ def build(weights, in_features, width, dtype, device):
     with torch.no_grad():
         for module in net.modules():
             if hasattr(module, "kernel_size"):
-                kernel = next(left)  # [taps, in, out] -> [out, z, y, x, in]
-                size = (*module.kernel_size, *kernel.shape[1:])
-                module.weight.copy_(torch.from_numpy(np.moveaxis(kernel.reshape(size), -1, 0).copy()))
+                module.weight.copy_(to_spconv(next(left), module.kernel_size))
             elif isinstance(module, nn.BatchNorm1d):
                 state = (module.weight, module.bias, module.running_mean, module.running_var)
                 for tensor, value in zip(state, next(left), strict=True):
@@ -92,8 +111,7 @@ def gradients(net):
     found = []
     for module in net.modules():
         if hasattr(module, "kernel_size"):
-            grad = np.moveaxis(module.weight.grad.float().cpu().numpy(), 0, -1)
-            found.append(grad.reshape(-1, *grad.shape[-2:]))
+            found.append(from_spconv(module.weight.grad))
         elif isinstance(module, nn.BatchNorm1d):
             found.append(tuple(p.grad.float().cpu().numpy() for p in (module.weight, module.bias)))
     return found
