@@ -1,7 +1,7 @@
 """How a figure is taken: fresh inputs each step, warmed up, median and quartiles, device time from the profiler.
 
-A *step* is a function of one input that returns arrays; a *sync* waits for them. Outputs are dropped before the next step,
-as a deployment drops them: XLA's CUDA graphs are captured again when output addresses move.
+A *step* is a function of one input that returns arrays; a *sync* waits for them. Outputs are dropped before the next
+step, as a deployment drops them: XLA's CUDA graphs are captured again when output addresses move.
 """
 
 import glob
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def wall_ms(step, inputs, sync, steps, warmup=10):
-    """Wall time of each of `steps` steps in milliseconds, synchronised before and after, going round the ring of inputs."""
+    """Wall time of each step in milliseconds, synchronised before and after, going round the ring of inputs."""
     times = []
     for i in range(warmup + steps):
         start = time.perf_counter()

@@ -1,10 +1,11 @@
-"""SparseResUNet42 in float64, written from its description alone: what the benchmarks check every timed program against.
+"""SparseResUNet42 in float64, written from its description alone: the benchmarks check timed programs against it.
 
-It shares no code with the library: kernel maps come from a binary search over sorted keys on the host, layers are a loop
-over taps in `jax.numpy`. Weights are a plain list in the order in which the layers run (`seg_layers`), so that the same
-list can be poured into any implementation.
+It shares no code with the library: kernel maps come from a binary search over sorted keys on the host, layers are a
+loop over taps in `jax.numpy`. Weights are a plain list in the order in which the layers run (`seg_layers`), so that
+the same list can be poured into any implementation.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -48,11 +49,12 @@ class Pyramid:
 
 
 def pyramid(coords):
+    """The sites and tables of one batch of voxels, int32 [N, 4]."""
     sites = [np.asarray(coords)]
     for _ in range(LEVELS - 1):
         sites.append(np.unique(np.column_stack([sites[-1][:, 0], sites[-1][:, 1:] // 2]), axis=0))
     subm = [table(s, s, 3, 1) for s in sites]
-    down = [table(f, c, 2, 2) for f, c in zip(sites, sites[1:], strict=False)]
+    down = [table(f, c, 2, 2) for f, c in itertools.pairwise(sites)]
     return Pyramid(sites, subm, down)
 
 
@@ -196,6 +198,7 @@ def seg_tables(coords):
 
 
 def in_float64(tree):
+    """The arrays of a tree as float64."""
     return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
@@ -225,7 +228,7 @@ def seg_gradients(weights, voxels):
 
 
 def with_statistics(weights, statistics):
-    """The weights with each norm's stored statistics replaced, so that activations keep the scale that training gives."""
+    """The weights with each norm's stored statistics replaced: activations then have the scale that training gives."""
     left = iter(statistics)
 
     def replace(entry):

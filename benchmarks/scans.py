@@ -33,7 +33,7 @@ def missing(folder, names):
 def read(folder, name, voxel_size, share=1.0):
     """Voxels of one scan, batch 0.
 
-    The voxel of a point is float32 `floor(xyz / voxel_size)` less (the scan's smallest less 1), so coordinates start at 1.
+    The voxel of a point is float32 `floor(xyz / voxel_size)` less (the scan's smallest less 1): coordinates start at 1.
 
     Args:
         folder: Folder of the scans.
@@ -62,13 +62,13 @@ def batch(scans):
 def ring(scans, length=8):
     """`length` batches of the same scans, each turned or mirrored in the x-y plane: as many voxels, at other sites.
 
-    The 8 symmetries of the grid keep the voxels apart; which voxels share a coarser one changes by a fraction of a percent.
+    The 8 symmetries of the grid keep the voxels apart; coarser levels change by a fraction of a percent.
     """
     return [batch([_symmetry(s, i % 8) for s in scans]) for i in range(length)]
 
 
 def _symmetry(scan, which):
-    """The scan after one of the 8 symmetries of the x-y grid: swap the axes (bit 2), mirror x (bit 0), mirror y (bit 1)."""
+    """The scan after a symmetry of the x-y grid: axes swapped (bit 2), x mirrored (bit 0), y mirrored (bit 1)."""
     coords, feats = scan.coords.copy(), scan.feats.copy()
     if which & 4:
         coords[:, [1, 2]], feats[:, [0, 1]] = coords[:, [2, 1]], feats[:, [1, 0]]

@@ -8,10 +8,12 @@ from torch import nn
 
 
 def subm(c_in, c_out, kernel, key):
+    """A submanifold convolution; layers with the same key share their map."""
     return spconv.SubMConv3d(c_in, c_out, kernel, padding=kernel // 2, bias=False, indice_key=key)
 
 
 def conv_norm_relu(conv):
+    """The convolution, a batch norm and a ReLU."""
     return spconv.SparseSequential(conv, nn.BatchNorm1d(conv.out_channels), nn.ReLU(inplace=True))
 
 
@@ -27,6 +29,7 @@ class Block(spconv.SparseModule):
             self.shortcut = spconv.SparseSequential(subm(c_in, c_out, 1, None), nn.BatchNorm1d(c_out))
 
     def forward(self, x):
+        """The block's output on the sites of its input."""
         y = self.conv2(self.conv1(x))
         return y.replace_feature(torch.relu(y.features + self.shortcut(x).features))
 
@@ -58,6 +61,7 @@ class SparseResUNet42(nn.Module):
             c_in = c
 
     def forward(self, x):
+        """Features on the sites of the input."""
         x = self.stem(x)
         skips = []
         for stage in self.encoder:

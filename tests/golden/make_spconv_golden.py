@@ -13,8 +13,8 @@ Each case is one `.npz` that `tests/test_golden.py` reads without knowing spconv
     out_coords  int32 [M, 1 + D], sorted; for "transpose" these are given to the layer (its `like`)
     out_feats   float32 [M, C_out], spconv's result
 
-spconv needs coordinates in a box that starts at 0. The index relation `fine = stride * coarse - padding + dilation * tap`
-does not change when the fine grid moves by `stride * s` and the coarse grid by `s`, so cases without bounds are computed
+spconv needs coordinates in a box that starts at 0. The index relation
+`fine = stride * coarse - padding + dilation * tap` does not change when the fine grid moves by `stride * s` and the coarse grid by `s`: cases without bounds are computed
 far from the walls of the box and stored moved, with coordinates of both signs. Before a case is written it is checked
 against a brute-force loop over that relation, in float64.
 """
@@ -24,11 +24,12 @@ import os
 import pathlib
 from dataclasses import dataclass
 
-os.environ["OMP_NUM_THREADS"] = "1"  # spconv's CPU scatter adds without atomics: with two threads rows lose a tap now and then
+# spconv's CPU code scatters without atomics: with two threads rows lose a tap now and then. Set before it is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np  # noqa: E402
-import spconv.pytorch as spconv  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import spconv.pytorch as spconv
+import torch
 
 FOLDER = pathlib.Path(__file__).parent
 MARGIN = 24  # sites between the scene and the walls of spconv's box, more than any kernel here reaches
@@ -66,6 +67,7 @@ def strided(name, kernel, strides, padding, dilation=None, op="conv", **more):
 CASES = [
     submanifold("subm3d_k3", (3, 3, 3)),
     submanifold("subm3d_k3_batch2", (3, 3, 3), batch_size=2, channels=(4, 16)),
+    submanifold("subm3d_k1", (1, 1, 1)),
     submanifold("subm3d_k131", (1, 3, 1)),
     submanifold("subm3d_k331", (3, 3, 1)),
     submanifold("subm3d_k135", (1, 3, 5)),
@@ -117,7 +119,7 @@ def spconv_layer(case, kind, *args, **kwargs):
 
 
 def run_spconv(case, sites, box, rng):
-    """Runs one layer. Returns input coords, input feats, weight (spconv's layout), output coords, output feats, output box."""
+    """Runs one layer: input coords, input feats, weight (spconv's layout), output coords, output feats, output box."""
     c_in, c_out = case.channels
     geometry = {"stride": case.strides, "padding": case.padding, "dilation": case.dilation}
     fine = spconv.SparseConvTensor(
@@ -185,7 +187,10 @@ def make(case, rng):
     coords, feats, weight, out_coords, out_feats, out_box = run_spconv(case, sites, box, rng)
     order = np.lexsort(out_coords.T[::-1])
     out_coords, out_feats = out_coords[order], out_feats[order]
-    kernel = np.moveaxis(weight, 0, -1).reshape(-1, *case.channels)  # [C_out, *taps, C_in] -> [K, C_in, C_out]
+    # [C_out, *taps, C_in] -> [K, C_in, C_out]; spconv reads the memory of 1x1 kernels as [C_in, C_out] all the same.
+    kernel = np.moveaxis(weight, 0, -1).reshape(-1, *case.channels)
+    if len(kernel) == 1:
+        kernel = weight.reshape(1, *case.channels)
 
     if not case.clipped:
         # A different move on each axis, so that swapped axes show; large enough to bring some coordinates below zero.
@@ -200,7 +205,7 @@ def make(case, rng):
         "conv": lambda: reachable(case, coords, out_box),
         "transpose": lambda: out_coords,  # given
     }[case.op]()
-    assert np.array_equal(out_coords, expected_sites), f"{case.name}: spconv's sites are not those of the index relation"
+    assert np.array_equal(out_coords, expected_sites), f"{case.name}: spconv has other sites"
     oracle = brute_force(case, coords, feats, kernel, out_coords)
     error = np.abs(out_feats - oracle).max() / np.abs(oracle).max()
     assert error < 1e-6, f"{case.name}: spconv differs from the index relation by {error:.1e} of the largest output"
