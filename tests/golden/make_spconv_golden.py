@@ -14,7 +14,10 @@ Each case is one `.npz` that `tests/test_golden.py` reads without knowing spconv
     out_feats   float32 [M, C_out], spconv's result
 
 spconv needs coordinates in a box that starts at 0. The index relation
-`fine = stride * coarse - padding + dilation * tap` does not change when the fine grid moves by `stride * s` and the coarse grid by `s`: cases without bounds are computed
+
+    fine = stride * coarse - padding + dilation * tap
+
+does not change when the fine grid moves by `stride * s` and the coarse grid by `s`: cases without bounds are computed
 far from the walls of the box and stored moved, with coordinates of both signs. Before a case is written it is checked
 against a brute-force loop over that relation, in float64.
 """
