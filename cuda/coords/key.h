@@ -2,10 +2,10 @@
 //
 // A site is int32 [1 + D]: batch, then D coordinates, D = 1..4. Its key is 64 bits, batch above the Morton code of the
 // coordinates (offset by half their range, so that order is numeric; the first axis is the most significant of each
-// bit triple). Sorting keys sorts sites by (batch, Morton); dropping low bits moves to a coarser grid.
+// bit group). Sorting keys sorts sites by (batch, Morton); dropping low bits moves to a coarser grid.
 //
 //     D   bits an axis   coordinate range     batch
-//     1        32        all of int32         0 .. 2^31 - 1
+//     1        31        +- 1,073,741,824      0 .. 2^31 - 1
 //     2        24        +- 8,388,608         0 .. 65,534
 //     3        18        +- 131,072           0 .. 1,022
 //     4        14        +- 8,192             0 .. 254
@@ -29,7 +29,7 @@ constexpr int kMaxDims = 4;
 constexpr Key kNoKey = ~Key{0};
 constexpr int32_t kPaddingCoord = INT32_MIN;  // every entry of a padding row
 
-JAXSPARSE_HD constexpr int axis_bits(int dims) { return dims == 1 ? 32 : dims == 2 ? 24 : dims == 3 ? 18 : 14; }
+JAXSPARSE_HD constexpr int axis_bits(int dims) { return dims == 1 ? 31 : dims == 2 ? 24 : dims == 3 ? 18 : 14; }
 
 JAXSPARSE_HD constexpr int64_t max_batch(int dims) {
   return dims == 1 ? INT32_MAX : (int64_t{1} << (64 - dims * axis_bits(dims))) - 2;
@@ -83,7 +83,7 @@ JAXSPARSE_HD uint64_t gather_bits(uint64_t v) {
     v = (v | v >> 12) & 0x000000ff000000ffull;
     v = (v | v >> 24) & 0x000000000000ffffull;
   } else {
-    v &= 0xffffffffull;
+    v &= 0x7fffffffull;
   }
   return v;
 }

@@ -1,0 +1,366 @@
+// What every handler checks before it touches a byte: dtypes, shapes and attributes, once for CPU and CUDA.
+//
+// One struct a custom call holds its sizes and decoded attributes; `check_<call>` fills it from the buffers or returns
+// an error that names the call, what is wrong, and the shapes of all operands. Sizes bind by name: the first operand
+// with a size sets it, every later one must agree. After a check, typed_data of the stated dtype is safe.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/coords/key.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxsparse {
+
+namespace ffi = xla::ffi;
+
+using Axes = ffi::Span<const int64_t>;  // a per-axis attribute
+using In = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+constexpr int64_t kUnbound = -1;
+constexpr int64_t kMaxTaps = 65536;
+constexpr int64_t kMaxAxisAttr = int64_t{1} << 30;  // times a 32-bit coordinate, it stays far inside int64
+
+inline std::string dtype_name(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::F16: return "float16";
+    case ffi::BF16: return "bfloat16";
+    case ffi::F32: return "float32";
+    case ffi::F64: return "float64";
+    case ffi::S32: return "int32";
+    case ffi::U32: return "uint32";
+    case ffi::U8: return "uint8";
+    default: return "dtype " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+inline bool is_feature_dtype(ffi::DataType dtype) {
+  return dtype == ffi::F16 || dtype == ffi::BF16 || dtype == ffi::F32 || dtype == ffi::F64;
+}
+
+inline bool is_16_bit(ffi::DataType dtype) { return dtype == ffi::F16 || dtype == ffi::BF16; }
+
+// Collects the first failure; builds strings only if there is one.
+class Checks {
+ public:
+  explicit Checks(const char* call) : call_(call) { operands_.reserve(9); }
+
+  void operand(const char* name, In buffer, ffi::DataType dtype, std::initializer_list<int64_t*> sizes) {
+    operands_.emplace_back(name, buffer);
+    if (!ok()) return;
+    if (buffer.element_type() != dtype) {
+      return fail(std::string(name) + " must be " + dtype_name(dtype));
+    }
+    if (buffer.dimensions().size() != sizes.size()) {
+      return fail(std::string(name) + " must have rank " + std::to_string(sizes.size()));
+    }
+    size_t axis = 0;
+    for (int64_t* size : sizes) {
+      const int64_t actual = buffer.dimensions()[axis];
+      if (*size == kUnbound) *size = actual;
+      if (actual != *size) {
+        return fail(std::string(name) + " must have size " + std::to_string(*size) + " on axis " +
+                    std::to_string(axis));
+      }
+      if (actual > INT32_MAX - 1 && dtype != ffi::U8) {
+        return fail(std::string(name) + " is too large on axis " + std::to_string(axis) +
+                    ": rows are numbered in int32");
+      }
+      ++axis;
+    }
+  }
+
+  void operand(const char* name, Out buffer, ffi::DataType dtype, std::initializer_list<int64_t*> sizes) {
+    operand(name, *buffer, dtype, sizes);
+  }
+
+  void require(bool holds, const char* what) {
+    if (ok() && !holds) fail(what);
+  }
+
+  void fail(std::string what) {
+    if (ok()) what_ = std::move(what);
+  }
+
+  bool ok() const { return what_.empty(); }
+
+  ffi::Error error() const {
+    if (ok()) return ffi::Error::Success();
+    std::string text = std::string(call_) + ": " + what_ + "; got";
+    for (const auto& [name, buffer] : operands_) {
+      text += std::string(" ") + name + " " + dtype_name(buffer.element_type()) + " [";
+      for (size_t a = 0; a < buffer.dimensions().size(); ++a) {
+        text += a ? ", " : "";
+        text += std::to_string(buffer.dimensions()[a]);
+      }
+      text += "]";
+    }
+    return ffi::Error::InvalidArgument(text);
+  }
+
+ private:
+  const char* call_;
+  std::string what_;
+  std::vector<std::pair<const char*, In>> operands_;
+};
+
+inline void check_dims(Checks& checks, int64_t columns, int* dims) {
+  checks.require(columns >= 2 && columns <= 1 + kMaxDims, "coords must have 2 to 5 columns, batch first");
+  *dims = static_cast<int>(columns - 1);
+}
+
+inline void check_segments(Checks& checks, int64_t rows, int64_t segments) {
+  checks.require(segments >= 1 && rows % segments == 0, "the rows must divide into as many equal segments as counts");
+}
+
+// Decodes the geometry attributes for `dims` axes.
+inline Geometry decode_geometry(Checks& checks, int dims, Axes kernel, Axes stride, Axes padding, Axes dilation) {
+  Geometry geometry{};
+  geometry.dims = dims;
+  const size_t n = static_cast<size_t>(dims);
+  if (kernel.size() != n || stride.size() != n || padding.size() != n || dilation.size() != n) {
+    checks.fail("kernel, stride, padding and dilation must have one entry an axis, " + std::to_string(dims) + " here");
+    return geometry;
+  }
+  int64_t volume = 1;
+  for (int a = 0; a < dims; ++a) {
+    geometry.kernel[a] = kernel[a];
+    geometry.stride[a] = stride[a];
+    geometry.padding[a] = padding[a];
+    geometry.dilation[a] = dilation[a];
+    checks.require(kernel[a] >= 1 && kernel[a] <= kMaxTaps, "kernel must be 1 to 65536 on each axis");
+    checks.require(stride[a] >= 1 && stride[a] <= kMaxAxisAttr, "stride must be 1 to 2^30");
+    checks.require(dilation[a] >= 1 && dilation[a] <= kMaxAxisAttr, "dilation must be 1 to 2^30");
+    checks.require(padding[a] >= -kMaxAxisAttr && padding[a] <= kMaxAxisAttr, "padding must be -2^30 to 2^30");
+    if (checks.ok()) volume *= kernel[a];
+    checks.require(volume <= kMaxTaps, "the kernel must have at most 65536 taps");
+  }
+  return geometry;
+}
+
+// --- 1 unique_sites ---
+
+struct UniqueSites {
+  int dims = 0;
+  int64_t points = kUnbound, capacity = kUnbound, workspace = kUnbound;
+};
+
+inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out found, Out row_of, Out workspace,
+                                     UniqueSites* s) {
+  Checks checks("jaxsparse_unique_sites_v1");
+  int64_t one = 1, columns = kUnbound;
+  checks.operand("coords", coords, ffi::S32, {&s->points, &columns});
+  checks.operand("count", count, ffi::S32, {&one});
+  checks.operand("sites", sites, ffi::S32, {&s->capacity, &columns});
+  checks.operand("found", found, ffi::S32, {&one});
+  checks.operand("row_of", row_of, ffi::S32, {&s->points});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  check_dims(checks, columns, &s->dims);
+  return checks.error();
+}
+
+// --- 2 coarse_sites ---
+
+struct CoarseSites {
+  Geometry geometry{};
+  bool bounded = false;
+  int64_t bounds[kMaxDims] = {};
+  int64_t rows = kUnbound, capacity = kUnbound, workspace = kUnbound;
+};
+
+inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out found, Out outside, Out workspace, Axes kernel,
+                                     Axes stride, Axes padding, Axes dilation, Axes bounds, CoarseSites* s) {
+  Checks checks("jaxsparse_coarse_sites_v1");
+  int64_t one = 1, columns = kUnbound;
+  int dims = 0;
+  checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
+  checks.operand("count", count, ffi::S32, {&one});
+  checks.operand("sites", sites, ffi::S32, {&s->capacity, &columns});
+  checks.operand("found", found, ffi::S32, {&one});
+  checks.operand("outside", outside, ffi::S32, {&one});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  check_dims(checks, columns, &dims);
+  if (!checks.ok()) return checks.error();
+  s->geometry = decode_geometry(checks, dims, kernel, stride, padding, dilation);
+  s->bounded = bounds.size() != 0;
+  checks.require(!s->bounded || bounds.size() == static_cast<size_t>(dims),
+                 "bounds must be empty or have one entry an axis");
+  for (int a = 0; s->bounded && checks.ok() && a < dims; ++a) s->bounds[a] = bounds[a];
+  return checks.error();
+}
+
+// --- 3 hash_build ---
+
+struct HashBuild {
+  int dims = 0;
+  int log2_slots = 0;
+  int64_t rows = kUnbound, slots = kUnbound;
+};
+
+inline int floor_log2(int64_t v) {
+  int log2 = 0;
+  while (v > 1) v >>= 1, ++log2;
+  return log2;
+}
+
+inline ffi::Error check_hash_build(In coords, In count, Out keys, Out rows, HashBuild* s) {
+  Checks checks("jaxsparse_hash_build_v1");
+  int64_t one = 1, two = 2, columns = kUnbound;
+  checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
+  checks.operand("count", count, ffi::S32, {&one});
+  checks.operand("keys", keys, ffi::U32, {&s->slots, &two});
+  checks.operand("rows", rows, ffi::S32, {&s->slots});
+  check_dims(checks, columns, &s->dims);
+  checks.require(s->slots >= 1 && (s->slots & (s->slots - 1)) == 0, "the number of slots must be a power of two");
+  checks.require(s->slots >= 2 * s->rows, "the number of slots must be at least twice the rows");
+  s->log2_slots = floor_log2(s->slots);
+  return checks.error();
+}
+
+// --- 4 kernel_map ---
+
+struct BuildKernelMap {
+  Geometry geometry{};
+  int log2_slots = 0;
+  int64_t slots = kUnbound, out_rows = kUnbound, taps = kUnbound, mask_words = kUnbound;
+};
+
+inline ffi::Error check_kernel_map(In keys, In rows, In out_coords, In out_count, Out table, Out masks, Axes kernel,
+                                   Axes stride, Axes padding, Axes dilation, BuildKernelMap* s) {
+  Checks checks("jaxsparse_kernel_map_v1");
+  int64_t one = 1, two = 2, columns = kUnbound;
+  int dims = 0;
+  checks.operand("keys", keys, ffi::U32, {&s->slots, &two});
+  checks.operand("rows", rows, ffi::S32, {&s->slots});
+  checks.operand("out_coords", out_coords, ffi::S32, {&s->out_rows, &columns});
+  checks.operand("out_count", out_count, ffi::S32, {&one});
+  check_dims(checks, columns, &dims);
+  if (checks.ok()) s->geometry = decode_geometry(checks, dims, kernel, stride, padding, dilation);
+  if (checks.ok()) {
+    s->taps = s->geometry.volume();
+    s->mask_words = (s->taps + 31) / 32;
+  }
+  checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
+  checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
+  checks.require(s->slots >= 1 && (s->slots & (s->slots - 1)) == 0, "the number of slots must be a power of two");
+  s->log2_slots = floor_log2(s->slots);
+  return checks.error();
+}
+
+// --- 5 reverse_table ---
+
+struct ReverseTable {
+  int64_t taps = kUnbound, out_rows = kUnbound, in_rows = kUnbound, segments = kUnbound, mask_words = kUnbound;
+};
+
+inline ffi::Error check_reverse_table(In table, In out_counts, Out reverse, Out masks, ReverseTable* s) {
+  Checks checks("jaxsparse_reverse_table_v1");
+  checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
+  if (checks.ok()) s->mask_words = (s->taps + 31) / 32;
+  checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
+  checks.operand("reverse", reverse, ffi::S32, {&s->taps, &s->in_rows});
+  checks.operand("masks", masks, ffi::U32, {&s->in_rows, &s->mask_words});
+  checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
+  check_segments(checks, s->out_rows, s->segments);
+  return checks.error();
+}
+
+// --- 6 conv_forward, 7 conv_wgrad ---
+
+struct Conv {
+  ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
+  ffi::DataType out_dtype = ffi::DataType::INVALID;  // of y, or of dw
+  bool exact = false;                      // float32 products in full: no TF32
+  int tile_rows = 0;
+  int64_t taps = kUnbound, in_rows = kUnbound, out_rows = kUnbound, in_channels = kUnbound, out_channels = kUnbound;
+  int64_t segments = kUnbound, mask_words = kUnbound, workspace = kUnbound;
+};
+
+// What both convolutions share: the map, the dtypes, the attributes.
+inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, ffi::DataType out_dtype,
+                       int64_t precision, int64_t tile_rows, Conv* s) {
+  s->dtype = x.element_type();
+  s->out_dtype = out_dtype;
+  checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
+  checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
+  if (checks.ok()) s->mask_words = (s->taps + 31) / 32;
+  checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
+  checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
+  checks.require(is_feature_dtype(s->dtype), "x must be float16, bfloat16, float32 or float64");
+  checks.require(out_dtype == s->dtype || (out_dtype == ffi::F32 && is_16_bit(s->dtype)),
+                 "the result must have the dtype of x, or float32 where x has 16 bits");
+  checks.require(precision >= 0 && precision <= 2, "precision must be 0 (default), 1 (high) or 2 (highest)");
+  checks.require(tile_rows == 32 || tile_rows == 64 || tile_rows == 128, "tile_rows must be 32, 64 or 128");
+  checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
+  checks.require(s->in_channels >= 1, "x must have at least one channel");
+  check_segments(checks, s->out_rows, s->segments);
+  s->exact = precision != 0;
+  s->tile_rows = static_cast<int>(tile_rows);
+}
+
+inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_counts, Out y, int64_t precision,
+                                     int64_t tile_rows, Conv* s) {
+  Checks checks("jaxsparse_conv_forward_v1");
+  check_conv(checks, x, table, masks, out_counts, y->element_type(), precision, tile_rows, s);
+  checks.operand("w", w, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  checks.operand("y", y, s->out_dtype, {&s->out_rows, &s->out_channels});
+  checks.require(s->out_channels >= 1, "w must have at least one output channel");
+  return checks.error();
+}
+
+inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
+                                   int64_t precision, int64_t tile_rows, Conv* s) {
+  Checks checks("jaxsparse_conv_wgrad_v1");
+  check_conv(checks, x, table, masks, out_counts, dw->element_type(), precision, tile_rows, s);
+  checks.operand("g", g, s->dtype, {&s->out_rows, &s->out_channels});
+  checks.operand("dw", dw, s->out_dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(s->out_channels >= 1, "g must have at least one channel");
+  return checks.error();
+}
+
+// --- 8 invert_index ---
+
+struct InvertIndex {
+  int64_t positions = kUnbound, values = 0, workspace = kUnbound;
+};
+
+inline ffi::Error check_invert_index(In index, Out order, Out offsets, Out workspace, InvertIndex* s) {
+  Checks checks("jaxsparse_invert_index_v1");
+  int64_t ends = kUnbound;
+  checks.operand("index", index, ffi::S32, {&s->positions});
+  checks.operand("order", order, ffi::S32, {&s->positions});
+  checks.operand("offsets", offsets, ffi::S32, {&ends});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(ends >= 1, "offsets must have one entry more than there are values");
+  s->values = ends - 1;
+  return checks.error();
+}
+
+// --- 9 segment_sum ---
+
+struct SegmentSum {
+  ffi::DataType dtype = ffi::DataType::INVALID;
+  int64_t positions = kUnbound, values = kUnbound, channels = kUnbound;
+};
+
+inline ffi::Error check_segment_sum(In x, In order, In offsets, Out y, SegmentSum* s) {
+  Checks checks("jaxsparse_segment_sum_v1");
+  int64_t ends = kUnbound;
+  s->dtype = x.element_type();
+  checks.operand("x", x, s->dtype, {&s->positions, &s->channels});
+  checks.operand("order", order, ffi::S32, {&s->positions});
+  checks.operand("y", y, s->dtype, {&s->values, &s->channels});
+  if (checks.ok()) ends = s->values + 1;
+  checks.operand("offsets", offsets, ffi::S32, {&ends});
+  checks.require(is_feature_dtype(s->dtype), "x must be float16, bfloat16, float32 or float64");
+  checks.require(s->channels >= 1, "x must have at least one channel");
+  return checks.error();
+}
+
+}  // namespace jaxsparse

@@ -1,0 +1,30 @@
+// The two inner loops of the convolution, compiled once for each instruction set and chosen when the module loads.
+#pragma once
+
+#include <cstdint>
+
+namespace jaxsparse::cpu {
+
+// Columns are handled in vectors of 64 bytes: 16 floats or 8 doubles. Callers pad their buffers to whole vectors.
+template <typename T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+template <typename T>
+struct InnerLoops {
+  // For each pair p: y[y_row[p]] += x[x_row[p]] @ w, with w [c_in, columns], y rows `columns` apart, x rows c_in apart.
+  // `columns` is a whole number of vectors and w, y are 64-byte aligned.
+  void (*gather_gemm)(const T* x, const int32_t* x_row, const T* w, const int32_t* y_row, int64_t pairs, int64_t c_in,
+                      int64_t columns, T* y);
+  // dw[i, :] += sum over p of x[p, i] * g[p, :], with x [pairs, c_in], g [pairs, columns], dw [c_in, columns].
+  void (*outer_sum)(const T* x, const T* g, int64_t pairs, int64_t c_in, int64_t columns, T* dw);
+};
+
+// The argument only picks the element type. The latter two exist on x86-64 alone.
+InnerLoops<float> loops_baseline(float);
+InnerLoops<double> loops_baseline(double);
+InnerLoops<float> loops_avx2(float);
+InnerLoops<double> loops_avx2(double);
+InnerLoops<float> loops_avx512(float);
+InnerLoops<double> loops_avx512(double);
+
+}  // namespace jaxsparse::cpu

@@ -1,0 +1,241 @@
+// The custom calls on the CPU: decode, check, run on XLA's thread pool.
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "bindings/checks.h"
+#include "bindings/cpu/conv.h"
+#include "bindings/cpu/coords.h"
+#include "bindings/cpu/rows.h"
+#include "bindings/handlers.h"
+
+namespace jaxsparse {
+namespace {
+
+// Runs tasks on the calling thread and on XLA's pool. The caller takes tasks too and waits only for tasks that some
+// thread has begun, so a pool whose threads all wait here still makes progress.
+class PoolParallelFor {
+ public:
+  explicit PoolParallelFor(ffi::ThreadPool pool) : pool_(pool) {}
+
+  void operator()(int64_t tasks, const std::function<void(int64_t)>& body) const {
+    const int64_t helpers = std::min<int64_t>(pool_.num_threads(), tasks) - 1;
+    if (helpers <= 0) {
+      for (int64_t i = 0; i < tasks; ++i) body(i);
+      return;
+    }
+    auto shared = std::make_shared<Shared>(tasks, body);  // outlives this call in helpers that start late
+    for (int64_t h = 0; h < helpers; ++h) pool_.Schedule([shared] { shared->work(); });
+    shared->work();
+    std::unique_lock lock(shared->mutex);
+    shared->all_done.wait(lock, [&] { return shared->done == tasks; });
+    if (shared->failure) std::rethrow_exception(shared->failure);
+  }
+
+ private:
+  struct Shared {
+    Shared(int64_t n, const std::function<void(int64_t)>& b) : tasks(n), body(b) {}
+
+    void work() {
+      for (int64_t i = next++; i < tasks; i = next++) {
+        std::exception_ptr thrown;
+        try {
+          body(i);
+        } catch (...) {
+          thrown = std::current_exception();
+        }
+        std::lock_guard lock(mutex);
+        if (thrown && !failure) failure = thrown;
+        if (++done == tasks) all_done.notify_one();
+      }
+    }
+
+    const int64_t tasks;
+    const std::function<void(int64_t)>& body;  // read only while a task is left, when the caller still waits
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    int64_t done = 0;
+    std::exception_ptr failure;
+  };
+
+  mutable ffi::ThreadPool pool_;
+};
+
+// Turns what the body throws (memory that cannot be had) into an error of the call.
+template <typename F>
+ffi::Error guarded(const char* call, F&& body) {
+  try {
+    body();
+    return ffi::Error::Success();
+  } catch (const std::exception& e) {
+    return ffi::Error::Internal(std::string(call) + ": " + e.what());
+  }
+}
+
+template <typename T>
+T* data(In buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+template <typename T>
+T* data(Out& buffer) {
+  return static_cast<T*>(buffer->untyped_data());
+}
+
+int64_t clamp_count(In count, int64_t rows) { return std::clamp<int64_t>(*data<int32_t>(count), 0, rows); }
+
+// Calls f(T{}) for float and double; other dtypes are cast before they get here.
+template <typename F>
+ffi::Error for_float(const char* call, ffi::DataType dtype, F&& f) {
+  if (dtype == ffi::F32) return guarded(call, [&] { f(float{}); });
+  if (dtype == ffi::F64) return guarded(call, [&] { f(double{}); });
+  return ffi::Error::InvalidArgument(std::string(call) + ": the CPU computes in float32 or float64, got " +
+                                     dtype_name(dtype));
+}
+
+ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out row_of, Out workspace) {
+  UniqueSites s;
+  if (auto e = check_unique_sites(coords, count, sites, found, row_of, workspace, &s); e.failure()) return e;
+  return guarded("jaxsparse_unique_sites_v1", [&] {
+    cpu::unique_sites(PoolParallelFor(pool), s.dims, data<int32_t>(coords), s.points, clamp_count(count, s.points),
+                      s.capacity, data<int32_t>(sites), data<int32_t>(found), data<int32_t>(row_of));
+  });
+}
+
+ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out outside, Out workspace,
+                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds) {
+  CoarseSites s;
+  if (auto e = check_coarse_sites(coords, count, sites, found, outside, workspace, kernel, stride, padding, dilation,
+                                  bounds, &s);
+      e.failure()) {
+    return e;
+  }
+  return guarded("jaxsparse_coarse_sites_v1", [&] {
+    cpu::coarse_sites(PoolParallelFor(pool), s.geometry, s.bounded ? s.bounds : nullptr, data<int32_t>(coords),
+                      clamp_count(count, s.rows), s.capacity, data<int32_t>(sites), data<int32_t>(found),
+                      data<int32_t>(outside));
+  });
+}
+
+ffi::Error hash_build(ffi::ThreadPool pool, In coords, In count, Out keys, Out rows) {
+  HashBuild s;
+  if (auto e = check_hash_build(coords, count, keys, rows, &s); e.failure()) return e;
+  return guarded("jaxsparse_hash_build_v1", [&] {
+    cpu::hash_build(PoolParallelFor(pool), s.dims, data<int32_t>(coords), clamp_count(count, s.rows), s.slots,
+                    data<Key>(keys), data<int32_t>(rows));
+  });
+}
+
+ffi::Error kernel_map(ffi::ThreadPool pool, In keys, In rows, In out_coords, In out_count, Out table, Out masks,
+                      Axes kernel, Axes stride, Axes padding, Axes dilation) {
+  BuildKernelMap s;
+  if (auto e = check_kernel_map(keys, rows, out_coords, out_count, table, masks, kernel, stride, padding, dilation, &s);
+      e.failure()) {
+    return e;
+  }
+  return guarded("jaxsparse_kernel_map_v1", [&] {
+    cpu::kernel_map(PoolParallelFor(pool), s.geometry, data<Key>(keys), data<int32_t>(rows), s.slots,
+                    data<int32_t>(out_coords), s.out_rows, clamp_count(out_count, s.out_rows), data<int32_t>(table),
+                    data<uint32_t>(masks));
+  });
+}
+
+ffi::Error reverse_table(ffi::ThreadPool pool, In table, In out_counts, Out reverse, Out masks) {
+  ReverseTable s;
+  if (auto e = check_reverse_table(table, out_counts, reverse, masks, &s); e.failure()) return e;
+  return guarded("jaxsparse_reverse_table_v1", [&] {
+    const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
+    cpu::reverse_table(PoolParallelFor(pool), s.taps, data<int32_t>(table), out, s.in_rows, data<int32_t>(reverse),
+                       data<uint32_t>(masks));
+  });
+}
+
+ffi::Error conv_forward(ffi::ThreadPool pool, In x, In w, In table, In masks, In out_counts, Out y, int64_t precision,
+                        int64_t tile_rows) {
+  Conv s;
+  if (auto e = check_conv_forward(x, w, table, masks, out_counts, y, precision, tile_rows, &s); e.failure()) return e;
+  const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
+  return for_float("jaxsparse_conv_forward_v1", s.dtype, [&](auto t) {
+    using T = decltype(t);
+    cpu::conv_forward(PoolParallelFor(pool), data<T>(x), data<T>(w), data<int32_t>(table), out, s.taps, s.in_channels,
+                      s.out_channels, s.tile_rows, data<T>(y));
+  });
+}
+
+ffi::Error conv_wgrad(ffi::ThreadPool pool, In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
+                      int64_t precision, int64_t tile_rows) {
+  Conv s;
+  if (auto e = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, precision, tile_rows, &s); e.failure()) {
+    return e;
+  }
+  const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
+  return for_float("jaxsparse_conv_wgrad_v1", s.dtype, [&](auto t) {
+    using T = decltype(t);
+    cpu::conv_wgrad(PoolParallelFor(pool), data<T>(x), data<T>(g), data<int32_t>(table), out, s.taps, s.in_channels,
+                    s.out_channels, data<T>(dw));
+  });
+}
+
+ffi::Error invert_index(In index, Out order, Out offsets, Out workspace) {
+  InvertIndex s;
+  if (auto e = check_invert_index(index, order, offsets, workspace, &s); e.failure()) return e;
+  return guarded("jaxsparse_invert_index_v1", [&] {
+    cpu::invert_index(data<int32_t>(index), s.positions, s.values, data<int32_t>(order), data<int32_t>(offsets));
+  });
+}
+
+ffi::Error segment_sum(ffi::ThreadPool pool, In x, In order, In offsets, Out y) {
+  SegmentSum s;
+  if (auto e = check_segment_sum(x, order, offsets, y, &s); e.failure()) return e;
+  return for_float("jaxsparse_segment_sum_v1", s.dtype, [&](auto t) {
+    using T = decltype(t);
+    cpu::segment_sum(PoolParallelFor(pool), data<T>(x), s.channels, data<int32_t>(order), data<int32_t>(offsets),
+                     s.values, data<T>(y));
+  });
+}
+
+// The bindings: operands, results and attributes in the order of the functions above.
+const auto kCall = [] { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); };
+
+XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites,
+                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kCoarseSites, coarse_sites,
+                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>().Attr<Axes>("kernel").Attr<Axes>("stride").Attr<Axes>("padding")
+                           .Attr<Axes>("dilation").Attr<Axes>("bounds"));
+XLA_FFI_DEFINE_HANDLER(kHashBuild, hash_build,
+                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map,
+                       kCall().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
+                           .Attr<Axes>("kernel").Attr<Axes>("stride").Attr<Axes>("padding").Attr<Axes>("dilation"));
+XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table,
+                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward,
+                       kCall().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>()
+                           .Attr<int64_t>("precision").Attr<int64_t>("tile_rows"));
+XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad,
+                       kCall().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>().Attr<int64_t>("precision").Attr<int64_t>("tile_rows"));
+XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index,
+                       ffi::Ffi::Bind().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum,
+                       kCall().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>());
+
+}  // namespace
+
+const Handlers& cpu_handlers() {
+  static const Handlers handlers = {
+      {"jaxsparse_unique_sites_v1", kUniqueSites}, {"jaxsparse_coarse_sites_v1", kCoarseSites},
+      {"jaxsparse_hash_build_v1", kHashBuild},     {"jaxsparse_kernel_map_v1", kKernelMap},
+      {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},
+      {"jaxsparse_conv_wgrad_v1", kConvWgrad},     {"jaxsparse_invert_index_v1", kInvertIndex},
+      {"jaxsparse_segment_sum_v1", kSegmentSum},
+  };
+  return handlers;
+}
+
+}  // namespace jaxsparse

@@ -1,0 +1,56 @@
+"""Every JAX name that moves between versions, in one place (jax 0.10 to 0.12)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive, get_opaque_trace_state
+from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import PartitionSpec
+
+__all__ = [
+    "Primitive",
+    "ad",
+    "apply_primitive",
+    "batching",
+    "mlir",
+    "out_aval",
+    "promote",
+    "trace_state",
+]
+
+apply_primitive = xla.apply_primitive
+
+
+def trace_state():
+    """What tells one trace from another; equal states may share traced values."""
+    return get_opaque_trace_state()
+
+
+def _varying_axes(x) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def promote(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Makes the operands of one bind agree inside `shard_map`: each varies over the union of all their mesh axes.
+
+    A primitive that skips this gives wrong gradients there without an error: the transpose of the cast is the sum over
+    devices. On an explicit mesh the operands are made replicated first, since a custom call sees whole arrays.
+    """
+    union = frozenset().union(*map(_varying_axes, operands))
+    out = []
+    for x in operands:
+        sharding = jax.typeof(x).sharding
+        if any(entry is not None for entry in sharding.spec):
+            x = jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*[None] * x.ndim)))
+        missing = tuple(sorted(union - _varying_axes(x)))
+        out.append(lax.pcast(x, missing, to="varying") if missing else x)
+    return out
+
+
+def out_aval(like, shape: Sequence[int], dtype):
+    """The abstract value of a result: `like`'s mesh and varying axes, another shape and dtype."""
+    sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
+    return like.update(shape=tuple(shape), dtype=jax.dtypes.canonicalize_dtype(dtype), sharding=sharding, weak_type=False)

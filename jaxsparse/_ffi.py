@@ -1,0 +1,81 @@
+"""The XLA boundary: every custom call is registered and called here.
+
+A target's name is an ABI, since exported models hold it: a change of operands, results, attributes or meaning takes a
+new version suffix.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jaxlib
+import numpy as np
+
+from jaxsparse import _native
+
+TARGETS = (
+    "jaxsparse_unique_sites_v1",
+    "jaxsparse_coarse_sites_v1",
+    "jaxsparse_hash_build_v1",
+    "jaxsparse_kernel_map_v1",
+    "jaxsparse_reverse_table_v1",
+    "jaxsparse_conv_forward_v1",
+    "jaxsparse_conv_wgrad_v1",
+    "jaxsparse_invert_index_v1",
+    "jaxsparse_segment_sum_v1",
+)
+
+DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
+"""Pass as `jax.export.export(..., disabled_checks=jaxsparse.DISABLE_JAX_EXPORT_CHECKS)`: the names are kept stable."""
+
+
+def _runtime_ffi_version() -> tuple[int, int]:
+    """The FFI API version of the installed jaxlib, read from the header that it ships."""
+    header = pathlib.Path(jaxlib.__file__).parent / "include/xla/ffi/api/c_api.h"
+    text = header.read_text()
+    return tuple(int(re.search(rf"define XLA_FFI_API_{part} (\d+)", text)[1]) for part in ("MAJOR", "MINOR"))
+
+
+def _check_versions() -> None:
+    """Refuses a jaxlib older than the one built against.
+
+    XLA answers a handler from newer headers with an error that stops the whole CPU backend from starting, so the check
+    comes before the first registration.
+    """
+    built, runtime = _native.ffi_version(), _runtime_ffi_version()
+    if built[0] != runtime[0] or built[1] > runtime[1]:
+        raise ImportError(
+            f"jaxsparse was built against jaxlib {_native.jaxlib_version()} (FFI API {built[0]}.{built[1]}), but jaxlib "
+            f"{jaxlib.__version__} is installed (FFI API {runtime[0]}.{runtime[1]}); install jaxlib "
+            f"{_native.jaxlib_version()} or newer, or rebuild jaxsparse against jaxlib {jaxlib.__version__}."
+        )
+
+
+def _register() -> None:
+    for platform, handlers in (("cpu", _native.cpu_handlers()), ("CUDA", _native.cuda_handlers())):
+        for name in TARGETS:
+            if handlers:
+                jax.ffi.register_ffi_target(name, handlers[name], platform=platform)
+
+
+_check_versions()
+_register()
+
+
+def call(
+    target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: int | Sequence[int]
+) -> list[jax.Array]:
+    """Calls a custom-call target. Attributes cross as 64-bit integers, sequences as arrays of them."""
+    if target not in TARGETS:
+        raise ValueError(f"no custom-call target {target!r}; registered: {TARGETS}")
+    return jax.ffi.ffi_call(target, list(results))(*operands, **_encode(attributes))
+
+
+def _encode(attributes: Mapping[str, int | Sequence[int]]) -> dict:
+    return {
+        name: np.int64(value) if isinstance(value, int) else np.asarray(value, np.int64)
+        for name, value in attributes.items()
+    }

@@ -1,0 +1,73 @@
+"""One way to make a primitive: shapes in, one implementation a platform, batching beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxsparse._compat import Primitive, ad, apply_primitive, batching, mlir, out_aval, promote
+
+Shapes = Sequence[tuple[Sequence[int], Any]]
+
+
+class Op:
+    """A primitive of several results with a lowering for each platform.
+
+    Args:
+      name: the primitive's name, as it shows in a jaxpr.
+      shapes: `(*operand_avals, **params) -> [(shape, dtype), ...]`.
+      custom_call: JAX code that emits the custom calls, `(platform, *operands, **params) -> results`, used on CPU and
+        CUDA where `params["implementation"]` is "auto".
+      reference: plain JAX code with the same results, `(*operands, **params) -> results`, used where
+        `params["implementation"]` is "xla" and on every other platform.
+    """
+
+    def __init__(self, name: str, shapes: Callable[..., Shapes], custom_call: Callable, reference: Callable):
+        self.primitive = Primitive(name)
+        self.primitive.multiple_results = True
+        self.primitive.def_impl(lambda *operands, **params: apply_primitive(self.primitive, *operands, **params))
+        self.primitive.def_abstract_eval(
+            lambda *avals, **params: [out_aval(avals[0], *shape) for shape in shapes(*avals, **params)]
+        )
+
+        def lower(platform):
+            def run(*operands, implementation, **params):
+                if implementation == "xla" or platform is None:
+                    return list(reference(*operands, **params))
+                return list(custom_call(platform, *operands, **params))
+
+            return mlir.lower_fun(run, multiple_results=True)
+
+        for platform in ("cpu", "cuda"):
+            mlir.register_lowering(self.primitive, lower(platform), platform=platform)
+        mlir.register_lowering(self.primitive, lower(None))
+        self.set_batching(self.loop_over_batch)
+
+    def __call__(self, *operands: jax.Array, **params) -> list[jax.Array]:
+        params.setdefault("implementation", "auto")
+        return self.primitive.bind(*promote(operands), **params)
+
+    def set_batching(self, rule: Callable) -> None:
+        """Sets the `vmap` rule: `rule(operands, dims, **params) -> (results, result_dims)`."""
+        batching.primitive_batchers[self.primitive] = rule
+
+    def set_linear(self, jvp: Callable, transpose: Callable) -> None:
+        """Sets the derivative rules of an op that is linear in each of its float operands."""
+        ad.primitive_jvps[self.primitive] = jvp
+        ad.primitive_transposes[self.primitive] = transpose
+
+    def loop_over_batch(self, operands, dims, **params):
+        """The `vmap` rule that always holds: one call after another."""
+        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+        batched = [batching.bdim_at_front(x, d, size) for x, d in zip(operands, dims, strict=True) if d is not None]
+        whole = [x if d is None else None for x, d in zip(operands, dims, strict=True)]
+
+        def one(batched_operands):
+            rest = iter(batched_operands)
+            return self(*[next(rest) if x is None else x for x in whole], **params)
+
+        results = lax.map(one, batched)
+        return results, [0] * len(results)

@@ -1,0 +1,101 @@
+"""The geometry of a kernel: sizes, strides, padding and dilation an axis, and the one index relation.
+
+    fine = stride * coarse - padding + dilation * tap,    tap = 0 .. kernel - 1
+
+Taps are numbered row-major over the axes, the last axis fastest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+
+AxisInts = int | Sequence[int]
+
+
+def per_axis(name: str, value: AxisInts, dims: int, least: int = 1) -> tuple[int, ...]:
+    """One integer an axis, from an integer or a sequence of `dims` of them.
+
+    Raises:
+      ValueError: names the argument, its value and what it must be.
+    """
+    try:
+        entries = (operator.index(value),) * dims
+    except TypeError:
+        try:
+            entries = tuple(operator.index(v) for v in value)
+        except TypeError:
+            raise TypeError(f"`{name}` (={value!r}) must be an integer or a sequence of integers, one an axis.") from None
+    if len(entries) != dims:
+        raise ValueError(f"`{name}` (={value!r}) must have one entry for each of the {dims} spatial axes.")
+    if min(entries) < least:
+        raise ValueError(f"`{name}` (={value!r}) must be at least {least} on every axis.")
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A kernel's geometry, one entry an axis in each field."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def create(
+        cls,
+        dims: int,
+        kernel_size: AxisInts,
+        strides: AxisInts = 1,
+        padding: AxisInts | None = None,
+        dilation: AxisInts = 1,
+    ) -> Geometry:
+        """Checks the arguments and fills them in for `dims` axes.
+
+        Padding defaults to `dilation * ((kernel - 1) // 2)`: kernel 3 reaches -1, 0, 1 and kernel 2 reaches 0, 1.
+        """
+        kernel = per_axis("kernel_size", kernel_size, dims)
+        dilation = per_axis("dilation", dilation, dims)
+        if padding is None:
+            padding = tuple(d * ((k - 1) // 2) for k, d in zip(kernel, dilation, strict=True))
+        else:
+            padding = per_axis("padding", padding, dims, least=-(2**30))
+        geometry = cls(kernel, per_axis("strides", strides, dims), padding, dilation)
+        if geometry.volume > 65536:
+            raise ValueError(f"`kernel_size` (={kernel_size}) has {geometry.volume} taps; at most 65536 are supported.")
+        return geometry
+
+    @property
+    def volume(self) -> int:
+        """Number of taps, K."""
+        return math.prod(self.kernel)
+
+    @property
+    def taps(self) -> list[tuple[int, ...]]:
+        """The taps in order, one entry an axis each."""
+        return list(itertools.product(*map(range, self.kernel)))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each output site sees exactly the input site at the same place: a product for each row, no map."""
+        return self.volume == 1 and set(self.stride) == {1} and set(self.padding) == {0}
+
+    def coarse_per_site(self) -> int:
+        """At most how many coarse sites have a window that holds one fine site."""
+        periods = [s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
+        return math.prod(-(-k // p) for k, p in zip(self.kernel, periods, strict=True))
+
+    def coarse_bounds(self, bounds: Sequence[int]) -> tuple[int, ...]:
+        """Sizes of the coarse grid whose windows lie over a fine grid of sizes `bounds`, as in a dense convolution."""
+        return tuple(
+            max((b + 2 * p - d * (k - 1) - 1) // s + 1, 1)
+            for b, k, s, p, d in zip(bounds, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+
+    def attributes(self) -> dict[str, tuple[int, ...]]:
+        """The geometry as custom-call attributes."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,222 @@
+"""Sparse convolution layers (Flax NNX)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Required, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxsparse import ops
+from jaxsparse.geometry import AxisInts, Geometry
+from jaxsparse.kernel_map import KernelMap
+from jaxsparse.nn.linear import check_features, check_input, compute_dtype
+from jaxsparse.ops import ConvConfig
+from jaxsparse.ops.conv.api import canonical_precision
+from jaxsparse.sites import Sites
+from jaxsparse.tensor import SparseTensor
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class ConvOptions(TypedDict, total=False):
+    """Keyword arguments that all convolution layers take, in the manner of `flax.nnx.Conv`.
+
+    strides, padding, dilation: integers, or one an axis; 1, `dilation * ((kernel_size - 1) // 2)` and 1 by default.
+    dims: number of spatial axes, needed where all sizes are integers and it is not 3.
+    use_bias: whether to add a bias; True by default.
+    dtype: of inputs and products; by default the promotion of input and parameters. Sums are float32 or wider.
+    param_dtype: of the parameters; float32 by default.
+    precision: of float32 products, as jax spells it.
+    kernel_init, bias_init: initialisers; LeCun normal (fan-in `K * C_in`) and zeros by default.
+    config: choice of kernel, `jaxsparse.ops.ConvConfig`.
+    rngs: source of the initial parameters.
+    """
+
+    strides: AxisInts
+    padding: AxisInts | None
+    dilation: AxisInts
+    dims: int | None
+    use_bias: bool
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    precision: lax.PrecisionLike
+    kernel_init: Initializer
+    bias_init: Initializer
+    config: ConvConfig | None
+    rngs: Required[nnx.Rngs]
+
+
+class _Conv(nnx.Module):
+    """The parameters and options of all convolution layers."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: AxisInts,
+        *,
+        strides: AxisInts = 1,
+        padding: AxisInts | None = None,
+        dilation: AxisInts = 1,
+        dims: int | None = None,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),  # noqa: B008
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        config: ConvConfig | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_features(in_features, out_features)
+        if dims is None:
+            sizes = [s for s in (kernel_size, strides, padding, dilation) if isinstance(s, Sequence)]
+            dims = len(sizes[0]) if sizes else 3
+        geometry = Geometry.create(dims, kernel_size, strides, padding, dilation)
+        canonical_precision(precision)  # refuses what is none
+        self.in_features, self.out_features = in_features, out_features
+        self.kernel_size, self.strides = geometry.kernel, geometry.stride
+        self.padding, self.dilation = geometry.padding, geometry.dilation
+        self.dtype, self.precision, self.config = dtype, precision, config
+        shape = (geometry.volume, in_features, out_features)
+        self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+
+    def _prepare(self, x: SparseTensor) -> tuple[SparseTensor, jax.Array, dict]:
+        """The input in the compute dtype, the kernel, and the options that `ops` takes."""
+        check_input(self, x, self.in_features)
+        kernel = self.kernel[...]
+        options = {
+            "bias": None if self.bias is None else self.bias[...],
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "precision": self.precision,
+            "config": self.config,
+        }
+        return x.astype(compute_dtype(self.dtype, x, kernel)), kernel, options
+
+
+class SubMConv(_Conv):
+    """Submanifold convolution: the output has the sites of the input (Graham et al., CVPR 2018, section 3).
+
+        conv = SubMConv(4, 32, 3, use_bias=False, rngs=nnx.Rngs(0))
+        y = conv(x)  # features [N, 4] to [N, 32]
+
+    Args:
+      in_features, out_features: channels, C_in and C_out.
+      kernel_size: an integer, or one an axis.
+      **options: see `ConvOptions`; strides must be 1.
+
+    Attributes:
+      kernel: parameter `[K, C_in, C_out]`, taps row-major over the axes, last axis fastest.
+      bias: parameter `[C_out]`, or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: AxisInts, **options: Unpack[ConvOptions]):
+        super().__init__(in_features, out_features, kernel_size, **options)
+        if set(self.strides) != {1}:
+            raise ValueError(f"SubMConv: `strides` (={self.strides}) must be 1; use SparseConv to change the grid.")
+
+    def __call__(self, x: SparseTensor, *, kernel_map: KernelMap | None = None) -> SparseTensor:
+        """Features `[N, C_in]` to `[N, C_out]` on the same sites; `kernel_map` as in `jaxsparse.ops.conv`."""
+        x, kernel, options = self._prepare(x)
+        return ops.conv(x, kernel, sites="submanifold", kernel_map=kernel_map, **options)
+
+
+class SparseConv(_Conv):
+    """Sparse convolution onto new sites, usually of a coarser grid.
+
+        down = SparseConv(32, 64, 3, strides=2, rngs=nnx.Rngs(0))
+        y = down(x)
+
+    Args:
+      in_features, out_features: channels, C_in and C_out.
+      kernel_size: an integer, or one an axis.
+      sites: "reachable" for every site whose window holds an input site (spconv, TorchSparse), "floor" for
+        `floor(fine / strides)` (MinkowskiEngine).
+      capacity: rows of the output; by default the `capacities` of the input's sites decide, else as many as the input
+        has for floor sites and twice that for reachable ones.
+      **options: see `ConvOptions`.
+
+    Attributes:
+      kernel: parameter `[K, C_in, C_out]`, taps row-major over the axes, last axis fastest.
+      bias: parameter `[C_out]`, or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: AxisInts,
+        *,
+        sites: str = "reachable",
+        capacity: int | None = None,
+        **options: Unpack[ConvOptions],
+    ):
+        super().__init__(in_features, out_features, kernel_size, **options)
+        if sites not in ("reachable", "floor"):
+            raise ValueError(f'SparseConv: `sites` (={sites!r}) must be "reachable" or "floor".')
+        self.sites, self.capacity = sites, capacity
+
+    def __call__(
+        self, x: SparseTensor, *, like: SparseTensor | Sites | None = None, kernel_map: KernelMap | None = None
+    ) -> SparseTensor:
+        """Features `[N, C_in]` to `[N_out, C_out]`.
+
+        Args:
+          x: the input.
+          like: tensor or sites to compute, in place of those that `sites` makes.
+          kernel_map: the map to use, with `like`; see `jaxsparse.ops.conv`.
+        """
+        x, kernel, options = self._prepare(x)
+        sites = like.sites if isinstance(like, SparseTensor) else like
+        if sites is None:
+            sites, options["capacity"] = self.sites, self.capacity
+        return ops.conv(x, kernel, sites=sites, kernel_map=kernel_map, **options)
+
+
+class SparseConvTranspose(_Conv):
+    """Transposed sparse convolution onto the sites of a given tensor: `out[fine] += x[coarse] @ kernel[tap]`.
+
+        up = SparseConvTranspose(64, 32, 3, strides=2, rngs=nnx.Rngs(0))
+        y = up(down(x), like=x)
+
+    Args:
+      in_features, out_features: channels, C_in and C_out.
+      kernel_size: an integer, or one an axis.
+      **options: see `ConvOptions`; strides, padding and dilation are those of the convolution that is transposed.
+
+    Attributes:
+      kernel: parameter `[K, C_in, C_out]`, taps row-major over the axes, last axis fastest, not flipped.
+      bias: parameter `[C_out]`, or None.
+    """
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: AxisInts, **options: Unpack[ConvOptions]):
+        super().__init__(in_features, out_features, kernel_size, **options)
+
+    def __call__(
+        self, x: SparseTensor, like: SparseTensor | Sites | None = None, *, kernel_map: KernelMap | None = None
+    ) -> SparseTensor:
+        """Features `[N_coarse, C_in]` to `[N_fine, C_out]` on the sites of `like`.
+
+        Raises:
+          ValueError: without `like`, or where its grid is not finer than that of `x` by `strides`.
+        """
+        if like is None:
+            raise ValueError(
+                f"{type(self).__name__}: `like` is missing; pass the tensor whose sites to compute, usually the input of "
+                "the strided layer: up(x, like=skip)."
+            )
+        x, kernel, options = self._prepare(x)
+        return ops.conv_transpose(x, kernel, like=like, kernel_map=kernel_map, **options)
+
+
+class SparseInverseConv(SparseConvTranspose):
+    """`SparseConvTranspose` under spconv's name: undoes the change of sites of a strided convolution."""

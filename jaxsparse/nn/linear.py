@@ -1,0 +1,81 @@
+"""Linear layer on sparse tensors, and what layers with a kernel share (Flax NNX)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxsparse import ops
+from jaxsparse.tensor import SparseTensor
+
+Initializer = jax.nn.initializers.Initializer
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    """Refuses widths below 1."""
+    if in_features < 1 or out_features < 1:
+        raise ValueError(f"`in_features` (={in_features}) and `out_features` (={out_features}) must be at least 1.")
+
+
+def check_input(layer: nnx.Module, x: SparseTensor, in_features: int) -> None:
+    """Refuses an input that is no SparseTensor or has another width."""
+    name = type(layer).__name__
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"{name}: `x` must be a SparseTensor, got {type(x).__name__}.")
+    if x.num_features != in_features:
+        raise ValueError(
+            f"{name}: kernel has {in_features} input features but x.feats has {x.num_features} (shape {x.feats.shape}); "
+            f"set in_features={x.num_features}."
+        )
+
+
+def compute_dtype(dtype: DTypeLike | None, x: SparseTensor, kernel: jax.Array) -> jnp.dtype:
+    """The layer's dtype, or the promotion of input and parameters."""
+    return jnp.dtype(dtype) if dtype is not None else jnp.promote_types(x.dtype, kernel.dtype)
+
+
+class Linear(nnx.Module):
+    """`feats @ kernel + bias` on every site: a convolution with one tap.
+
+    Args:
+      in_features, out_features: channels, C_in and C_out.
+      use_bias: whether to add a bias.
+      dtype: of inputs and products; by default the promotion of input and parameters. Sums are float32 or wider.
+      param_dtype: of the parameters.
+      precision: of float32 products, as jax spells it.
+      kernel_init, bias_init: initialisers.
+      rngs: source of the initial parameters.
+
+    Attributes:
+      kernel: parameter `[C_in, C_out]`.
+      bias: parameter `[C_out]`, or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),  # noqa: B008
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        rngs: nnx.Rngs,
+    ):
+        check_features(in_features, out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype, self.precision = dtype, precision
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: SparseTensor) -> SparseTensor:
+        """Features `[N, C_in]` to `[N, C_out]` on the same sites."""
+        check_input(self, x, self.in_features)
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        return ops.linear(x.astype(compute_dtype(self.dtype, x, kernel)), kernel, bias, precision=self.precision)

@@ -1,0 +1,83 @@
+"""Batch normalisation layer on sparse tensors (Flax NNX)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxsparse import ops
+from jaxsparse.nn.linear import check_input
+from jaxsparse.tensor import SparseTensor
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over the real rows (Ioffe and Szegedy, 2015), in the manner of `flax.nnx.BatchNorm`.
+
+    `model.train()` and `model.eval()` switch between batch and running statistics. A batch without rows leaves the
+    running statistics as they are.
+
+    Args:
+      num_features: channels, C.
+      use_running_average: normalise with the running statistics and leave them alone.
+      momentum: weight of the old running statistics in an update.
+      epsilon: added to the variance.
+      dtype: of the result; that of the input by default. Statistics are float32 or wider.
+      param_dtype: of scale, bias and running statistics.
+      use_bias, use_scale: which parameters there are.
+      bias_init, scale_init: initialisers.
+      axis_name: mesh or `vmap` axes over which statistics are summed, as sums and counts, so that shards may hold
+        unequal numbers of rows.
+      rngs: source of the initial parameters.
+
+    Attributes:
+      mean, var: running statistics `[C]`, `nnx.BatchStat`.
+      scale, bias: parameters `[C]`, or None.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool = False,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        scale_init: Initializer = jax.nn.initializers.ones,
+        axis_name: Hashable | None = None,
+        rngs: nnx.Rngs,
+    ):
+        if num_features < 1:
+            raise ValueError(f"BatchNorm: `num_features` (={num_features}) must be at least 1.")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"BatchNorm: `momentum` (={momentum}) must lie between 0 and 1.")
+        self.num_features, self.use_running_average = num_features, use_running_average
+        self.momentum, self.epsilon, self.dtype, self.axis_name = momentum, epsilon, dtype, axis_name
+        self.mean = nnx.BatchStat(jnp.zeros(num_features, param_dtype))
+        self.var = nnx.BatchStat(jnp.ones(num_features, param_dtype))
+        self.scale = nnx.Param(scale_init(rngs.params(), (num_features,), param_dtype)) if use_scale else None
+        self.bias = nnx.Param(bias_init(rngs.params(), (num_features,), param_dtype)) if use_bias else None
+
+    def __call__(self, x: SparseTensor, *, use_running_average: bool | None = None) -> SparseTensor:
+        """Normalises `[N, C]` features; the argument overrides the attribute of the same name."""
+        check_input(self, x, self.num_features)
+        if self.use_running_average if use_running_average is None else use_running_average:
+            mean, variance = self.mean[...], self.var[...]
+        else:
+            mean, variance, count = ops.batch_statistics(x, self.axis_name)
+            for running, batch in ((self.mean, mean), (self.var, variance)):
+                updated = self.momentum * running[...] + (1 - self.momentum) * jax.lax.stop_gradient(batch)
+                running[...] = jnp.where(count > 0, updated, running[...]).astype(running.dtype)
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        y = ops.batch_norm(x, mean, variance, scale, bias, epsilon=self.epsilon)
+        return y if self.dtype is None else y.astype(self.dtype)

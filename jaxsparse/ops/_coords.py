@@ -1,0 +1,213 @@
+"""Coordinate primitives: distinct sites, coarse sites, kernel maps.
+
+Each has custom calls for CPU and CUDA and a plain JAX reference that gives the same integers. The reference sorts where
+the custom calls hash, so that neither can hide the other's mistakes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxsparse import _ffi, _keys
+from jaxsparse._primitive import Op
+from jaxsparse.ops import _workspace
+
+
+def _int32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.uint32)
+
+
+# --- distinct sites ---
+
+
+def _distinct(high, low, coords, capacity):
+    """Sorts by key and keeps the first of equal ones: sites [capacity, 1 + D], found [1], row of each input [P]."""
+    rows = high.shape[0]
+    high, low, position = lax.sort((high, low, jnp.arange(rows, dtype=jnp.int32)), num_keys=2, is_stable=True)
+    valid = (high != _keys.NO_KEY) | (low != _keys.NO_KEY)
+    is_new = valid & ((high != jnp.roll(high, 1)) | (low != jnp.roll(low, 1))).at[0].set(True)
+    row = jnp.cumsum(is_new.astype(jnp.int32)) - 1
+    found = is_new.sum(dtype=jnp.int32)
+    target = jnp.where(is_new, row, capacity)
+    sites = jnp.full((capacity, coords.shape[1]), _keys.PADDING_COORD, jnp.int32)
+    sites = sites.at[target].set(coords[position], mode="drop", unique_indices=False)
+    row_of = jnp.full(rows, -1, jnp.int32).at[position].set(jnp.where(valid & (row < capacity), row, -1))
+    return sites, found[None], row_of
+
+
+def _unique_sites_reference(coords, count, *, capacity):
+    real = _keys.real_rows(count, coords.shape[0])
+    coords = jnp.where(real[:, None], coords, _keys.PADDING_COORD)
+    return _distinct(*_keys.keys_of(coords), coords, capacity)
+
+
+def _unique_sites_call(platform, coords, count, *, capacity):
+    rows, columns = coords.shape
+    results = [
+        _int32(capacity, columns),
+        _int32(1),
+        _int32(rows),
+        _workspace.struct(platform, _workspace.unique_sites(rows)),
+    ]
+    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:3]
+
+
+unique_sites = Op(
+    "unique_sites",
+    lambda coords, count, *, capacity, implementation: [
+        ((capacity, coords.shape[1]), jnp.int32),
+        ((1,), jnp.int32),
+        ((coords.shape[0],), jnp.int32),
+    ],
+    _unique_sites_call,
+    _unique_sites_reference,
+)
+"""`unique_sites(coords [P, 1 + D], count [1], capacity=M) -> sites [M, 1 + D], found [1], row_of [P]`.
+
+The distinct sites among the first `count` rows, sorted by (batch, Morton code); the first M are kept and `found` counts
+all. `row_of` is the row of each input's site, -1 for rows past `count`, without a key, or not kept.
+"""
+
+
+# --- coarse sites ---
+
+
+def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds):
+    real = _keys.real_rows(count, coords.shape[0]) & _keys.has_key(coords)
+    fine = jnp.where(real[:, None], coords[:, 1:], 0)
+    candidates, exists = [], []
+    for tap in geometry.taps:
+        scaled = fine + np.asarray(geometry.padding) - np.asarray(geometry.dilation) * np.asarray(tap)
+        stride = np.asarray(geometry.stride)
+        coarse = scaled // stride
+        present = real & (scaled == coarse * stride).all(-1)
+        if bounds is not None:
+            present &= ((coarse >= 0) & (coarse < np.asarray(bounds))).all(-1)
+        candidates.append(jnp.concatenate([coords[:, :1], coarse], 1))
+        exists.append(present)
+    coarse, exists = jnp.concatenate(candidates), jnp.concatenate(exists)
+    outside = (exists & ~_keys.has_key(coarse)).sum(dtype=jnp.int32)
+    coarse = jnp.where(exists[:, None], coarse, _keys.PADDING_COORD)
+    sites, found, _ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
+    return sites, found, outside[None]
+
+
+def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds):
+    rows, columns = coords.shape
+    size = _workspace.coarse_sites(rows, geometry)
+    results = [_int32(capacity, columns), _int32(1), _int32(1), _workspace.struct(platform, size)]
+    return _ffi.call(
+        "jaxsparse_coarse_sites_v1", results, coords, count, **geometry.attributes(), bounds=bounds or ()
+    )[:3]
+
+
+coarse_sites = Op(
+    "coarse_sites",
+    lambda coords, count, *, geometry, capacity, bounds, implementation: [
+        ((capacity, coords.shape[1]), jnp.int32),
+        ((1,), jnp.int32),
+        ((1,), jnp.int32),
+    ],
+    _coarse_sites_call,
+    _coarse_sites_reference,
+)
+"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=) -> sites [M, 1 + D], found [1], outside [1]`.
+
+The distinct coarse sites whose window holds a real fine site, sorted by (batch, Morton code); the first M are kept and
+`found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has no
+key.
+"""
+
+
+# --- kernel map ---
+
+
+def tap_masks(table: jax.Array) -> jax.Array:
+    """The taps present in each column of a table `[K, N]`, 32 a word: uint32 `[N, ceil(K / 32)]`."""
+    taps, rows = table.shape
+    words = -(-taps // 32)
+    present = jnp.pad(table >= 0, ((0, words * 32 - taps), (0, 0))).reshape(words, 32, rows)
+    bits = jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)
+    return jnp.where(present, bits[None, :, None], 0).sum(1, dtype=jnp.uint32).T
+
+
+def _find(sorted_keys, query):
+    """Position of each query key in the sorted keys, and whether it is there: a binary search over two words."""
+    high, low = sorted_keys
+    size = high.shape[0]
+
+    def step(_, bracket):
+        begin, end = bracket
+        middle = (begin + end) // 2
+        h, l = high[middle], low[middle]
+        below = (h < query[0]) | ((h == query[0]) & (l < query[1]))
+        searching = begin < end
+        return jnp.where(searching & below, middle + 1, begin), jnp.where(searching & ~below, middle, end)
+
+    zeros = jnp.zeros_like(query[0], jnp.int32)
+    begin, _ = lax.fori_loop(0, size.bit_length(), step, (zeros, zeros + size))
+    at = jnp.minimum(begin, size - 1)
+    is_key = (query[0] != _keys.NO_KEY) | (query[1] != _keys.NO_KEY)
+    return at, is_key & (begin < size) & (high[at] == query[0]) & (low[at] == query[1])
+
+
+def _fine_coords(coarse, geometry, tap):
+    """Sites under a tap; those whose arithmetic would leave int32 become padding, which has no key."""
+    limit = _keys.axis_limit(coarse.shape[1] - 1)
+    columns = [coarse[:, 0]]
+    inside = jnp.ones(coarse.shape[0], bool)
+    for axis, t in enumerate(tap):
+        shift = geometry.dilation[axis] * t - geometry.padding[axis]
+        s, c = geometry.stride[axis], coarse[:, 1 + axis]
+        low, high = -((limit + shift) // s), (limit - 1 - shift) // s  # -limit <= s * c + shift < limit
+        inside &= (c >= max(low, -(2**31))) & (c <= min(high, 2**31 - 1)) & (low <= high)
+        columns.append(jnp.where(inside, c, 0) * s + shift)
+    fine = jnp.stack(columns, 1)
+    return jnp.where(inside[:, None], fine, _keys.PADDING_COORD)
+
+
+def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry):
+    in_real = _keys.real_rows(in_count, in_coords.shape[0])
+    out_real = _keys.real_rows(out_count, out_coords.shape[0])
+    high, low = _keys.keys_of(jnp.where(in_real[:, None], in_coords, _keys.PADDING_COORD))
+    position = jnp.arange(in_coords.shape[0], dtype=jnp.int32)
+    high, low, position = lax.sort((high, low, position), num_keys=2, is_stable=True)
+    table = []
+    for tap in geometry.taps:
+        at, found = _find((high, low), _keys.keys_of(_fine_coords(out_coords, geometry, tap)))
+        table.append(jnp.where(found & out_real, position[at], -1))
+    table = jnp.stack(table)
+    return table, tap_masks(table)
+
+
+def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry):
+    slots = 1 << (2 * in_coords.shape[0] - 1).bit_length()
+    keys, rows = _ffi.call("jaxsparse_hash_build_v1", [_uint32(slots, 2), _int32(slots)], in_coords, in_count)
+    taps, out_rows = geometry.volume, out_coords.shape[0]
+    results = [_int32(taps, out_rows), _uint32(out_rows, -(-taps // 32))]
+    return _ffi.call(
+        "jaxsparse_kernel_map_v1", results, keys, rows, out_coords, out_count, **geometry.attributes()
+    )
+
+
+kernel_map = Op(
+    "kernel_map",
+    lambda in_coords, in_count, out_coords, out_count, *, geometry, implementation: [
+        ((geometry.volume, out_coords.shape[0]), jnp.int32),
+        ((out_coords.shape[0], -(-geometry.volume // 32)), jnp.uint32),
+    ],
+    _kernel_map_call,
+    _kernel_map_reference,
+)
+"""`kernel_map(in_coords, in_count [1], out_coords, out_count [1], geometry=) -> table [K, N_out], masks [N_out, W]`.
+
+`table[k, m]` is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1. Of equal input sites the first
+row is taken.
+"""

@@ -1,0 +1,189 @@
+"""Sparse convolutions as functions; each layer of `jaxsparse.nn` is a thin wrapper of one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse.geometry import AxisInts, Geometry
+from jaxsparse.kernel_map import KernelMap, check_implementation, map_between
+from jaxsparse.ops import elementwise
+from jaxsparse.ops.conv import primitives
+from jaxsparse.ops.conv.config import ConvConfig
+from jaxsparse.sites import Sites
+from jaxsparse.tensor import SparseTensor, on_sites
+
+
+def conv(
+    x: SparseTensor,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    kernel_size: AxisInts,
+    sites: str | Sites = "submanifold",
+    strides: AxisInts = 1,
+    padding: AxisInts | None = None,
+    dilation: AxisInts = 1,
+    capacity: int | None = None,
+    kernel_map: KernelMap | None = None,
+    precision: lax.PrecisionLike = None,
+    config: ConvConfig | None = None,
+    implementation: str = "auto",
+) -> SparseTensor:
+    """Sparse convolution: `y[m] = sum_k x[strides * m - padding + dilation * k] @ kernel[k]` over the sites that exist.
+
+    Equal to a dense cross-correlation with zeros where there is no site, read at the output sites.
+
+    Args:
+      x: features `[N, C_in]`; products are taken in its dtype, sums in float32 or wider.
+      kernel: `[K, C_in, C_out]`, taps row-major over the axes, last axis fastest.
+      bias: `[C_out]` or None; added on every output site.
+      kernel_size: an integer or one an axis, with product K.
+      sites: output sites: "submanifold" for those of `x`, "reachable" for every site whose window holds an input site
+        (spconv, TorchSparse), "floor" for `floor(fine / strides)` (MinkowskiEngine), or the `Sites` to compute.
+      strides, padding, dilation: integers or one an axis; padding is `dilation * ((kernel_size - 1) // 2)` by default.
+      capacity: rows of the output where sites are made; see `Sites.coarse` for the default.
+      kernel_map: the map to use, for bodies of `jax.checkpoint`, `lax.scan` and `lax.cond`, where maps are not shared by
+        themselves; `sites` must then be "submanifold" or a `Sites`.
+      precision: of float32 products, as jax spells it. On GPUs the default may use TF32.
+      config: choice of kernel.
+      implementation: "auto" for the platform's custom call, "xla" for plain JAX.
+
+    Returns:
+      Features `[N_out, C_out]` in the dtype of `x`, zero on padding rows.
+
+    Raises:
+      ValueError: where arguments do not fit each other.
+    """
+    check_implementation(implementation)
+    geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
+    _check_kernel("conv", x, kernel, bias, geometry)
+    if isinstance(sites, Sites):
+        out_sites = sites
+    elif sites == "submanifold":
+        if set(geometry.stride) != {1}:
+            raise ValueError(f'`strides` (={strides}) must be 1 for sites="submanifold"; use "reachable" or "floor".')
+        out_sites = x.sites
+        if geometry.is_pointwise and kernel_map is None:
+            return elementwise.linear(x, kernel[0], bias, precision=precision)
+    elif kernel_map is not None:
+        raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
+    else:
+        out_sites = x.sites.coarse(geometry, sites, capacity, implementation)
+    if kernel_map is None:
+        kernel_map = map_between(x.sites, out_sites, geometry, implementation)
+    _check_map("conv", kernel_map, geometry, x.sites, out_sites)
+    feats = _bind(primitives.forward, x.feats, kernel, kernel_map, x.capacity, precision, config, implementation)
+    if out_sites is not x.sites and isinstance(sites, Sites):
+        out_sites = out_sites.with_status(x.sites.status)
+    return _with_bias(on_sites(out_sites, feats), bias)
+
+
+def conv_transpose(
+    x: SparseTensor,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    like: SparseTensor | Sites,
+    kernel_size: AxisInts,
+    strides: AxisInts = 1,
+    padding: AxisInts | None = None,
+    dilation: AxisInts = 1,
+    kernel_map: KernelMap | None = None,
+    precision: lax.PrecisionLike = None,
+    config: ConvConfig | None = None,
+    implementation: str = "auto",
+) -> SparseTensor:
+    """Transposed sparse convolution onto given sites: `y[strides * m - padding + dilation * k] += x[m] @ kernel[k]`.
+
+    The transpose of `conv` from the sites of `like` to those of `x`, and it uses that convolution's map; taps are not
+    flipped. spconv calls it inverse convolution.
+
+    Args:
+      x: features `[N_coarse, C_in]` on the coarse grid.
+      kernel: `[K, C_in, C_out]`.
+      bias: `[C_out]` or None.
+      like: tensor or sites of the fine grid to compute.
+      kernel_size, strides, padding, dilation: those of the convolution that is transposed.
+      kernel_map: its map, from fine to coarse sites; see `conv`.
+      precision, config, implementation: see `conv`.
+
+    Returns:
+      Features `[N_fine, C_out]` on the sites of `like`.
+
+    Raises:
+      ValueError: where arguments do not fit each other, the grids included.
+    """
+    check_implementation(implementation)
+    fine = like.sites if isinstance(like, SparseTensor) else like
+    if not isinstance(fine, Sites):
+        raise ValueError(
+            f"conv_transpose: `like` (={like!r}) must be the SparseTensor or Sites whose sites to compute, usually the "
+            "input of the strided layer."
+        )
+    geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
+    _check_kernel("conv_transpose", x, kernel, bias, geometry)
+    if kernel_map is None:
+        kernel_map = map_between(fine, x.sites, geometry, implementation)
+    _check_map("conv_transpose", kernel_map, geometry, fine, x.sites)
+    swapped = jnp.swapaxes(kernel, 1, 2)
+    feats = _bind(primitives.dgrad, x.feats, swapped, kernel_map, fine.capacity, precision, config, implementation)
+    return _with_bias(on_sites(fine.with_status(x.sites.status), feats), bias)
+
+
+def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
+    """One precision from what jax accepts; None takes jax's own default, `jax_default_matmul_precision`."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision
+    if isinstance(precision, tuple):
+        precision = max(precision, key=lambda p: list(lax.Precision).index(lax.Precision(p)))
+    try:
+        return lax.Precision.DEFAULT if precision is None else lax.Precision(precision)
+    except ValueError:
+        names = "None, default, high, highest, bfloat16, tensorfloat32, float32"
+        raise ValueError(f"`precision` (={precision!r}) must be a jax.lax.Precision or one of {names}.") from None
+
+
+def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementation):
+    spec = primitives.Spec(rows.dtype, canonical_precision(precision), in_rows, config or ConvConfig())
+    m = kernel_map
+    return op(
+        rows,
+        kernel,
+        m.table,
+        m.masks,
+        m.in_counts,
+        m.out_counts,
+        spec=spec,
+        out_dtype=rows.dtype,
+        implementation=implementation,
+    )[0]
+
+
+def _with_bias(y: SparseTensor, bias: jax.Array | None) -> SparseTensor:
+    return y if bias is None else elementwise.map_features(lambda feats: feats + bias.astype(feats.dtype), y)
+
+
+def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:
+    if kernel.ndim != 3 or kernel.shape[0] != geometry.volume:
+        raise ValueError(
+            f"{op}: `kernel` of shape {kernel.shape} must be [K, C_in, C_out] with K = {geometry.volume}, the taps of "
+            f"kernel_size {geometry.kernel}."
+        )
+    if kernel.shape[1] != x.num_features:
+        raise ValueError(
+            f"{op}: kernel has {kernel.shape[1]} input features but x.feats has {x.num_features} (shape {x.feats.shape}); "
+            f"set in_features={x.num_features}."
+        )
+    if bias is not None and bias.shape != kernel.shape[2:]:
+        raise ValueError(f"{op}: `bias` of shape {bias.shape} must be [{kernel.shape[2]}], the output features.")
+
+
+def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, coarse: Sites) -> None:
+    expected = (geometry.volume, coarse.capacity)
+    if kernel_map.table.shape != expected:
+        raise ValueError(
+            f"{op}: `kernel_map` has a table of shape {kernel_map.table.shape}, but kernel_size {geometry.kernel} onto "
+            f"{coarse.capacity} rows needs {expected}."
+        )

@@ -1,0 +1,202 @@
+"""The convolution as three bilinear primitives whose derivatives are each other.
+
+    T(x, w, g) = sum over outputs m and taps k of  g[m] . x[table[k, m]] . w[k]
+
+    forward(x, w)[m]    = sum_k x[table[k, m]] @ w[k]          [N_out, C_out]
+    dgrad(g, w)[n]      = sum_k g[m] @ w[k].T, table[k, m] = n  [N_in, C_in]
+    wgrad(x, g)[k]      = sum_m outer(x[table[k, m]], g[m])     [K, C_in, C_out]
+
+Each is linear in both float operands and its transposes are the other two, so forward mode, reverse mode and every
+order follow from two short rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse import _ffi
+from jaxsparse._compat import ad, batching
+from jaxsparse._primitive import Op
+from jaxsparse.ops import _workspace
+from jaxsparse.ops.conv import reference
+from jaxsparse.ops.conv.config import ConvConfig
+
+_PRECISION_CODES = {lax.Precision.DEFAULT: 0, lax.Precision.HIGH: 1, lax.Precision.HIGHEST: 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the three products of one convolution have in common.
+
+    Attributes:
+      dtype: dtype in which operands are multiplied; they are cast to it. Sums are float32 or wider.
+      precision: of float32 products, as jax spells it.
+      in_rows: rows of the input, N_in.
+      config: choice of kernel.
+    """
+
+    dtype: jnp.dtype
+    precision: lax.Precision
+    in_rows: int
+    config: ConvConfig
+
+    def attributes(self) -> dict[str, int]:
+        """As custom-call attributes."""
+        return {"precision": _PRECISION_CODES[self.precision], "tile_rows": self.config.tile_rows}
+
+    def call_dtypes(self, platform: str, out_dtype) -> tuple[jnp.dtype, jnp.dtype]:
+        """Dtypes of the custom call's operands and result. The CPU's take float32 or float64 only."""
+        accumulation = reference.accumulation_dtype(self.dtype)
+        if platform == "cpu":
+            return accumulation, accumulation
+        return self.dtype, self.dtype if out_dtype == self.dtype else accumulation
+
+
+# Operands of all three: two of (x, w, g) in that order, then the map: table, masks, in_counts, out_counts.
+
+
+def _forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    operand, result = spec.call_dtypes(platform, out_dtype)
+    x, w = (a.astype(spec.dtype).astype(operand) for a in (x, w))
+    struct = jax.ShapeDtypeStruct((table.shape[1], w.shape[2]), result)
+    (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, out_counts, **spec.attributes())
+    return [y.astype(out_dtype)]
+
+
+def _dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    taps, rows = table.shape[0], spec.in_rows
+    structs = [jax.ShapeDtypeStruct((taps, rows), jnp.int32), jax.ShapeDtypeStruct((rows, masks.shape[1]), jnp.uint32)]
+    reverse, reverse_masks = _ffi.call("jaxsparse_reverse_table_v1", structs, table, out_counts)
+    w = jnp.swapaxes(w, 1, 2)
+    return _forward_call(
+        platform, g, w, reverse, reverse_masks, out_counts, in_counts, spec=spec, out_dtype=out_dtype
+    )
+
+
+def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    operand, result = spec.call_dtypes(platform, out_dtype)
+    x, g = (a.astype(spec.dtype).astype(operand) for a in (x, g))
+    taps, c_in, c_out = table.shape[0], x.shape[1], g.shape[1]
+    struct = jax.ShapeDtypeStruct((taps, c_in, c_out), result)
+    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, table.shape[1]))
+    dw, _ = _ffi.call(
+        "jaxsparse_conv_wgrad_v1", [struct, workspace], x, g, table, masks, out_counts, **spec.attributes()
+    )
+    return [dw.astype(out_dtype)]
+
+
+def _forward_reference(x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    y = reference.forward(x.astype(spec.dtype), w.astype(spec.dtype), table, precision=spec.precision)
+    return [y.astype(out_dtype)]
+
+
+def _dgrad_reference(g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    reverse = reference.reverse(table, spec.in_rows)
+    w = jnp.swapaxes(w, 1, 2)
+    return _forward_reference(g, w, reverse, None, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
+
+
+def _wgrad_reference(x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    dw = reference.wgrad(x.astype(spec.dtype), g.astype(spec.dtype), table, precision=spec.precision)
+    return [dw.astype(out_dtype)]
+
+
+forward = Op(
+    "sparse_conv_forward",
+    lambda x, w, table, *_, spec, out_dtype, implementation: [((table.shape[1], w.shape[2]), out_dtype)],
+    _forward_call,
+    _forward_reference,
+)
+dgrad = Op(
+    "sparse_conv_dgrad",
+    lambda g, w, *_, spec, out_dtype, implementation: [((spec.in_rows, w.shape[1]), out_dtype)],
+    _dgrad_call,
+    _dgrad_reference,
+)
+wgrad = Op(
+    "sparse_conv_wgrad",
+    lambda x, g, table, *_, spec, out_dtype, implementation: [
+        ((table.shape[0], x.shape[1], g.shape[1]), out_dtype)
+    ],
+    _wgrad_call,
+    _wgrad_reference,
+)
+
+
+# --- derivatives ---
+
+
+def _jvp(op: Op):
+    """Tangent of a bilinear op: the op on each operand's tangent in turn."""
+
+    def rule(primals, tangents, **params):
+        a, b, *kernel_map = primals
+        a_dot, b_dot = tangents[:2]
+        out = op(a, b, *kernel_map, **params)
+        tangent = ad.Zero.from_primal_value(out[0])
+        if type(a_dot) is not ad.Zero:
+            tangent = ad.add_tangents(tangent, op(a_dot, b, *kernel_map, **params)[0])
+        if type(b_dot) is not ad.Zero:
+            tangent = ad.add_tangents(tangent, op(a, b_dot, *kernel_map, **params)[0])
+        return out, [tangent]
+
+    return rule
+
+
+def _transpose(for_first, for_second):
+    """Cotangents of a bilinear op: `for_first(ct, b)` or `for_second(ct, a)`, as (op, operands)."""
+
+    def rule(cotangents, a, b, *kernel_map, spec, out_dtype, implementation):
+        (ct,) = cotangents
+        none = [None] * len(kernel_map)
+        undefined = a if ad.is_undefined_primal(a) else b
+        if type(ct) is ad.Zero:
+            zero = ad.Zero(undefined.aval)
+            return [zero, None, *none] if undefined is a else [None, zero, *none]
+        op, operands = for_first(ct, b) if undefined is a else for_second(ct, a)
+        dtype = undefined.aval.dtype
+        (out,) = op(*operands, *kernel_map, spec=spec, out_dtype=dtype, implementation=implementation)
+        return [out, None, *none] if undefined is a else [None, out, *none]
+
+    return rule
+
+
+forward.set_linear(_jvp(forward), _transpose(lambda ct, w: (dgrad, (ct, w)), lambda ct, x: (wgrad, (x, ct))))
+dgrad.set_linear(_jvp(dgrad), _transpose(lambda ct, w: (forward, (ct, w)), lambda ct, g: (wgrad, (ct, g))))
+wgrad.set_linear(_jvp(wgrad), _transpose(lambda ct, g: (dgrad, (g, ct)), lambda ct, x: (forward, (x, ct))))
+
+
+# --- batching ---
+
+
+def _fold_scenes(op: Op):
+    """`vmap` over scenes with shared weights: the scenes' rows one after another, in one call."""
+
+    def rule(operands, dims, *, spec, out_dtype, implementation):
+        params = {"out_dtype": out_dtype, "implementation": implementation}
+        if dims[1] is not None:
+            return op.loop_over_batch(operands, dims, spec=spec, **params)
+        size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+        rows, w, table, masks, in_counts, out_counts = (
+            x if i == 1 else batching.bdim_at_front(x, d, size)
+            for i, (x, d) in enumerate(zip(operands, dims, strict=True))
+        )
+        taps, out_rows = table.shape[1:]
+        if size * max(spec.in_rows, out_rows) >= 2**31:
+            return op.loop_over_batch(operands, dims, spec=spec, **params)
+        offset = spec.in_rows * jnp.arange(size, dtype=jnp.int32)[:, None, None]
+        table = jnp.where(table >= 0, table + offset, -1).swapaxes(0, 1).reshape(taps, size * out_rows)
+        flat = [x.reshape(-1, *x.shape[2:]) for x in (rows, masks, in_counts, out_counts)]
+        folded = dataclasses.replace(spec, in_rows=size * spec.in_rows)
+        (out,) = op(flat[0], w, table, *flat[1:], spec=folded, **params)
+        return [out.reshape(size, -1, out.shape[1])], [0]
+
+    return rule
+
+
+forward.set_batching(_fold_scenes(forward))
+dgrad.set_batching(_fold_scenes(dgrad))

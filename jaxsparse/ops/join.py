@@ -1,0 +1,51 @@
+"""Several tensors on equal sites: sums and concatenations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from jaxsparse import status
+from jaxsparse.sites import Sites
+from jaxsparse.status import Problem
+from jaxsparse.tensor import SparseTensor, on_sites
+
+
+def _common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
+    """The sites of the first tensor, with a report where another's differ."""
+    sites = tensors[0].sites
+    for other in (t.sites for t in tensors[1:]):
+        if (sites.coords.shape, sites.stride) != (other.coords.shape, other.stride):
+            raise ValueError(
+                f"{op}: tensors must have equal sites, got capacity and columns {sites.coords.shape} on the grid with "
+                f"stride {sites.stride} and {other.coords.shape} with stride {other.stride}."
+            )
+        problems = [other.status]
+        if not sites.same_as(other):
+            differ = (sites.coords != other.coords).any(1).sum(dtype=jnp.int32)
+            problems.append(status.report(Problem.UNEQUAL_SITES, differ > 0, differ, 0))
+        if problems[0] is not sites.status or len(problems) > 1:
+            sites = sites.with_status(*problems)
+    return sites
+
+
+def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
+    """`x + y` on equal sites in equal order. Sites that differ are reported in `status`."""
+    if x.num_features != y.num_features:
+        raise ValueError(f"add: tensors must have equal features, got {x.num_features} and {y.num_features}.")
+    sites = _common_sites("add", (x, y))
+    real = sites.is_real[:, None]
+    return on_sites(sites, jnp.where(real, x.feats + y.feats, 0))
+
+
+def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
+    """The features of tensors on equal sites beside each other, `[N, C_1 + C_2 + ...]`.
+
+    Sites that differ are reported in `status`.
+    """
+    if not tensors:
+        raise ValueError("concatenate: `tensors` is empty; pass at least one.")
+    sites = _common_sites("concatenate", tensors)
+    real = sites.is_real[:, None]
+    return on_sites(sites, jnp.where(real, jnp.concatenate([t.feats for t in tensors], 1), 0))

@@ -1,0 +1,101 @@
+"""Rows by index: gather, and its transpose, the sum over rows that share an index.
+
+The sum is a custom call because XLA's own scatter adds floats atomically on GPUs, in an order that changes from run to
+run.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _ffi
+from jaxsparse._compat import ad
+from jaxsparse._primitive import Op
+from jaxsparse.ops import _workspace
+from jaxsparse.ops.conv.reference import accumulation_dtype
+
+
+def _gather_reference(x, index, *, groups):
+    valid = (index >= 0) & (index < groups)
+    return [jnp.where(valid[:, None], x[jnp.clip(index, 0, groups - 1)], 0)]
+
+
+def _sum_reference(x, index, *, groups):
+    dtype = accumulation_dtype(x.dtype)
+    index = jnp.where(index >= 0, index, groups)  # past the end: dropped
+    return [jax.ops.segment_sum(x.astype(dtype), index, groups).astype(x.dtype)]
+
+
+def _sum_call(platform, x, index, *, groups):
+    positions = index.shape[0]
+    structs = [
+        jax.ShapeDtypeStruct((positions,), jnp.int32),
+        jax.ShapeDtypeStruct((groups + 1,), jnp.int32),
+        _workspace.struct(platform, _workspace.invert_index(positions)),
+    ]
+    order, offsets, _ = _ffi.call("jaxsparse_invert_index_v1", structs, index)
+    dtype = accumulation_dtype(x.dtype) if platform == "cpu" else x.dtype
+    struct = jax.ShapeDtypeStruct((groups, x.shape[1]), dtype)
+    (y,) = _ffi.call("jaxsparse_segment_sum_v1", [struct], x.astype(dtype), order, offsets)
+    return [y.astype(x.dtype)]
+
+
+_gather = Op(
+    "gather_rows",
+    lambda x, index, *, groups, implementation: [((index.shape[0], x.shape[1]), x.dtype)],
+    lambda platform, x, index, *, groups: _gather_reference(x, index, groups=groups),
+    _gather_reference,
+)
+_sum = Op(
+    "sum_rows",
+    lambda x, index, *, groups, implementation: [((groups, x.shape[1]), x.dtype)],
+    _sum_call,
+    _sum_reference,
+)
+
+
+def _set_linear(op: Op, transposed: Op) -> None:
+    def jvp(primals, tangents, **params):
+        out = op(*primals, **params)
+        dot = tangents[0]
+        return out, [ad.Zero.from_primal_value(out[0]) if type(dot) is ad.Zero else op(dot, primals[1], **params)[0]]
+
+    def transpose(cotangents, x, index, **params):
+        (ct,) = cotangents
+        return [ad.Zero(x.aval) if type(ct) is ad.Zero else transposed(ct, index, **params)[0], None]
+
+    op.set_linear(jvp, transpose)
+
+
+_set_linear(_gather, _sum)
+_set_linear(_sum, _gather)
+
+
+def gather_rows(x: jax.Array, index: jax.Array, *, implementation: str = "auto") -> jax.Array:
+    """`y[p] = x[index[p]]`, zero where the index is outside [0, N).
+
+    Args:
+      x: `[N, C]`.
+      index: int32 `[P]`.
+      implementation: "auto" or "xla"; matters to the gradient, which is `sum_rows`.
+
+    Returns:
+      `[P, C]`.
+    """
+    return _gather(x, index, groups=x.shape[0], implementation=implementation)[0]
+
+
+def sum_rows(x: jax.Array, index: jax.Array, groups: int, *, implementation: str = "auto") -> jax.Array:
+    """`y[v] = sum of x[p] over all p with index[p] = v`, in increasing p, accumulated in float32 or wider.
+
+    Args:
+      x: `[P, C]`.
+      index: int32 `[P]`; rows whose index is outside [0, groups) are left out, whatever they hold.
+      groups: rows of the result.
+      implementation: "auto" or "xla".
+
+    Returns:
+      `[groups, C]`, bitwise equal from run to run with "auto".
+    """
+    return _sum(x, index, groups=groups, implementation=implementation)[0]

@@ -1,0 +1,286 @@
+"""Sites: where a sparse tensor's rows lie, and the maps between grids that layers share."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import _keys, status
+from jaxsparse._compat import trace_state
+from jaxsparse.geometry import AxisInts, Geometry, per_axis
+from jaxsparse.ops import _coords
+from jaxsparse.status import Problem
+
+
+class Capacities(Mapping[tuple[int, ...], int]):
+    """Rows to reserve for each grid: an immutable, hashable map from grid stride to capacity.
+
+    Made by `jaxsparse.capacities` from sample scenes. Keys are strides relative to the input grid, one integer an axis.
+    """
+
+    def __init__(self, rows: Mapping[tuple[int, ...], int] = ()):  # type: ignore[assignment]
+        self._rows = tuple(sorted((tuple(k), int(v)) for k, v in dict(rows).items()))
+        for grid, capacity in self._rows:
+            if capacity < 1:
+                raise ValueError(f"Capacities: grid {grid} has capacity {capacity}; it must be at least 1.")
+
+    def __getitem__(self, stride: tuple[int, ...]) -> int:
+        return dict(self._rows)[tuple(stride)]
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        return iter(dict(self._rows))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Capacities) and self._rows == other._rows
+
+    def __repr__(self) -> str:
+        return f"Capacities({dict(self._rows)})"
+
+
+class _Memo:
+    """What has been derived from one set of coordinates, kept while the same trace runs.
+
+    Not part of the pytree: a `Sites` that crosses into another trace (a jit, scan or remat body) starts with none, so
+    no traced value leaves its trace.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[Any, Any]] = {}
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        state = trace_state()
+        held = self._entries.get(key)
+        if held is None or held[0] != state:
+            held = self._entries[key] = (state, make())
+        return held[1]
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sites:
+    """The sites of a sparse tensor.
+
+    Layers that keep sites return the same object, and layers that change them keep the result here, so that every map
+    of a network is built once. Make one through `SparseTensor` or `voxelize`.
+
+    Attributes:
+      coords: int32 `[N, 1 + D]`, batch index first, in units of this grid; N is the capacity. Rows from `count` on are
+        padding: every entry is -2^31.
+      count: int32 scalar, how many rows are real.
+      status: int32 `[7]`, see `jaxsparse.status`.
+      stride: size of this grid's cells in cells of the input grid, an integer an axis.
+      capacities: rows to reserve for coarser grids.
+      batch_size: number of scenes, where known; batch indices lie in [0, batch_size).
+      bounds: sizes of the grid, where known: every coordinate lies in [0, size).
+      order: "morton" if rows are sorted by (batch, Morton code), else "any".
+    """
+
+    coords: jax.Array
+    count: jax.Array
+    status: jax.Array
+    stride: tuple[int, ...]
+    capacities: Capacities = Capacities()
+    batch_size: int | None = None
+    bounds: tuple[int, ...] | None = None
+    order: str = "any"
+    _memo: _Memo = dataclasses.field(default_factory=_Memo, repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        coords: jax.Array,
+        count: jax.Array | int | None = None,
+        *,
+        stride: AxisInts = 1,
+        batch_size: int | None = None,
+        bounds: Sequence[int] | None = None,
+        capacities: Capacities | None = None,
+    ) -> Sites:
+        """Sites from coordinates in any row order; values are checked on the device, see `SparseTensor`."""
+        coords, stride, bounds, batch_size = _check_static(coords, stride, bounds, batch_size)
+        rows = coords.shape[0]
+        count = jnp.asarray(rows if count is None else count)
+        if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
+            raise ValueError(f"`count` must be an integer scalar, got {count.dtype}{list(count.shape)}.")
+        count = count.astype(jnp.int32)
+        wrong_count = status.report(Problem.COUNT, (count < 0) | (count > rows), count, rows)
+        count = jnp.clip(count, 0, rows)
+        if rows == 0:  # custom calls want rows; one of padding is the empty scene
+            coords = jnp.full((1, coords.shape[1]), _keys.PADDING_COORD, jnp.int32)
+        real = _keys.real_rows(count[None], coords.shape[0])
+        coords = jnp.where(real[:, None], coords, _keys.PADDING_COORD)
+        found = status.merge(wrong_count, _check_values(coords, count, batch_size, bounds))
+        return cls(coords, count, found, stride, capacities or Capacities(), batch_size, bounds, "any")
+
+    def tree_flatten(self):
+        """Arrays, then static facts; the memo stays behind."""
+        return (self.coords, self.count, self.status), (
+            self.stride,
+            self.capacities,
+            self.batch_size,
+            self.bounds,
+            self.order,
+        )
+
+    @classmethod
+    def tree_unflatten(cls, static, arrays) -> Sites:
+        """The inverse of `tree_flatten`, with an empty memo."""
+        return cls(*arrays, *static)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the arrays, N."""
+        return self.coords.shape[0]
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions, D."""
+        return self.coords.shape[1] - 1
+
+    @property
+    def counts(self) -> jax.Array:
+        """`count` as the one-segment counts that primitives take: int32 `[1]`."""
+        return self.count[None]
+
+    @property
+    def is_real(self) -> jax.Array:
+        """Which rows are real, bool `[N]`."""
+        return _keys.real_rows(self.counts, self.capacity)
+
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make()` returned for this key in the current trace, calling it the first time."""
+        return self._memo.get(key, make)
+
+    def same_as(self, other: Sites) -> bool:
+        """Whether both share their coordinates, known without reading a value."""
+        return self._memo is other._memo
+
+    def with_status(self, *statuses: jax.Array) -> Sites:
+        """The same sites with more to report; maps stay shared."""
+        return dataclasses.replace(self, status=status.merge(self.status, *statuses))
+
+    def check(self) -> Sites:
+        """Waits for the status and raises what it reports; returns the sites."""
+        status.check(self.status)
+        return self
+
+    def coarse(self, geometry: Geometry, mode: str, capacity: int | None = None, implementation: str = "auto") -> Sites:
+        """Output sites of a strided convolution, sorted by (batch, Morton code).
+
+        Args:
+          geometry: of the convolution.
+          mode: "reachable" for every site whose window holds an input site (spconv, TorchSparse), "floor" for
+            `floor(fine / stride)` (MinkowskiEngine).
+          capacity: rows of the result; by default `capacities` decides, else as many as here for floor sites and twice
+            that for reachable ones.
+          implementation: "auto" or "xla".
+        """
+        if mode not in ("reachable", "floor"):
+            raise ValueError(f'`sites` (={mode!r}) must be "reachable" or "floor".')
+        if mode == "floor":  # the coarse sites whose stride x stride cell holds an input
+            window = Geometry.create(self.dims, geometry.stride, geometry.stride, padding=0)
+        else:
+            window = geometry
+        stride = tuple(a * b for a, b in zip(self.stride, geometry.stride, strict=True))
+        if capacity is None:
+            capacity = self.capacities.get(stride, self.capacity * (2 if mode == "reachable" else 1))
+        elif capacity < 1:
+            raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
+        bounds = None
+        if self.bounds is not None and mode == "floor":
+            bounds = tuple(-(-b // s) for b, s in zip(self.bounds, geometry.stride, strict=True))
+        elif self.bounds is not None:
+            bounds = geometry.coarse_bounds(self.bounds)
+
+        def make() -> Sites:
+            coords, found, outside = _coords.coarse_sites(
+                self.coords, self.counts, geometry=window, capacity=capacity, bounds=bounds, implementation=implementation
+            )
+            _record(stride, found[0])
+            problems = status.merge(
+                self.status,
+                status.report(Problem.COORDINATE_RANGE, outside[0] > 0, outside[0], _keys.axis_limit(self.dims)),
+                status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
+            )
+            count = jnp.minimum(found[0], capacity)
+            return Sites(coords, count, problems, stride, self.capacities, self.batch_size, bounds, "morton")
+
+        return self.memo(("coarse", window, capacity, bounds, implementation), make)
+
+
+def _check_static(coords, stride, bounds, batch_size):
+    """What shapes and dtypes tell about a constructor's arguments."""
+    coords = jnp.asarray(coords)
+    if coords.ndim != 2 or not 2 <= coords.shape[1] <= 5:
+        raise ValueError(
+            f"`coords` must be [N, 1 + D] with D = 1 to 4, batch index first, got shape {coords.shape}."
+        )
+    if coords.dtype != jnp.int32:
+        raise TypeError(
+            f"`coords` must be int32 voxel indices, got {coords.dtype}; quantise points with jaxsparse.voxelize, or cast "
+            "integer coordinates with .astype(jnp.int32)."
+        )
+    dims = coords.shape[1] - 1
+    if bounds is not None:
+        bounds = per_axis("bounds", bounds, dims)
+    if batch_size is not None and not 1 <= batch_size <= _keys.batch_limit(dims):
+        raise ValueError(f"`batch_size` (={batch_size}) must be 1 to {_keys.batch_limit(dims)} in {dims} dimensions.")
+    return coords, per_axis("stride", stride, dims), bounds, batch_size
+
+
+def _check_values(coords, count, batch_size, bounds) -> jax.Array:
+    """What only values can tell about coordinates. Costs nothing in a compiled program that drops the status."""
+    dims = coords.shape[1] - 1
+    real = _keys.real_rows(count[None], coords.shape[0])
+    limit, batches = _keys.axis_limit(dims), batch_size or _keys.batch_limit(dims)
+
+    def rows_where(condition):
+        return (real & condition).sum(dtype=jnp.int32)
+
+    wrong_batch = rows_where((coords[:, 0] < 0) | (coords[:, 0] > batches - 1))
+    wrong_range = rows_where(((coords[:, 1:] < -limit) | (coords[:, 1:] >= limit)).any(1))
+    _, distinct, _ = _coords.unique_sites(coords, count[None], capacity=1)
+    duplicates = count - distinct[0]
+    problems = [
+        status.report(Problem.BATCH_INDEX, wrong_batch > 0, wrong_batch, min(batches, 2**31 - 1)),
+        status.report(Problem.COORDINATE_RANGE, wrong_range > 0, wrong_range, limit),
+        status.report(Problem.DUPLICATE_SITES, duplicates > 0, duplicates, 0),
+    ]
+    if bounds is not None:
+        outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= jnp.asarray(bounds))).any(1))
+        problems.append(status.report(Problem.OUT_OF_BOUNDS, outside > 0, outside, 0))
+    return status.merge(*problems)
+
+
+# --- how many sites a network makes ---
+
+_recorder: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorder", default=None)
+
+
+def _record(stride: tuple[int, ...], found: jax.Array) -> None:
+    records = _recorder.get()
+    if records is not None:
+        records.append((stride, found))
+
+
+@contextlib.contextmanager
+def record_site_counts() -> Iterator[list[tuple[tuple[int, ...], jax.Array]]]:
+    """Collects (stride, rows needed) of every set of coarse sites made inside."""
+    records: list[tuple[tuple[int, ...], jax.Array]] = []
+    token = _recorder.set(records)
+    try:
+        yield records
+    finally:
+        _recorder.reset(token)

@@ -1,0 +1,181 @@
+"""SparseTensor: features on sites."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _keys, status
+from jaxsparse.geometry import AxisInts
+from jaxsparse.ops import _coords
+from jaxsparse.sites import Capacities, Sites
+from jaxsparse.status import Problem
+
+FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+
+
+def check_float(name: str, x: jax.Array) -> None:
+    """Refuses a dtype that no kernel computes in."""
+    if x.dtype not in [jnp.dtype(d) for d in FLOAT_DTYPES]:
+        raise TypeError(
+            f"`{name}` has dtype {x.dtype}; supported: float32, bfloat16, float16 and float64. Cast it with .astype(...)."
+        )
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
+class SparseTensor:
+    """Features on sites: a pytree that goes through `jit`, `grad`, `vmap` and `scan`.
+
+        x = SparseTensor(coords, feats)                    # every row is real
+        x = SparseTensor(coords, feats, count=n)           # rows from n on are padding
+        y = SparseTensor(x.sites, other_feats)             # the same sites, maps shared
+
+    Sites must be distinct and may come in any order. What only values can tell (equal sites, batch indices outside
+    `batch_size`, coordinates outside the key range or `bounds`) is found on the device, carried in `status` by every
+    later op and raised by `check`.
+
+    Args:
+      coords: int32 `[N, 1 + D]`, batch index first, D = 1 to 4; or a `Sites`, and then no further argument but feats.
+      feats: `[N, C]`, float32, bfloat16, float16 or float64.
+      count: number of real rows, a scalar that may be traced; all by default.
+      stride: size of the grid's cells in cells of the input grid, an integer or one an axis.
+      batch_size: number of scenes; needed by `to_dense`.
+      bounds: sizes of the grid, one an axis; sites made later are clipped to it, and `to_dense` has its shape.
+      capacities: rows to reserve for coarser grids, see `jaxsparse.capacities`.
+
+    Raises:
+      TypeError, ValueError: where shapes or dtypes are wrong; names argument, value and remedy.
+    """
+
+    sites: Sites
+    feats: jax.Array
+
+    def __init__(
+        self,
+        coords: jax.Array | Sites,
+        feats: jax.Array,
+        count: jax.Array | int | None = None,
+        *,
+        stride: AxisInts = 1,
+        batch_size: int | None = None,
+        bounds: Sequence[int] | None = None,
+        capacities: Capacities | None = None,
+    ):
+        feats = jnp.asarray(feats)
+        check_float("feats", feats)
+        rows = coords.capacity if isinstance(coords, Sites) else len(coords)
+        if feats.ndim != 2 or feats.shape[0] != rows:
+            raise ValueError(f"`feats` must be [{rows}, C], a row for each site, got shape {feats.shape}.")
+        if isinstance(coords, Sites):
+            if (count, stride, batch_size, bounds, capacities) != (None, 1, None, None, None):
+                raise ValueError("`coords` is a Sites, which has its own count, stride, batch_size, bounds and capacities.")
+            sites = coords
+        else:
+            sites = Sites.create(
+                coords, count, stride=stride, batch_size=batch_size, bounds=bounds, capacities=capacities
+            )
+            if rows == 0:
+                feats = jnp.zeros((1, feats.shape[1]), feats.dtype)
+        object.__setattr__(self, "sites", sites)
+        object.__setattr__(self, "feats", jnp.where(sites.is_real[:, None], feats, 0))
+
+    def tree_flatten(self):
+        """Sites and features; nothing is static here."""
+        return (self.sites, self.feats), None
+
+    @classmethod
+    def tree_unflatten(cls, static, children) -> SparseTensor:
+        """The inverse of `tree_flatten`; checks nothing, since JAX passes placeholders too."""
+        x = object.__new__(cls)
+        object.__setattr__(x, "sites", children[0])
+        object.__setattr__(x, "feats", children[1])
+        return x
+
+    coords = property(lambda self: self.sites.coords, doc="int32 `[N, 1 + D]`, batch index first.")
+    count = property(lambda self: self.sites.count, doc="int32 scalar, how many rows are real.")
+    status = property(lambda self: self.sites.status, doc="int32 `[7]`, see `jaxsparse.status`.")
+    stride = property(lambda self: self.sites.stride, doc="Cell size in cells of the input grid, one an axis.")
+    capacity = property(lambda self: self.sites.capacity, doc="Rows of the arrays, N.")
+    dims = property(lambda self: self.sites.dims, doc="Number of spatial dimensions, D.")
+    batch_size = property(lambda self: self.sites.batch_size, doc="Number of scenes, or None.")
+    bounds = property(lambda self: self.sites.bounds, doc="Sizes of the grid, or None.")
+    num_features = property(lambda self: self.feats.shape[-1], doc="Channels, C.")
+    dtype = property(lambda self: self.feats.dtype, doc="Dtype of the features.")
+
+    def check(self) -> SparseTensor:
+        """Waits for the status, raises `SiteError` if it reports a problem, and returns the tensor."""
+        self.sites.check()
+        return self
+
+    def with_feats(self, feats: jax.Array) -> SparseTensor:
+        """Other features `[N, C]` on the same sites; padding rows are set to zero."""
+        return SparseTensor(self.sites, feats)
+
+    def astype(self, dtype) -> SparseTensor:
+        """The features in another dtype."""
+        return self.with_feats(self.feats.astype(dtype))
+
+    def __add__(self, other: SparseTensor) -> SparseTensor:
+        """Adds features on equal sites, see `jaxsparse.ops.add`."""
+        from jaxsparse.ops.join import add  # ops build on tensors, so this one name comes late
+
+        return add(self, other)
+
+    def to_dense(self) -> jax.Array:
+        """The features on the whole grid, `[batch_size, *bounds, C]`, zero where there is no site.
+
+        Raises:
+          ValueError: where `batch_size` or `bounds` is unknown.
+        """
+        if self.batch_size is None or self.bounds is None:
+            raise ValueError(
+                f"to_dense needs `batch_size` (={self.batch_size}) and `bounds` (={self.bounds}); give both to "
+                "SparseTensor or voxelize."
+            )
+        shape = (self.batch_size, *self.bounds)
+        # A negative index would count from the end: send padding and rows outside the grid past it instead.
+        at = jnp.where(self.sites.is_real[:, None] & (self.coords >= 0), self.coords, jnp.asarray(shape))
+        dense = jnp.zeros((*shape, self.num_features), self.dtype)
+        return dense.at[tuple(at.T)].set(self.feats, mode="drop", unique_indices=False)
+
+    @staticmethod
+    def from_dense(dense: jax.Array, capacity: int, *, capacities: Capacities | None = None) -> SparseTensor:
+        """The sites of `[B, *grid, C]` at which any channel is not zero, sorted by (batch, Morton code).
+
+        Args:
+          dense: `[B, *grid, C]` with one to four grid axes.
+          capacity: rows of the result; more sites than that are reported in `status`, and the first in row-major order
+            are kept.
+          capacities: rows to reserve for coarser grids.
+        """
+        dense = jnp.asarray(dense)
+        check_float("dense", dense)
+        if not 3 <= dense.ndim <= 6:
+            raise ValueError(f"`dense` must be [B, *grid, C] with one to four grid axes, got shape {dense.shape}.")
+        batch_size, *bounds = dense.shape[:-1]
+        occupied = (dense != 0).any(-1)
+        needed = occupied.sum(dtype=jnp.int32)
+        at = jnp.stack(jnp.nonzero(occupied, size=min(capacity, occupied.size)), 1).astype(jnp.int32)
+        count = jnp.minimum(needed, at.shape[0])
+        coords, _, _ = _coords.unique_sites(at, count[None], capacity=capacity)
+        too_many = status.report(Problem.DENSE_CAPACITY, needed > capacity, needed, capacity)
+        stride = (1,) * len(bounds)
+        sites = Sites(coords, count, too_many, stride, capacities or Capacities(), batch_size, tuple(bounds), "morton")
+        feats = dense[tuple(jnp.where(sites.is_real[:, None], coords, 0).T)]
+        return SparseTensor(sites, feats)
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The real rows on the host, coordinates and features, after `check`."""
+        self.check()
+        n = int(self.count)
+        return np.asarray(self.coords)[:n], np.asarray(self.feats)[:n]
+
+
+def on_sites(sites: Sites, feats: jax.Array) -> SparseTensor:
+    """A tensor from features that are zero on padding rows already; checks and masks nothing."""
+    return SparseTensor.tree_unflatten(None, (sites, feats))

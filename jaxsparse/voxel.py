@@ -1,0 +1,226 @@
+"""Points to voxels and back, and batches of scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import _keys, status
+from jaxsparse.geometry import per_axis
+from jaxsparse.kernel_map import check_implementation
+from jaxsparse.ops import _coords
+from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse.ops.rows import gather_rows, sum_rows
+from jaxsparse.sites import Capacities, Sites
+from jaxsparse.status import Problem
+from jaxsparse.tensor import SparseTensor, check_float, on_sites
+
+_REDUCTIONS = ("mean", "sum", "max", "first")
+
+
+def voxelize(
+    points: jax.Array,
+    feats: jax.Array,
+    voxel_size: float | Sequence[float],
+    *,
+    capacity: int,
+    count: jax.Array | int | None = None,
+    batch: jax.Array | None = None,
+    batch_size: int | None = None,
+    origin: jax.Array | Sequence[float] | None = None,
+    reduce: str = "mean",
+    bounds: Sequence[int] | None = None,
+    capacities: Capacities | None = None,
+    implementation: str = "auto",
+) -> tuple[SparseTensor, jax.Array]:
+    """Gathers points into voxels.
+
+    The voxel of a point is `floor((point - origin) * (1 / voxel_size))`, in float32, the reciprocal rounded to float32:
+    one subtraction and one product, so that compiled and eager code agree.
+
+    Args:
+      points: `[P, D]` in metres (any unit, the voxel size's), D = 1 to 4.
+      feats: `[P, C]`.
+      voxel_size: edge length, or one an axis.
+      capacity: rows of the result. More voxels than that are reported in `status`, the first in (batch, Morton) order
+        are kept, and points of the others get index -1.
+      count: number of real points, a scalar that may be traced; rows from there on are padding, whatever they hold.
+      batch: int32 `[P]`, the scene of each point; all 0 by default.
+      batch_size: number of scenes; 1 by default without `batch`.
+      origin: `[D]`, where voxel 0 begins; 0 by default.
+      reduce: how features of one voxel combine: "mean", "sum", "max" or "first" (the lowest point row).
+      bounds: sizes of the grid in voxels; points outside [0, bounds) are left out, with index -1.
+      capacities: rows to reserve for coarser grids, see `jaxsparse.capacities`.
+      implementation: "auto" or "xla".
+
+    Returns:
+      The voxels, sorted by (batch, Morton code), and `point_to_voxel`, int32 `[P]`: the row of each point's voxel, -1
+      for padding and for points left out.
+    """
+    points, feats = jnp.asarray(points), jnp.asarray(feats)
+    check_implementation(implementation)
+    check_float("points", points)
+    check_float("feats", feats)
+    if points.ndim != 2 or not 1 <= points.shape[1] <= 4:
+        raise ValueError(f"`points` must be [P, D] with D = 1 to 4, got shape {points.shape}.")
+    if feats.ndim != 2 or feats.shape[0] != points.shape[0]:
+        raise ValueError(f"`feats` must be [{points.shape[0]}, C], a row for each point, got shape {feats.shape}.")
+    if reduce not in _REDUCTIONS:
+        raise ValueError(f"`reduce` (={reduce!r}) must be one of {_REDUCTIONS}.")
+    if capacity < 1:
+        raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
+    rows, dims = points.shape
+    sizes = np.broadcast_to(np.asarray(voxel_size, np.float64), (dims,)) if np.ndim(voxel_size) < 2 else None
+    if sizes is None or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise ValueError(f"`voxel_size` (={voxel_size}) must be positive, a number or one an axis.")
+    if bounds is not None:
+        bounds = per_axis("bounds", bounds, dims)
+    if batch is None:
+        batch, batch_size = jnp.zeros(rows, jnp.int32), batch_size or 1
+    if batch.shape != (rows,) or not jnp.issubdtype(batch.dtype, jnp.integer):
+        raise ValueError(f"`batch` must be integers [{rows}], got {batch.dtype}{list(batch.shape)}.")
+    if rows == 0:  # custom calls want rows
+        points, feats, batch = jnp.zeros((1, dims)), jnp.zeros((1, feats.shape[1]), feats.dtype), jnp.zeros(1, jnp.int32)
+    given = jnp.asarray(rows if count is None else count, jnp.int32)
+    real = _keys.real_rows(jnp.clip(given, 0, rows)[None], points.shape[0])
+
+    origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
+    cell = jnp.floor((points.astype(jnp.float32) - origin) * np.float32(1 / sizes))
+    limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
+    is_finite = jnp.isfinite(points).all(1)
+    in_range = (jnp.abs(cell) < limit).all(1)
+    in_batch = (batch >= 0) & (batch <= batches - 1)
+    kept = real & is_finite & in_range & in_batch
+    if bounds is not None:
+        kept &= ((cell >= 0) & (cell < jnp.asarray(bounds))).all(1)
+    cell = jnp.where(kept[:, None], cell, 0).astype(jnp.int32)
+    coords = jnp.concatenate([batch[:, None].astype(jnp.int32), cell], 1)
+    coords = jnp.where(kept[:, None], coords, _keys.PADDING_COORD)
+
+    sites, found, row_of = _coords.unique_sites(
+        coords, jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
+    )
+    problems = [
+        _count_rows(Problem.COUNT, (given < 0) | (given > rows), given, rows),
+        _count_rows(Problem.NON_FINITE_POINTS, real & ~is_finite, None, 0),
+        _count_rows(Problem.COORDINATE_RANGE, real & is_finite & ~in_range, None, int(limit)),
+        _count_rows(Problem.BATCH_INDEX, real & ~in_batch, None, min(batches, 2**31 - 1)),
+        status.report(Problem.VOXELIZE_CAPACITY, found[0] > capacity, found[0], capacity),
+    ]
+    made = Sites(
+        sites,
+        jnp.minimum(found[0], capacity),
+        status.merge(*problems),
+        (1,) * dims,
+        capacities or Capacities(),
+        batch_size,
+        bounds,
+        "morton",
+    )
+    return on_sites(made, _reduce(feats, row_of, capacity, reduce, implementation)), row_of[:rows]
+
+
+def _count_rows(problem: Problem, wrong: jax.Array, value, limit) -> jax.Array:
+    """Reports how many rows are wrong, or a given value where a scalar is."""
+    number = wrong.sum(dtype=jnp.int32)
+    return status.report(problem, number > 0, number if value is None else value, limit)
+
+
+def _reduce(feats, row_of, capacity, reduce, implementation):
+    """Features of each voxel `[capacity, C]`, zero where it has no point."""
+    target = jnp.where(row_of >= 0, row_of, capacity)  # past the end: dropped
+    position = jnp.arange(row_of.shape[0], dtype=jnp.int32)
+    if reduce in ("mean", "sum"):
+        dtype = accumulation_dtype(feats.dtype)
+        total = sum_rows(feats.astype(dtype), row_of, capacity, implementation=implementation)
+        if reduce == "mean":
+            points_in = jax.ops.segment_sum(jnp.ones_like(position), target, capacity)
+            total = total / jnp.maximum(points_in, 1)[:, None].astype(dtype)
+        return total.astype(feats.dtype)
+    none = row_of.shape[0]
+    if reduce == "first":
+        first = jnp.full(capacity, none, jnp.int32).at[target].min(position, mode="drop")
+        return gather_rows(feats, first, implementation=implementation)
+    # Of equal maxima the lowest point wins, which makes the gradient unique.
+    masked = jax.lax.stop_gradient(jnp.where(row_of[:, None] >= 0, feats, -jnp.inf))
+    highest = jnp.full((capacity, feats.shape[1]), -jnp.inf, feats.dtype).at[target].max(masked, mode="drop")
+    is_highest = (masked == highest[jnp.minimum(target, capacity - 1)]) & (row_of[:, None] >= 0)
+    candidate = jnp.where(is_highest, position[:, None], none)
+    winner = jnp.full((capacity, feats.shape[1]), none, jnp.int32).at[target].min(candidate, mode="drop")
+    channel = jnp.arange(feats.shape[1])
+    return jnp.where(winner < none, feats[jnp.minimum(winner, none - 1), channel], 0)
+
+
+def devoxelize(voxels: SparseTensor | jax.Array, point_to_voxel: jax.Array, *, implementation: str = "auto") -> jax.Array:
+    """The features of each point's voxel.
+
+    Args:
+      voxels: a tensor, or features `[N, C]`.
+      point_to_voxel: int32 `[P]` from `voxelize`.
+      implementation: "auto" or "xla"; matters to the gradient.
+
+    Returns:
+      `[P, C]`, zero where the index is -1. Differentiable: the gradient sums over the points of each voxel, in a fixed
+      order.
+    """
+    check_implementation(implementation)
+    feats = voxels.feats if isinstance(voxels, SparseTensor) else voxels
+    return gather_rows(feats, point_to_voxel, implementation=implementation)
+
+
+def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> SparseTensor:
+    """Several scenes as one batch: batch indices of the i-th tensor move past those of the ones before.
+
+    Args:
+      tensors: scenes on the same grid, with equal features. One whose `batch_size` is unknown counts as a single scene.
+      capacity: rows of the result; the sum of the capacities by default. More rows are reported in `status`.
+
+    Returns:
+      The real rows of each tensor in turn, then padding, with `batch_size` set.
+    """
+    if not tensors:
+        raise ValueError("collate: `tensors` is empty; pass at least one.")
+    first = tensors[0]
+    for t in tensors[1:]:
+        same = (t.dims, t.stride, t.num_features, t.dtype) == (first.dims, first.stride, first.num_features, first.dtype)
+        if not same or t.bounds != first.bounds:
+            raise ValueError(
+                f"collate: tensors must share dimensions, stride, features, dtype and bounds, got ({first.dims}, "
+                f"{first.stride}, {first.num_features}, {first.dtype}, {first.bounds}) and ({t.dims}, {t.stride}, "
+                f"{t.num_features}, {t.dtype}, {t.bounds})."
+            )
+    sizes = [t.batch_size or 1 for t in tensors]
+    total_rows = sum(t.capacity for t in tensors)
+    capacity = total_rows if capacity is None else capacity
+    if capacity < 1:
+        raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
+
+    counts = jnp.stack([t.count for t in tensors])
+    ends = jnp.cumsum(counts)
+    row = jnp.arange(capacity, dtype=jnp.int32)
+    scene = jnp.minimum(jnp.searchsorted(ends, row, side="right"), len(tensors) - 1)
+    starts = np.cumsum([0, *[t.capacity for t in tensors[:-1]]])
+    source = jnp.asarray(starts, jnp.int32)[scene] + row - (ends - counts)[scene]
+    source = jnp.clip(source, 0, total_rows - 1)
+    is_real = row < ends[-1]
+
+    shift = jnp.asarray(np.cumsum([0, *sizes[:-1]]), jnp.int32)
+    coords = jnp.concatenate([t.coords for t in tensors])[source]
+    coords = coords.at[:, 0].add(shift[scene])
+    coords = jnp.where(is_real[:, None], coords, _keys.PADDING_COORD)
+    feats = jnp.where(is_real[:, None], jnp.concatenate([t.feats for t in tensors])[source], 0)
+    problems = status.merge(
+        *[t.status for t in tensors],
+        *[
+            _count_rows(Problem.BATCH_INDEX, t.sites.is_real & (t.coords[:, 0] >= size), None, size)
+            for t, size in zip(tensors, sizes, strict=True)
+        ],
+        status.report(Problem.COLLATE_CAPACITY, ends[-1] > capacity, ends[-1], capacity),
+    )
+    order = "morton" if all(t.sites.order == "morton" for t in tensors) else "any"
+    count = jnp.minimum(ends[-1], capacity)
+    sites = Sites(coords, count, problems, first.stride, first.sites.capacities, sum(sizes), first.bounds, order)
+    return on_sites(sites, feats)
