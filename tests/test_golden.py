@@ -7,11 +7,12 @@ import json
 import pathlib
 from types import SimpleNamespace
 
-import jax.numpy as jnp
-import jaxsparse as js
+import jax
 import numpy as np
 import pytest
 from flax import nnx
+
+import jaxsparse as js
 
 FILES = sorted((pathlib.Path(__file__).parent / "golden").glob("*.npz"))
 PADDING = np.iinfo(np.int32).min
@@ -28,39 +29,40 @@ def padded(rows, capacity, fill):
     return np.pad(rows, [(0, capacity - len(rows)), (0, 0)], constant_values=fill)
 
 
-def tensor(coords, feats, extra_rows, **kwargs):
-    """A SparseTensor with `extra_rows` of padding, whose features are NaN: they must not reach any real row."""
+def real_and_padding(coords, feats, extra_rows):
+    """Coords, feats and count with `extra_rows` of padding, whose features are NaN: they must not reach a real row."""
     capacity = len(coords) + extra_rows
-    return js.SparseTensor(
-        jnp.asarray(padded(coords, capacity, PADDING)), jnp.asarray(padded(feats, capacity, np.nan)),
-        count=jnp.int32(len(coords)), **kwargs)
+    return padded(coords, capacity, PADDING), padded(feats, capacity, np.nan), np.int32(len(coords))
 
 
-def build(case, capacity):
-    """The layer of a golden case, with its weights."""
+def layer_of(case, capacity):
+    """The layer of a golden case; its weights come later."""
     _, c_in, c_out = case.kernel.shape
     same = {"use_bias": False, "precision": "highest", "dilation": tuple(case.dilation), "rngs": nnx.Rngs(0)}
     size, moves = tuple(case.kernel_size), {"strides": tuple(case.strides), "padding": tuple(case.padding)}
     if case.op == "subm":
-        layer = js.nn.SubMConv(c_in, c_out, size, **same)
-    elif case.op == "conv":
-        layer = js.nn.SparseConv(c_in, c_out, size, **moves, capacity=capacity, **same)
-    else:
-        layer = js.nn.SparseConvTranspose(c_in, c_out, size, **moves, **same)
-    layer.kernel[...] = jnp.asarray(case.kernel)
-    return layer
+        return js.nn.SubMConv(c_in, c_out, size, **same)
+    if case.op == "conv":
+        return js.nn.SparseConv(c_in, c_out, size, **moves, capacity=capacity, **same)
+    return js.nn.SparseConvTranspose(c_in, c_out, size, **moves, **same)
 
 
 def run(case, extra_rows):
-    """Input tensor(s) in, output tensor out, the layer under jit."""
+    """The layer's output for a golden case, as one compiled program."""
     grid = {"batch_size": case.batch_size, "bounds": case.bounds and tuple(case.bounds)}
-    layer = build(case, capacity=len(case.out_coords) + extra_rows)
-    if case.op != "transpose":
-        x = tensor(case.coords, case.feats, extra_rows, **grid)
-        return nnx.jit(lambda layer, x: layer(x))(layer, x)
-    x = tensor(case.coords, case.feats, extra_rows, stride=tuple(case.strides), **grid)
-    like = tensor(case.out_coords, np.zeros((len(case.out_coords), 1), np.float32), extra_rows, **grid)
-    return nnx.jit(lambda layer, x, like: layer(x, like=like))(layer, x, like)
+
+    @jax.jit
+    def program(kernel, rows, like):
+        layer = layer_of(case, capacity=len(case.out_coords) + extra_rows)
+        layer.kernel[...] = kernel
+        if case.op != "transpose":
+            return layer(js.SparseTensor(*rows, **grid))
+        x = js.SparseTensor(*rows, stride=tuple(case.strides), **grid)
+        return layer(x, like=js.SparseTensor(*like, **grid))
+
+    unused = np.zeros((len(case.out_coords), 1), np.float32)
+    like = real_and_padding(case.out_coords, unused, extra_rows)
+    return program(case.kernel, real_and_padding(case.coords, case.feats, extra_rows), like)
 
 
 @pytest.mark.parametrize("extra_rows", [0, 37])
