@@ -19,6 +19,7 @@ __all__ = [
     "out_aval",
     "promote",
     "trace_state",
+    "zero_tangent",
 ]
 
 apply_primitive = xla.apply_primitive
@@ -54,3 +55,8 @@ def out_aval(like, shape: Sequence[int], dtype):
     """The abstract value of a result: `like`'s mesh and varying axes, another shape and dtype."""
     sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
     return like.update(shape=tuple(shape), dtype=jax.dtypes.canonicalize_dtype(dtype), sharding=sharding, weak_type=False)
+
+
+def zero_tangent(primal) -> ad.Zero:
+    """The symbolic zero that stands for the tangent of a value."""
+    return ad.Zero(jax.typeof(primal).to_tangent_aval())

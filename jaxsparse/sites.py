@@ -183,8 +183,8 @@ class Sites:
           geometry: of the convolution.
           mode: "reachable" for every site whose window holds an input site (spconv, TorchSparse), "floor" for
             `floor(fine / stride)` (MinkowskiEngine).
-          capacity: rows of the result; by default `capacities` decides, else as many as here for floor sites and twice
-            that for reachable ones.
+          capacity: rows of the result; by default `capacities` decides, else as many as here, or twice that where a fine
+            site can reach more than one coarse site.
           implementation: "auto" or "xla".
         """
         if mode not in ("reachable", "floor"):
@@ -195,7 +195,7 @@ class Sites:
             window = geometry
         stride = tuple(a * b for a, b in zip(self.stride, geometry.stride, strict=True))
         if capacity is None:
-            capacity = self.capacities.get(stride, self.capacity * (2 if mode == "reachable" else 1))
+            capacity = self.capacities.get(stride, self.capacity * min(window.coarse_per_site(), 2))
         elif capacity < 1:
             raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
         bounds = None

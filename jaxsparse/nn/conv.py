@@ -142,7 +142,7 @@ class SparseConv(_Conv):
       sites: "reachable" for every site whose window holds an input site (spconv, TorchSparse), "floor" for
         `floor(fine / strides)` (MinkowskiEngine).
       capacity: rows of the output; by default the `capacities` of the input's sites decide, else as many as the input
-        has for floor sites and twice that for reachable ones.
+        has, or twice that where an input site can reach more than one output site.
       **options: see `ConvOptions`.
 
     Attributes:

@@ -84,12 +84,12 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds):
     fine = jnp.where(real[:, None], coords[:, 1:], 0)
     candidates, exists = [], []
     for tap in geometry.taps:
-        scaled = fine + np.asarray(geometry.padding) - np.asarray(geometry.dilation) * np.asarray(tap)
-        stride = np.asarray(geometry.stride)
+        scaled = fine + np.int32(geometry.padding) - np.int32(geometry.dilation) * np.int32(tap)
+        stride = np.int32(geometry.stride)
         coarse = scaled // stride
         present = real & (scaled == coarse * stride).all(-1)
         if bounds is not None:
-            present &= ((coarse >= 0) & (coarse < np.asarray(bounds))).all(-1)
+            present &= ((coarse >= 0) & (coarse < np.int32(bounds))).all(-1)
         candidates.append(jnp.concatenate([coords[:, :1], coarse], 1))
         exists.append(present)
     coarse, exists = jnp.concatenate(candidates), jnp.concatenate(exists)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _ffi
-from jaxsparse._compat import ad
+from jaxsparse._compat import ad, zero_tangent
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv.reference import accumulation_dtype
@@ -59,7 +59,7 @@ def _set_linear(op: Op, transposed: Op) -> None:
     def jvp(primals, tangents, **params):
         out = op(*primals, **params)
         dot = tangents[0]
-        return out, [ad.Zero.from_primal_value(out[0]) if type(dot) is ad.Zero else op(dot, primals[1], **params)[0]]
+        return out, [zero_tangent(out[0]) if type(dot) is ad.Zero else op(dot, primals[1], **params)[0]]
 
     def transpose(cotangents, x, index, **params):
         (ct,) = cotangents

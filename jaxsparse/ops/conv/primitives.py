@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _ffi
-from jaxsparse._compat import ad, batching
+from jaxsparse._compat import ad, batching, zero_tangent
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv import reference
@@ -137,7 +137,7 @@ def _jvp(op: Op):
         a, b, *kernel_map = primals
         a_dot, b_dot = tangents[:2]
         out = op(a, b, *kernel_map, **params)
-        tangent = ad.Zero.from_primal_value(out[0])
+        tangent = zero_tangent(out[0])
         if type(a_dot) is not ad.Zero:
             tangent = ad.add_tangents(tangent, op(a_dot, b, *kernel_map, **params)[0])
         if type(b_dot) is not ad.Zero:
