@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 
-def wall_ms(step, inputs, sync, steps, warmup=10):
+def wall_ms(step, inputs, sync, steps):
     """Wall time of each step in milliseconds, synchronised before and after, going round the ring of inputs."""
-    times = []
+    times, warmup = [], max(3, steps // 5)
     for i in range(warmup + steps):
         start = time.perf_counter()
         out = step(inputs[i % len(inputs)])

@@ -12,6 +12,7 @@ Where torch and spconv are installed, spconv runs the same network with the same
   gradients for all weights; in float16 the loss is scaled by 2^16 in both libraries, or gradients would vanish.
 - Here the model is split once and its step compiled ahead of time: `compiled` counts that program and any that XLA
   compiled while the steps ran.
+- On a CPU spconv gets one thread: with more, its scatter adds race and its results are wrong.
 - error: of outputs or gradients against float64 on the first batch, |difference| / |float64| in the 2-norm; a result
   beyond the limit for its dtype gets no time.
 """
@@ -25,13 +26,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory 
 
 import jax
 import jax.numpy as jnp
-import jaxsparse as js
 import measure
 import numpy as np
 import reference
 import report
 import scans
 from flax import nnx
+
+import jaxsparse as js
 
 IN_FEATURES = 4
 LOSS_SCALE = {"float16": 2.0**16, "bfloat16": 1.0, "float32": 1.0}
@@ -56,11 +58,19 @@ WORKLOADS = {
 }
 
 
-def error_limit(dtype):
-    """The largest error that passes: ten roundings of the format in which products are formed."""
-    if dtype == "float32" and jax.default_backend() == "gpu":
-        return 10 * 2.0**-10  # TF32
-    return 10 * float(jnp.finfo(dtype).eps)
+def error_limit(dtype, training):
+    """The largest error that passes.
+
+    With 16-bit floats and TF32 every layer rounds what it multiplies: ten roundings. In float32 the sums round, of up
+    to 27 x 512 products: the square root of that, about a hundred. Gradients jump where a ReLU's input lies so close
+    to 0 that rounding changes its sign; one such unit was seen to move the gradients of a small scene by 2 percent.
+    """
+    exact = dtype == "float32" and jax.default_backend() == "cpu"
+    if training:
+        return 0.05 if exact else 0.3
+    if exact:
+        return 100 * 2.0**-23
+    return 10 * (2.0**-10 if dtype == "float32" else float(jnp.finfo(dtype).eps))
 
 
 def error(found, expected):
@@ -80,25 +90,31 @@ def figures(step, ring, sync, gpu_ms, steps):
 # --- jaxsparse ---
 
 
-def layers_in_order(module):
-    """Convolutions and norms of a model in the order in which its constructors made them: the running order."""
-    for child in vars(module).values():
-        for item in child if isinstance(child, list | tuple | nnx.List) else [child]:
-            if isinstance(item, js.nn.BatchNorm) or hasattr(item, "kernel"):
-                yield item
-            elif isinstance(item, nnx.Module):
-                yield from layers_in_order(item)
+def layers_in_order(model):
+    """Convolutions and norms of a SparseResUNet42 in running order, a block's shortcut after its second norm."""
+
+    def of_block(block):
+        shortcut = [] if block.shortcut is None else block.shortcut.layers
+        return [block.conv1, block.norm1, block.conv2, block.norm2, *shortcut]
+
+    def of_stage(conv_block, residual_blocks):
+        return [conv_block.conv, conv_block.norm, *(layer for b in residual_blocks.layers for layer in of_block(b))]
+
+    stages = [*zip(model.down, model.encoder, strict=True), *zip(model.up, model.decoder, strict=True)]
+    stem = [layer for block in model.stem.layers for layer in (block.conv, block.norm)]
+    return stem + [layer for stage in stages for layer in of_stage(*stage)]
 
 
 def jaxsparse_model(weights, width, dtype):
-    """SparseResUNet42 with the given weights, stored and computed in `dtype`."""
-    model = js.models.SparseResUNet42(IN_FEATURES, width=width, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
+    """SparseResUNet42 with the given weights, computing in `dtype` and with its parameters stored so."""
+    model = js.models.SparseResUNet42(IN_FEATURES, width=width, dtype=dtype, rngs=nnx.Rngs(0))
     for layer, values in zip(layers_in_order(model), weights, strict=True):
         if isinstance(values, tuple):
             for variable, value in zip((layer.scale, layer.bias, layer.mean, layer.var), values, strict=True):
-                variable[...] = jnp.asarray(value, variable.dtype)
+                variable[...] = jnp.asarray(value)
         else:
-            layer.kernel[...] = jnp.asarray(values.reshape(layer.kernel.shape), layer.kernel.dtype)
+            layer.kernel[...] = jnp.asarray(values)
+    nnx.update(model, jax.tree.map(lambda a: a.astype(dtype), nnx.state(model, nnx.Param)))
     return model
 
 
@@ -158,7 +174,7 @@ def jaxsparse_training(workload, weights, ring, dtype):
     scale = LOSS_SCALE[dtype]
 
     def loss(params, rest, x):
-        model = nnx.merge(graph, params, rest)
+        model = nnx.merge(graph, params, rest, copy=True)  # norms update their own copy of the running statistics
         y = model(x)
         mean = jnp.sum(jnp.square(y.feats.astype(jnp.float32))) / (y.count * y.feats.shape[1])
         return scale * mean, (y.status, nnx.state(model, nnx.BatchStat))
@@ -188,7 +204,7 @@ def run_jaxsparse(workload, weights, ring, dtype, steps, expected):
     compiled, state, inputs, first_output = build(workload, weights, ring, dtype)
     with measure.count_compilations() as compilations:
         row = {"error": error(first_output(), expected)}
-        if row["error"] <= error_limit(dtype):
+        if row["error"] <= error_limit(dtype, workload.training):
             step = lambda x: compiled(state, x)  # noqa: E731
             compilations.clear()
             row |= figures(step, inputs, jax.block_until_ready, measure.jax_gpu_ms, steps)
@@ -201,6 +217,8 @@ def run_jaxsparse(workload, weights, ring, dtype, steps, expected):
 
 def run_spconv(workload, weights, ring, dtype, steps, expected):
     """The same for spconv, or None where it cannot run: not installed, or training without a GPU."""
+    if jax.default_backend() == "cpu":
+        os.environ["OMP_NUM_THREADS"] = "1"  # with more threads its scatter adds race, and rows lose taps
     try:
         import spconv_seg
         import torch
@@ -231,7 +249,7 @@ def run_spconv(workload, weights, ring, dtype, steps, expected):
     step = train if workload.training else infer
     sync = (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
     row = {"error": error(first_output(), expected)}
-    if row["error"] <= error_limit(dtype):
+    if row["error"] <= error_limit(dtype, workload.training):
         row |= figures(step, inputs, sync, measure.torch_gpu_ms, steps)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

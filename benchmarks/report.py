@@ -13,9 +13,13 @@ import sys
 
 import jax
 
+import jaxsparse
+
 
 def version(package):
-    """A package's installed version, or None."""
+    """A package's version, or None where it is not installed; jaxsparse may run from a checkout."""
+    if package == "jaxsparse":
+        return jaxsparse.__version__
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -67,6 +67,17 @@ def ring(scans, length=8):
     return [batch([_symmetry(s, i % 8) for s in scans]) for i in range(length)]
 
 
+def in_library_order(voxels):
+    """The voxels sorted by (batch, Morton code), the order in which `jaxsparse.voxelize` puts them."""
+    batch_index, *axes = voxels.coords.astype(np.uint64).T
+    code = np.zeros(len(voxels.coords), np.uint64)
+    for bit in range(16):
+        for a, axis in enumerate(reversed(axes)):  # the first axis takes the highest bit of three
+            code |= (axis >> np.uint64(bit) & np.uint64(1)) << np.uint64(3 * bit + a)
+    order = np.lexsort([code, batch_index])
+    return Voxels(voxels.coords[order], voxels.feats[order])
+
+
 def _symmetry(scan, which):
     """The scan after a symmetry of the x-y grid: axes swapped (bit 2), x mirrored (bit 0), y mirrored (bit 1)."""
     coords, feats = scan.coords.copy(), scan.feats.copy()

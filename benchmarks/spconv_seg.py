@@ -81,7 +81,7 @@ def to_spconv(kernel, size):
     """
     _, c_in, c_out = kernel.shape
     if len(kernel) == 1:
-        return torch.from_numpy(kernel.reshape(c_out, *size, c_in))
+        return torch.tensor(kernel.reshape(c_out, *size, c_in))
     return torch.from_numpy(np.moveaxis(kernel.reshape(*size, c_in, c_out), -1, 0).copy())
 
 
@@ -105,7 +105,7 @@ def build(weights, in_features, width, dtype, device):
             elif isinstance(module, nn.BatchNorm1d):
                 state = (module.weight, module.bias, module.running_mean, module.running_var)
                 for tensor, value in zip(state, next(left), strict=True):
-                    tensor.copy_(torch.from_numpy(value))
+                    tensor.copy_(torch.tensor(value))
     assert next(left, None) is None
     return net.to(device, getattr(torch, dtype))
 
@@ -128,7 +128,7 @@ def inputs(ring, dtype, device):
     """
     top = max(v.coords[:, 1:].max() for v in ring)
     box = [int(-(-(top + 1) // 16) * 16)] * 3
-    return [(torch.from_numpy(v.feats).to(device, getattr(torch, dtype)), torch.from_numpy(v.coords).to(device), box,
+    return [(torch.tensor(v.feats).to(device, getattr(torch, dtype)), torch.tensor(v.coords).to(device), box,
              int(v.coords[:, 0].max()) + 1) for v in ring]
 
 
