@@ -24,6 +24,7 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 
 constexpr int64_t kUnbound = -1;
 constexpr int64_t kMaxTaps = 65536;
+constexpr int64_t kMaxSize = int64_t{1} << 30;  // of any axis but a workspace's: rows are numbered in int32
 constexpr int64_t kMaxAxisAttr = int64_t{1} << 30;  // times a 32-bit coordinate, it stays far inside int64
 
 inline std::string dtype_name(ffi::DataType dtype) {
@@ -67,9 +68,8 @@ class Checks {
         return fail(std::string(name) + " must have size " + std::to_string(*size) + " on axis " +
                     std::to_string(axis));
       }
-      if (actual > INT32_MAX - 1 && dtype != ffi::U8) {
-        return fail(std::string(name) + " is too large on axis " + std::to_string(axis) +
-                    ": rows are numbered in int32");
+      if (actual > kMaxSize && dtype != ffi::U8) {
+        return fail(std::string(name) + " must have at most 2^30 entries on axis " + std::to_string(axis));
       }
       ++axis;
     }

@@ -3,6 +3,10 @@
 
 #include "bindings/handlers.h"
 
+#ifdef JAXSPARSE_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {

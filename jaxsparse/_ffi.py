@@ -35,8 +35,8 @@ DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) fo
 def _runtime_ffi_version() -> tuple[int, int]:
     """The FFI API version of the installed jaxlib, read from the header that it ships."""
     header = pathlib.Path(jaxlib.__file__).parent / "include/xla/ffi/api/c_api.h"
-    text = header.read_text()
-    return tuple(int(re.search(rf"define XLA_FFI_API_{part} (\d+)", text)[1]) for part in ("MAJOR", "MINOR"))
+    major, minor = re.findall(r"define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header.read_text())
+    return int(major), int(minor)
 
 
 def _check_versions() -> None:
@@ -71,7 +71,7 @@ def call(
     """Calls a custom-call target. Attributes cross as 64-bit integers, sequences as arrays of them."""
     if target not in TARGETS:
         raise ValueError(f"no custom-call target {target!r}; registered: {TARGETS}")
-    return jax.ffi.ffi_call(target, list(results))(*operands, **_encode(attributes))
+    return list(jax.ffi.ffi_call(target, list(results))(*operands, **_encode(attributes)))
 
 
 def _encode(attributes: Mapping[str, int | Sequence[int]]) -> dict:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 AXIS_BITS = {1: 31, 2: 24, 3: 18, 4: 14}
 PADDING_COORD = -(2**31)  # every entry of a padding row
-NO_KEY = 0xFFFFFFFF  # both words of the key of a row that is not a site
+NO_KEY = np.uint32(0xFFFFFFFF)  # both words of the key of a row that is not a site
 
 
 def axis_limit(dims: int) -> int:
@@ -34,10 +35,10 @@ def keys_of(coords: jax.Array) -> tuple[jax.Array, jax.Array]:
     bits = AXIS_BITS[dims]
     batch = coords[..., 0].astype(jnp.uint32)
     offset = coords[..., 1:].astype(jnp.uint32) + jnp.uint32(2 ** (bits - 1))
-    words = [jnp.zeros_like(batch), jnp.zeros_like(batch)]  # low, high
-    for position in range(dims * bits):
-        axis, bit = dims - 1 - position % dims, position // dims
-        words[position // 32] |= (offset[..., axis] >> bit & 1) << position % 32
+    position = np.arange(dims * bits)[None]
+    axis, bit = dims - 1 - position % dims, np.uint32(position // dims)
+    code = (jnp.take_along_axis(offset, axis, -1) >> bit & 1) << np.uint32(position % 32)  # one column a bit
+    words = [code[..., :32].sum(-1, dtype=jnp.uint32), code[..., 32:].sum(-1, dtype=jnp.uint32)]  # low, high
     shift = dims * bits  # where the batch begins
     if shift < 32:
         words[0] |= batch << shift

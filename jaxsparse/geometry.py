@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 AxisInts = int | Sequence[int]
 
@@ -23,12 +23,9 @@ def per_axis(name: str, value: AxisInts, dims: int, least: int = 1) -> tuple[int
       ValueError: names the argument, its value and what it must be.
     """
     try:
-        entries = (operator.index(value),) * dims
+        entries = tuple(map(operator.index, value)) if isinstance(value, Iterable) else (operator.index(value),) * dims
     except TypeError:
-        try:
-            entries = tuple(operator.index(v) for v in value)
-        except TypeError:
-            raise TypeError(f"`{name}` (={value!r}) must be an integer or a sequence of integers, one an axis.") from None
+        raise TypeError(f"`{name}` (={value!r}) must be an integer or a sequence of integers, one an axis.") from None
     if len(entries) != dims:
         raise ValueError(f"`{name}` (={value!r}) must have one entry for each of the {dims} spatial axes.")
     if min(entries) < least:

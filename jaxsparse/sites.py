@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _keys, status
 from jaxsparse._compat import trace_state
@@ -109,7 +110,7 @@ class Sites:
         capacities: Capacities | None = None,
     ) -> Sites:
         """Sites from coordinates in any row order; values are checked on the device, see `SparseTensor`."""
-        coords, stride, bounds, batch_size = _check_static(coords, stride, bounds, batch_size)
+        coords, grid, size = _check_static(coords, stride, bounds, batch_size)
         rows = coords.shape[0]
         count = jnp.asarray(rows if count is None else count)
         if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
@@ -121,8 +122,8 @@ class Sites:
             coords = jnp.full((1, coords.shape[1]), _keys.PADDING_COORD, jnp.int32)
         real = _keys.real_rows(count[None], coords.shape[0])
         coords = jnp.where(real[:, None], coords, _keys.PADDING_COORD)
-        found = status.merge(wrong_count, _check_values(coords, count, batch_size, bounds))
-        return cls(coords, count, found, stride, capacities or Capacities(), batch_size, bounds, "any")
+        found = status.merge(wrong_count, _check_values(coords, count, batch_size, size))
+        return cls(coords, count, found, grid, capacities or Capacities(), batch_size, size, "any")
 
     def tree_flatten(self):
         """Arrays, then static facts; the memo stays behind."""
@@ -220,8 +221,10 @@ class Sites:
         return self.memo(("coarse", window, capacity, bounds, implementation), make)
 
 
-def _check_static(coords, stride, bounds, batch_size):
-    """What shapes and dtypes tell about a constructor's arguments."""
+def _check_static(
+    coords: jax.Array, stride: AxisInts, bounds: Sequence[int] | None, batch_size: int | None
+) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...] | None]:
+    """What shapes and dtypes tell about a constructor's arguments: coordinates, stride and bounds."""
     coords = jnp.asarray(coords)
     if coords.ndim != 2 or not 2 <= coords.shape[1] <= 5:
         raise ValueError(
@@ -233,11 +236,10 @@ def _check_static(coords, stride, bounds, batch_size):
             "integer coordinates with .astype(jnp.int32)."
         )
     dims = coords.shape[1] - 1
-    if bounds is not None:
-        bounds = per_axis("bounds", bounds, dims)
+    size = None if bounds is None else per_axis("bounds", bounds, dims)
     if batch_size is not None and not 1 <= batch_size <= _keys.batch_limit(dims):
         raise ValueError(f"`batch_size` (={batch_size}) must be 1 to {_keys.batch_limit(dims)} in {dims} dimensions.")
-    return coords, per_axis("stride", stride, dims), bounds, batch_size
+    return coords, per_axis("stride", stride, dims), size
 
 
 def _check_values(coords, count, batch_size, bounds) -> jax.Array:
@@ -259,7 +261,7 @@ def _check_values(coords, count, batch_size, bounds) -> jax.Array:
         status.report(Problem.DUPLICATE_SITES, duplicates > 0, duplicates, 0),
     ]
     if bounds is not None:
-        outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= jnp.asarray(bounds))).any(1))
+        outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= np.array([bounds], np.int32))).any(1))
         problems.append(status.report(Problem.OUT_OF_BOUNDS, outside > 0, outside, 0))
     return status.merge(*problems)
 

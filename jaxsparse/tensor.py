@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _keys, status
+from jaxsparse import status
 from jaxsparse.geometry import AxisInts
 from jaxsparse.ops import _coords
 from jaxsparse.sites import Capacities, Sites
@@ -118,7 +118,7 @@ class SparseTensor:
 
     def astype(self, dtype) -> SparseTensor:
         """The features in another dtype."""
-        return self.with_feats(self.feats.astype(dtype))
+        return self if self.dtype == dtype else self.with_feats(self.feats.astype(dtype))
 
     def __add__(self, other: SparseTensor) -> SparseTensor:
         """Adds features on equal sites, see `jaxsparse.ops.add`."""
@@ -139,7 +139,7 @@ class SparseTensor:
             )
         shape = (self.batch_size, *self.bounds)
         # A negative index would count from the end: send padding and rows outside the grid past it instead.
-        at = jnp.where(self.sites.is_real[:, None] & (self.coords >= 0), self.coords, jnp.asarray(shape))
+        at = jnp.where(self.sites.is_real[:, None] & (self.coords >= 0), self.coords, np.array([shape], np.int32))
         dense = jnp.zeros((*shape, self.num_features), self.dtype)
         return dense.at[tuple(at.T)].set(self.feats, mode="drop", unique_indices=False)
 

@@ -76,8 +76,7 @@ def voxelize(
     sizes = np.broadcast_to(np.asarray(voxel_size, np.float64), (dims,)) if np.ndim(voxel_size) < 2 else None
     if sizes is None or not (np.isfinite(sizes) & (sizes > 0)).all():
         raise ValueError(f"`voxel_size` (={voxel_size}) must be positive, a number or one an axis.")
-    if bounds is not None:
-        bounds = per_axis("bounds", bounds, dims)
+    grid = None if bounds is None else per_axis("bounds", bounds, dims)
     if batch is None:
         batch, batch_size = jnp.zeros(rows, jnp.int32), batch_size or 1
     if batch.shape != (rows,) or not jnp.issubdtype(batch.dtype, jnp.integer):
@@ -88,14 +87,14 @@ def voxelize(
     real = _keys.real_rows(jnp.clip(given, 0, rows)[None], points.shape[0])
 
     origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
-    cell = jnp.floor((points.astype(jnp.float32) - origin) * np.float32(1 / sizes))
+    cell = jnp.floor((points.astype(jnp.float32) - origin[None]) * (1 / sizes).astype(np.float32)[None])
     limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
     is_finite = jnp.isfinite(points).all(1)
     in_range = (jnp.abs(cell) < limit).all(1)
     in_batch = (batch >= 0) & (batch <= batches - 1)
     kept = real & is_finite & in_range & in_batch
-    if bounds is not None:
-        kept &= ((cell >= 0) & (cell < jnp.asarray(bounds))).all(1)
+    if grid is not None:
+        kept &= ((cell >= 0) & (cell < np.array([grid], np.float32))).all(1)
     cell = jnp.where(kept[:, None], cell, 0).astype(jnp.int32)
     coords = jnp.concatenate([batch[:, None].astype(jnp.int32), cell], 1)
     coords = jnp.where(kept[:, None], coords, _keys.PADDING_COORD)
@@ -117,7 +116,7 @@ def voxelize(
         (1,) * dims,
         capacities or Capacities(),
         batch_size,
-        bounds,
+        grid,
         "morton",
     )
     return on_sites(made, _reduce(feats, row_of, capacity, reduce, implementation)), row_of[:rows]
@@ -150,7 +149,7 @@ def _reduce(feats, row_of, capacity, reduce, implementation):
     is_highest = (masked == highest[jnp.minimum(target, capacity - 1)]) & (row_of[:, None] >= 0)
     candidate = jnp.where(is_highest, position[:, None], none)
     winner = jnp.full((capacity, feats.shape[1]), none, jnp.int32).at[target].min(candidate, mode="drop")
-    channel = jnp.arange(feats.shape[1])
+    channel = jnp.arange(feats.shape[1])[None]
     return jnp.where(winner < none, feats[jnp.minimum(winner, none - 1), channel], 0)
 
 

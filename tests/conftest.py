@@ -8,12 +8,12 @@ import pathlib
 
 # Before jax starts. On a machine with a GPU the suite runs there; JAX_PLATFORMS=cpu keeps it off.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
 import jax
 import pytest
 from hypothesis import settings
 
+jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -15,11 +15,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define JAXSPARSE_HD __host__ __device__ __forceinline__
-#else
-#define JAXSPARSE_HD inline
-#endif
+#include "cuda/common/host_device.h"
 
 namespace jaxsparse {
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -20,11 +21,11 @@ class ConvBlock(nnx.Module):
       rngs: source of the initial parameters.
     """
 
-    def __init__(self, conv: nnx.Module, *, axis_name: Hashable | None = None, rngs: nnx.Rngs):
+    def __init__(self, conv: nn.SubMConv | nn.SparseConv | nn.SparseConvTranspose, *, axis_name: Hashable | None = None, rngs: nnx.Rngs):
         self.conv = conv
         self.norm = nn.BatchNorm(conv.out_features, axis_name=axis_name, rngs=rngs)
 
-    def __call__(self, x: SparseTensor, **like: SparseTensor) -> SparseTensor:
+    def __call__(self, x: SparseTensor, **like: Any) -> SparseTensor:
         """Features `[N, C_in]` to `[N_out, C_out]`; `like=` goes to a transposed convolution."""
         return ops.relu(self.norm(self.conv(x, **like)))
 

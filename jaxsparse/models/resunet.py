@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
@@ -59,7 +60,7 @@ class SparseResUNet42(nnx.Module):
             return ConvBlock(conv, axis_name=axis_name, rngs=rngs)
 
         def residual(features: int, out_features: int) -> nnx.Sequential:
-            options = {"dims": dims, "dtype": dtype, "axis_name": axis_name, "rngs": rngs}
+            options: dict[str, Any] = {"dims": dims, "dtype": dtype, "axis_name": axis_name, "rngs": rngs}
             return nnx.Sequential(
                 ResidualBlock(features, out_features, **options), ResidualBlock(out_features, out_features, **options)
             )
@@ -67,13 +68,15 @@ class SparseResUNet42(nnx.Module):
         stem = wide(_STEM)
         self.stem = nnx.Sequential(stage(nn.SubMConv, in_features, stem, 3), stage(nn.SubMConv, stem, stem, 3))
         skips, features = [stem], stem
-        self.down, self.encoder = nnx.List(), nnx.List()
+        self.down: nnx.List[ConvBlock] = nnx.List()
+        self.encoder: nnx.List[nnx.Sequential] = nnx.List()
         for out_features in map(wide, _ENCODER):
             self.down.append(stage(nn.SparseConv, features, features, 2, strides=2))
             self.encoder.append(residual(features, out_features))
             features = out_features
             skips.append(features)
-        self.up, self.decoder = nnx.List(), nnx.List()
+        self.up: nnx.List[ConvBlock] = nnx.List()
+        self.decoder: nnx.List[nnx.Sequential] = nnx.List()
         for out_features, skip in zip(map(wide, _DECODER), reversed(skips[:-1]), strict=True):
             self.up.append(stage(nn.SparseInverseConv, features, out_features, 2, strides=2))
             self.decoder.append(residual(out_features + skip, out_features))

@@ -176,9 +176,11 @@ class SparseConv(_Conv):
           kernel_map: the map to use, with `like`; see `jaxsparse.ops.conv`.
         """
         x, kernel, options = self._prepare(x)
-        sites = like.sites if isinstance(like, SparseTensor) else like
-        if sites is None:
+        sites: Sites | str
+        if like is None:
             sites, options["capacity"] = self.sites, self.capacity
+        else:
+            sites = like.sites if isinstance(like, SparseTensor) else like
         return ops.conv(x, kernel, sites=sites, kernel_map=kernel_map, **options)
 
 

@@ -81,18 +81,15 @@ all. `row_of` is the row of each input's site, -1 for rows past `count`, without
 
 def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds):
     real = _keys.real_rows(count, coords.shape[0]) & _keys.has_key(coords)
-    fine = jnp.where(real[:, None], coords[:, 1:], 0)
-    candidates, exists = [], []
-    for tap in geometry.taps:
-        scaled = fine + np.int32(geometry.padding) - np.int32(geometry.dilation) * np.int32(tap)
-        stride = np.int32(geometry.stride)
-        coarse = scaled // stride
-        present = real & (scaled == coarse * stride).all(-1)
-        if bounds is not None:
-            present &= ((coarse >= 0) & (coarse < np.int32(bounds))).all(-1)
-        candidates.append(jnp.concatenate([coords[:, :1], coarse], 1))
-        exists.append(present)
-    coarse, exists = jnp.concatenate(candidates), jnp.concatenate(exists)
+    fine = jnp.where(real[:, None], coords[:, 1:], 0)[None]  # (1, N, D)
+    padding, dilation, stride = (np.int32([[v]]) for v in (geometry.padding, geometry.dilation, geometry.stride))
+    scaled = fine + padding - dilation * np.int32(geometry.taps)[:, None]  # (K, N, D)
+    coarse = scaled // stride
+    exists = real[None] & (scaled == coarse * stride).all(-1)
+    if bounds is not None:
+        exists &= ((coarse >= 0) & (coarse < np.int32([[bounds]]))).all(-1)
+    batch = jnp.broadcast_to(coords[:, :1], (geometry.volume, *coords[:, :1].shape))
+    coarse, exists = jnp.concatenate([batch, coarse], -1).reshape(-1, coords.shape[1]), exists.reshape(-1)
     outside = (exists & ~_keys.has_key(coarse)).sum(dtype=jnp.int32)
     coarse = jnp.where(exists[:, None], coarse, _keys.PADDING_COORD)
     sites, found, _ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
@@ -158,32 +155,30 @@ def _find(sorted_keys, query):
     return at, is_key & (begin < size) & (high[at] == query[0]) & (low[at] == query[1])
 
 
-def _fine_coords(coarse, geometry, tap):
-    """Sites under a tap; those whose arithmetic would leave int32 become padding, which has no key."""
-    limit = _keys.axis_limit(coarse.shape[1] - 1)
-    columns = [coarse[:, 0]]
-    inside = jnp.ones(coarse.shape[0], bool)
-    for axis, t in enumerate(tap):
-        shift = geometry.dilation[axis] * t - geometry.padding[axis]
-        s, c = geometry.stride[axis], coarse[:, 1 + axis]
-        low, high = -((limit + shift) // s), (limit - 1 - shift) // s  # -limit <= s * c + shift < limit
-        inside &= (c >= max(low, -(2**31))) & (c <= min(high, 2**31 - 1)) & (low <= high)
-        columns.append(jnp.where(inside, c, 0) * s + shift)
-    fine = jnp.stack(columns, 1)
-    return jnp.where(inside[:, None], fine, _keys.PADDING_COORD)
-
-
 def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry):
     in_real = _keys.real_rows(in_count, in_coords.shape[0])
     out_real = _keys.real_rows(out_count, out_coords.shape[0])
     high, low = _keys.keys_of(jnp.where(in_real[:, None], in_coords, _keys.PADDING_COORD))
     position = jnp.arange(in_coords.shape[0], dtype=jnp.int32)
     high, low, position = lax.sort((high, low, position), num_keys=2, is_stable=True)
-    table = []
-    for tap in geometry.taps:
-        at, found = _find((high, low), _keys.keys_of(_fine_coords(out_coords, geometry, tap)))
-        table.append(jnp.where(found & out_real, position[at], -1))
-    table = jnp.stack(table)
+
+    # Coarse coordinates whose fine ones, stride * c + shift, have a key; the others' arithmetic could leave int32.
+    limit, stride = _keys.axis_limit(out_coords.shape[1] - 1), np.int64(geometry.stride)
+    shift = np.int64(geometry.dilation) * np.int64(geometry.taps) - np.int64(geometry.padding)  # (K, D)
+    least = np.clip(-((limit + shift) // stride), -(2**31), 2**31 - 1).astype(np.int32)
+    most = np.clip((limit - 1 - shift) // stride, -(2**31), 2**31 - 1).astype(np.int32)
+    shift, stride = np.clip(shift, -(2**31), 2**31 - 1).astype(np.int32), stride.astype(np.int32)
+
+    def rows_under(tap):
+        shift, least, most = tap
+        coarse = out_coords[:, 1:]
+        fits = out_real & ((coarse >= least[None]) & (coarse <= most[None])).all(1)
+        fine = jnp.where(fits[:, None], coarse, 0) * stride[None] + shift[None]
+        site = jnp.where(fits[:, None], jnp.concatenate([out_coords[:, :1], fine], 1), _keys.PADDING_COORD)
+        at, found = _find((high, low), _keys.keys_of(site))
+        return jnp.where(found, position[at], -1)
+
+    table = lax.map(rows_under, (shift, least, most))
     return table, tap_masks(table)
 
 

@@ -1,6 +1,7 @@
 """Sizes of the scratch memory that CUDA handlers use, in bytes, from shapes alone.
 
-XLA allocates it as one more result of the call. The handler compares it with what it needs and refuses a smaller one.
+XLA allocates it as one more result of the call, so its size must be known when tracing, on machines without CUDA too.
+Each formula has a twin in `cuda/`, named beside it; the handler refuses a workspace that is too small.
 """
 
 from __future__ import annotations
@@ -12,21 +13,40 @@ from jaxsparse.geometry import Geometry
 
 
 def struct(platform: str, size: int) -> jax.ShapeDtypeStruct:
-    """The workspace result of a call: nothing on the CPU, whose handlers use the heap."""
+    """The workspace result of a call: a byte on the CPU, whose handlers use the heap."""
     return jax.ShapeDtypeStruct((size if platform == "cuda" else 1,), jnp.uint8)
 
 
-def unique_sites(rows: int) -> int:
-    return 0
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _padded(size: int) -> int:
+    return _ceil_div(size, 256) * 256
+
+
+def _sort(keys: int) -> int:
+    """`sort_temp_bound` in cuda/common/sort.h."""
+    return keys + 2**18
+
+
+def unique_sites(points: int) -> int:
+    """`distinct_workspace` in cuda/coords/sites.h."""
+    return 2 * _padded(8 * points) + _padded(4 * (_ceil_div(points, 2048) + 1)) + _sort(points)
 
 
 def coarse_sites(rows: int, geometry: Geometry) -> int:
-    return 0
+    """`distinct_workspace` of every coarse site that a fine row can reach."""
+    return unique_sites(rows * geometry.coarse_per_site())
 
 
-def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int) -> int:
-    return 0
+def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:
+    """`conv_wgrad_workspace` in cuda/conv/conv.h; sums take `sum_bytes` each, 4 or 8."""
+    slots = max(2 * volume, min(2048, 2**25 // (c_in * c_out * sum_bytes)))
+    pairs = _padded(8 * volume * out_rows) + _padded(4 * volume * (_ceil_div(out_rows, 1024) + 1))
+    return pairs + _padded(4 * volume) + _padded(4 * (volume + 1)) + _padded(4) + slots * c_in * c_out * sum_bytes
 
 
 def invert_index(positions: int) -> int:
-    return 0
+    """`invert_index_workspace` in cuda/rows/rows.h."""
+    return 2 * _padded(8 * positions) + _sort(positions)

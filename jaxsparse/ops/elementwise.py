@@ -66,6 +66,6 @@ def linear(
         y = jnp.dot(
             feats, kernel.astype(x.dtype), precision=precision, preferred_element_type=accumulation_dtype(x.dtype)
         ).astype(x.dtype)
-        return y if bias is None else y + bias.astype(x.dtype)
+        return y if bias is None else y + bias.astype(x.dtype)[None]
 
     return map_features(product, x)

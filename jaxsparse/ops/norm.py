@@ -33,7 +33,7 @@ def batch_statistics(
     rows = jnp.maximum(count, 1)
     mean = total / rows
     # Around the mean, not E[x^2] - mean^2, which cancels where the mean is large.
-    (square,) = _sum_over(axis_name, jnp.where(real, (feats - mean) ** 2, 0).sum(0))
+    (square,) = _sum_over(axis_name, jnp.where(real, (feats - mean[None]) ** 2, 0).sum(0))
     return mean, square / rows, count
 
 
@@ -64,7 +64,7 @@ def batch_norm(
         factor = factor * scale.astype(dtype)
 
     def normalise(feats):
-        y = (feats.astype(dtype) - mean.astype(dtype)) * factor
-        return (y if bias is None else y + bias.astype(dtype)).astype(x.dtype)
+        y = (feats.astype(dtype) - mean.astype(dtype)[None]) * factor[None]
+        return (y if bias is None else y + bias.astype(dtype)[None]).astype(x.dtype)
 
     return map_features(normalise, x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -134,12 +136,11 @@ def conv_transpose(
 
 def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
     """One precision from what jax accepts; None takes jax's own default, `jax_default_matmul_precision`."""
-    if precision is None:
-        precision = jax.config.jax_default_matmul_precision
-    if isinstance(precision, tuple):
-        precision = max(precision, key=lambda p: list(lax.Precision).index(lax.Precision(p)))
+    chosen: Any = jax.config.values["jax_default_matmul_precision"] if precision is None else precision
     try:
-        return lax.Precision.DEFAULT if precision is None else lax.Precision(precision)
+        if isinstance(chosen, tuple):  # one for each operand: the higher serves both
+            chosen = max((lax.Precision(p) for p in chosen), key=list(lax.Precision).index)
+        return lax.Precision.DEFAULT if chosen is None else lax.Precision(chosen)
     except ValueError:
         names = "None, default, high, highest, bfloat16, tensorfloat32, float32"
         raise ValueError(f"`precision` (={precision!r}) must be a jax.lax.Precision or one of {names}.") from None
@@ -162,7 +163,7 @@ def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementati
 
 
 def _with_bias(y: SparseTensor, bias: jax.Array | None) -> SparseTensor:
-    return y if bias is None else elementwise.map_features(lambda feats: feats + bias.astype(feats.dtype), y)
+    return y if bias is None else elementwise.map_features(lambda feats: feats + bias.astype(feats.dtype)[None], y)
 
 
 def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:

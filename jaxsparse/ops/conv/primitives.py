@@ -82,7 +82,8 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     x, g = (a.astype(spec.dtype).astype(operand) for a in (x, g))
     taps, c_in, c_out = table.shape[0], x.shape[1], g.shape[1]
     struct = jax.ShapeDtypeStruct((taps, c_in, c_out), result)
-    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, table.shape[1]))
+    sum_bytes = reference.accumulation_dtype(spec.dtype).itemsize
+    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, table.shape[1], sum_bytes))
     dw, _ = _ffi.call(
         "jaxsparse_conv_wgrad_v1", [struct, workspace], x, g, table, masks, out_counts, **spec.attributes()
     )

@@ -1,0 +1,263 @@
+// The custom calls on CUDA: check, hand pointers to the kernels, report the launch's status. Nothing here allocates,
+// synchronises or reads the device, so XLA may record every call into a CUDA graph.
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "bindings/checks.h"
+#include "bindings/handlers.h"
+#include "cuda/conv/conv.h"
+#include "cuda/coords/kernel_map.h"
+#include "cuda/coords/sites.h"
+#include "cuda/rows/rows.h"
+
+namespace jaxsparse {
+namespace {
+
+ffi::Error launch_error(const char* call, cudaError_t status) {
+  if (status == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string(call) + ": CUDA launch failed: " + cudaGetErrorString(status));
+}
+
+ffi::Error check_workspace(const char* call, int64_t given, int64_t needed) {
+  if (given >= needed) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(std::string(call) + ": workspace has " + std::to_string(given) + " bytes, needs " +
+                                     std::to_string(needed));
+}
+
+// Also asks the sort itself: the bound that the workspace was sized with must cover n keys on this device.
+ffi::Error check_sort_workspace(const char* call, int64_t given, int64_t needed, int64_t n) {
+  if (n > kMaxSize) {
+    return ffi::Error::InvalidArgument(std::string(call) + ": " + std::to_string(n) +
+                                       " candidate keys to sort, at most 2^30 are supported");
+  }
+  if (ffi::Error error = check_workspace(call, given, needed); error.failure()) return error;
+  size_t sort_bytes = 0;
+  if (const cudaError_t status = cuda::sort_temp_bytes(n, &sort_bytes); status != cudaSuccess) {
+    return launch_error(call, status);
+  }
+  if (static_cast<int64_t>(sort_bytes) <= cuda::sort_temp_bound(n)) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string(call) + ": the sort needs " + std::to_string(sort_bytes) +
+                              " bytes of workspace, the formula gives it " + std::to_string(cuda::sort_temp_bound(n)));
+}
+
+// Only for dtypes that a check let through.
+cuda::Dtype kernel_dtype(ffi::DataType dtype) {
+  switch (dtype) {
+    case ffi::F16: return cuda::Dtype::kF16;
+    case ffi::BF16: return cuda::Dtype::kBF16;
+    case ffi::F32: return cuda::Dtype::kF32;
+    default: return cuda::Dtype::kF64;
+  }
+}
+
+const int32_t* ints(In buffer) { return buffer.typed_data<int32_t>(); }
+int32_t* ints(Out buffer) { return buffer->typed_data<int32_t>(); }
+int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }  // checks bound every size by 2^30
+
+// keys cross XLA as uint32 pairs: the bytes of a little-endian uint64
+Key* key_data(ffi::AnyBuffer buffer) { return reinterpret_cast<Key*>(buffer.typed_data<uint32_t>()); }
+
+ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out row_of, Out workspace) {
+  constexpr const char* call = "jaxsparse_unique_sites_v1";
+  UniqueSites s;
+  ffi::Error error = check_unique_sites(coords, count, sites, found, row_of, workspace, &s);
+  if (error.failure()) return error;
+  error = check_sort_workspace(call, s.workspace, cuda::distinct_workspace(s.points), s.points);
+  if (error.failure()) return error;
+  cuda::UniqueSitesArgs args{ints(coords),       ints(count), s.dims,      narrow(s.points),
+                             narrow(s.capacity), ints(sites), ints(found), ints(row_of),
+                             workspace->untyped_data()};
+  return launch_error(call, cuda::unique_sites(args, stream));
+}
+
+ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out outside, Out workspace,
+                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds) {
+  constexpr const char* call = "jaxsparse_coarse_sites_v1";
+  CoarseSites s;
+  ffi::Error error = check_coarse_sites(coords, count, sites, found, outside, workspace, kernel, stride, padding,
+                                        dilation, bounds, &s);
+  if (error.failure()) return error;
+  const int64_t candidates = s.rows * cuda::windows_per_site(s.geometry);
+  error = check_sort_workspace(call, s.workspace, cuda::distinct_workspace(candidates), candidates);
+  if (error.failure()) return error;
+  cuda::CoarseSitesArgs args{};
+  args.coords = ints(coords);
+  args.count = ints(count);
+  args.geometry = s.geometry;
+  args.bounded = s.bounded;
+  for (int a = 0; a < kMaxDims; ++a) args.bounds[a] = s.bounds[a];
+  args.rows = narrow(s.rows);
+  args.capacity = narrow(s.capacity);
+  args.sites = ints(sites);
+  args.found = ints(found);
+  args.outside = ints(outside);
+  args.workspace = workspace->untyped_data();
+  return launch_error(call, cuda::coarse_sites(args, stream));
+}
+
+ffi::Error hash_build(cudaStream_t stream, In coords, In count, Out keys, Out rows) {
+  HashBuild s;
+  if (ffi::Error error = check_hash_build(coords, count, keys, rows, &s); error.failure()) return error;
+  const cuda::HashTable hash{key_data(*keys), ints(rows), s.log2_slots};
+  return launch_error("jaxsparse_hash_build_v1",
+                      cuda::hash_build(ints(coords), ints(count), s.dims, narrow(s.rows), hash, stream));
+}
+
+ffi::Error kernel_map(cudaStream_t stream, In keys, In rows, In out_coords, In out_count, Out table, Out masks,
+                      Axes kernel, Axes stride, Axes padding, Axes dilation) {
+  BuildKernelMap s;
+  ffi::Error error = check_kernel_map(keys, rows, out_coords, out_count, table, masks, kernel, stride, padding,
+                                      dilation, &s);
+  if (error.failure()) return error;
+  const cuda::KernelMapArgs args{{key_data(keys), rows.typed_data<int32_t>(), s.log2_slots},
+                                 ints(out_coords),
+                                 ints(out_count),
+                                 s.geometry,
+                                 narrow(s.out_rows),
+                                 narrow(s.taps),
+                                 narrow(s.mask_words),
+                                 ints(table),
+                                 masks->typed_data<uint32_t>()};
+  return launch_error("jaxsparse_kernel_map_v1", cuda::kernel_map(args, stream));
+}
+
+ffi::Error reverse_table(cudaStream_t stream, In table, In out_counts, Out reverse, Out masks) {
+  ReverseTable s;
+  if (ffi::Error error = check_reverse_table(table, out_counts, reverse, masks, &s); error.failure()) return error;
+  const cuda::ReverseTableArgs args{ints(table),
+                                    {ints(out_counts), narrow(s.segments), narrow(s.out_rows)},
+                                    narrow(s.taps),
+                                    narrow(s.in_rows),
+                                    narrow(s.mask_words),
+                                    ints(reverse),
+                                    masks->typed_data<uint32_t>()};
+  return launch_error("jaxsparse_reverse_table_v1", cuda::reverse_table(args, stream));
+}
+
+ffi::Error conv_forward(cudaStream_t stream, In x, In w, In table, In masks, In out_counts, Out y, int64_t precision,
+                        int64_t tile_rows) {
+  Conv s;
+  ffi::Error error = check_conv_forward(x, w, table, masks, out_counts, y, precision, tile_rows, &s);
+  if (error.failure()) return error;
+  cuda::ConvForwardArgs args{};
+  args.dtype = kernel_dtype(s.dtype);
+  args.out_dtype = kernel_dtype(s.out_dtype);
+  args.exact = s.exact;
+  args.tile_rows = s.tile_rows;
+  args.x = x.untyped_data();
+  args.w = w.untyped_data();
+  args.table = ints(table);
+  args.masks = masks.typed_data<uint32_t>();
+  args.out_rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
+  args.in_rows = narrow(s.in_rows);
+  args.taps = narrow(s.taps);
+  args.mask_words = narrow(s.mask_words);
+  args.in_channels = narrow(s.in_channels);
+  args.out_channels = narrow(s.out_channels);
+  args.y = y->untyped_data();
+  return launch_error("jaxsparse_conv_forward_v1", cuda::conv_forward(args, stream));
+}
+
+ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
+                      int64_t precision, int64_t tile_rows) {
+  constexpr const char* call = "jaxsparse_conv_wgrad_v1";
+  Conv s;
+  ffi::Error error = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, precision, tile_rows, &s);
+  if (error.failure()) return error;
+  const cuda::Dtype dtype = kernel_dtype(s.dtype);
+  error = check_workspace(call, s.workspace,
+                          cuda::conv_wgrad_workspace(s.taps, s.out_rows, s.in_channels, s.out_channels,
+                                                     cuda::accumulator_bytes(dtype)));
+  if (error.failure()) return error;
+  cuda::ConvWgradArgs args{};
+  args.dtype = dtype;
+  args.out_dtype = kernel_dtype(s.out_dtype);
+  args.exact = s.exact;
+  args.x = x.untyped_data();
+  args.g = g.untyped_data();
+  args.table = ints(table);
+  args.out_rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
+  args.in_rows = narrow(s.in_rows);
+  args.taps = narrow(s.taps);
+  args.in_channels = narrow(s.in_channels);
+  args.out_channels = narrow(s.out_channels);
+  args.dw = dw->untyped_data();
+  args.workspace = workspace->untyped_data();
+  return launch_error(call, cuda::conv_wgrad(args, stream));
+}
+
+ffi::Error invert_index(cudaStream_t stream, In index, Out order, Out offsets, Out workspace) {
+  constexpr const char* call = "jaxsparse_invert_index_v1";
+  InvertIndex s;
+  ffi::Error error = check_invert_index(index, order, offsets, workspace, &s);
+  if (error.failure()) return error;
+  error = check_sort_workspace(call, s.workspace, cuda::invert_index_workspace(s.positions), s.positions);
+  if (error.failure()) return error;
+  const cuda::InvertIndexArgs args{ints(index), narrow(s.positions), narrow(s.values),
+                                   ints(order), ints(offsets),       workspace->untyped_data()};
+  return launch_error(call, cuda::invert_index(args, stream));
+}
+
+ffi::Error segment_sum(cudaStream_t stream, In x, In order, In offsets, Out y) {
+  SegmentSum s;
+  if (ffi::Error error = check_segment_sum(x, order, offsets, y, &s); error.failure()) return error;
+  const cuda::SegmentSumArgs args{kernel_dtype(s.dtype), x.untyped_data(),    ints(order),
+                                  ints(offsets),         narrow(s.positions), narrow(s.values),
+                                  narrow(s.channels),    y->untyped_data()};
+  return launch_error("jaxsparse_segment_sum_v1", cuda::segment_sum(args, stream));
+}
+
+using Stream = ffi::PlatformStream<cudaStream_t>;
+constexpr auto kTraits = {ffi::Traits::kCmdBufferCompatible};
+
+// A binding of so many operands and results, the stream first.
+template <int kIn, int kOut>
+auto bind() {
+  if constexpr (kOut > 0) {
+    return bind<kIn, kOut - 1>().template Ret<ffi::AnyBuffer>();
+  } else if constexpr (kIn > 0) {
+    return bind<kIn - 1, 0>().template Arg<ffi::AnyBuffer>();
+  } else {
+    return ffi::Ffi::Bind().Ctx<Stream>();
+  }
+}
+
+template <typename Binding>
+auto with_geometry(Binding binding) {
+  return std::move(binding)
+      .template Attr<Axes>("kernel")
+      .template Attr<Axes>("stride")
+      .template Attr<Axes>("padding")
+      .template Attr<Axes>("dilation");
+}
+
+template <typename Binding>
+auto with_choices(Binding binding) {
+  return std::move(binding).template Attr<int64_t>("precision").template Attr<int64_t>("tile_rows");
+}
+
+XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<2, 4>()), kTraits);
+XLA_FFI_DEFINE_HANDLER(kCoarseSites, coarse_sites, (with_geometry(bind<2, 4>()).Attr<Axes>("bounds")), kTraits);
+XLA_FFI_DEFINE_HANDLER(kHashBuild, hash_build, (bind<2, 2>()), kTraits);
+XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<4, 2>())), kTraits);
+XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table, (bind<2, 2>()), kTraits);
+XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward, (with_choices(bind<5, 1>())), kTraits);
+XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad, (with_choices(bind<5, 2>())), kTraits);
+XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index, (bind<1, 3>()), kTraits);
+XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum, (bind<3, 1>()), kTraits);
+
+}  // namespace
+
+const Handlers& cuda_handlers() {
+  static const Handlers handlers = {
+      {"jaxsparse_unique_sites_v1", kUniqueSites},   {"jaxsparse_coarse_sites_v1", kCoarseSites},
+      {"jaxsparse_hash_build_v1", kHashBuild},       {"jaxsparse_kernel_map_v1", kKernelMap},
+      {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},
+      {"jaxsparse_conv_wgrad_v1", kConvWgrad},       {"jaxsparse_invert_index_v1", kInvertIndex},
+      {"jaxsparse_segment_sum_v1", kSegmentSum},
+  };
+  return handlers;
+}
+
+}  // namespace jaxsparse

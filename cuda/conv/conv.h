@@ -1,0 +1,62 @@
+// Sparse convolution over a kernel map: forward and the gradient of the weights. The gradient of the features is forward
+// over the reversed map with transposed weights.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/types.h"
+
+namespace jaxsparse::cuda {
+
+struct ConvForwardArgs {
+  Dtype dtype, out_dtype;  // of x and w; of y: the same, or float32
+  bool exact;              // float32 products in full, not rounded to TF32
+  int tile_rows;           // 32, 64 or 128 output rows a block; float64 takes 32. Changes speed, never the result.
+  const void* x;           // [in_rows, in_channels]
+  const void* w;           // [taps, in_channels, out_channels]
+  const int32_t* table;    // [taps, out_rows]
+  const uint32_t* masks;   // [out_rows, mask_words]
+  Segments out_rows;
+  int32_t in_rows, taps, mask_words, in_channels, out_channels;
+  void* y;  // [out_rows, out_channels]
+};
+
+// y[m] = sum over taps k of x[table[k, m]] @ w[k] for real rows m, exactly 0 for the others.
+cudaError_t conv_forward(const ConvForwardArgs& args, cudaStream_t stream);
+
+struct ConvWgradArgs {
+  Dtype dtype, out_dtype;  // of x and g; of dw: the same, or float32
+  bool exact;
+  const void* x;          // [in_rows, in_channels]
+  const void* g;          // [out_rows, out_channels]
+  const int32_t* table;   // [taps, out_rows]
+  Segments out_rows;
+  int32_t in_rows, taps, in_channels, out_channels;
+  void* dw;         // [taps, in_channels, out_channels]
+  void* workspace;  // conv_wgrad_workspace(...)
+};
+
+// dw[k] = sum over real rows m of outer(x[table[k, m]], g[m]).
+cudaError_t conv_wgrad(const ConvWgradArgs& args, cudaStream_t stream);
+
+constexpr int kTilePairRows = 1024;  // output rows that a block of the pair search looks at
+
+// How many partial sums of [in_channels, out_channels] wgrad keeps: about 32 MiB of them, at most 2048, and never fewer
+// than two for each tap. It must not depend on the number of rows: it decides how sums are split.
+constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_channels, int64_t sum_bytes) {
+  const int64_t in_budget = (int64_t{1} << 25) / (in_channels * out_channels * sum_bytes);
+  const int64_t wanted = in_budget < 2048 ? in_budget : 2048;
+  return wanted > 2 * taps ? wanted : 2 * taps;
+}
+
+constexpr int64_t conv_wgrad_workspace(int64_t taps, int64_t out_rows, int64_t in_channels, int64_t out_channels,
+                                       int64_t sum_bytes) {
+  return padded(8 * taps * out_rows)                               // pairs
+         + padded(4 * taps * (div_up(out_rows, kTilePairRows) + 1))  // pairs before each tile of rows
+         + padded(4 * taps)                                        // pairs of each tap
+         + padded(4 * (taps + 1))                                  // first slot of each tap
+         + padded(4)                                               // pairs in a slot
+         + wgrad_slots(taps, in_channels, out_channels, sum_bytes) * in_channels * out_channels * sum_bytes;
+}
+
+}  // namespace jaxsparse::cuda

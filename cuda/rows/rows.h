@@ -1,0 +1,38 @@
+// Sums over groups of rows: an index turned into lists of positions, and the sums of the listed rows.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/sort.h"
+#include "cuda/common/types.h"
+
+namespace jaxsparse::cuda {
+
+// Bytes of workspace for n positions: two key buffers and what the sort takes.
+constexpr int64_t invert_index_workspace(int64_t n) { return 2 * padded(8 * n) + sort_temp_bound(n); }
+
+struct InvertIndexArgs {
+  const int32_t* index;  // [positions]
+  int32_t positions, values;
+  int32_t* order;    // [positions]
+  int32_t* offsets;  // [values + 1]
+  void* workspace;   // invert_index_workspace(positions)
+};
+
+// order = positions p with 0 <= index[p] < values, sorted stably by index[p], then -1; those of value v lie at
+// offsets[v] .. offsets[v + 1].
+cudaError_t invert_index(const InvertIndexArgs& args, cudaStream_t stream);
+
+struct SegmentSumArgs {
+  Dtype dtype;
+  const void* x;           // [positions, channels]
+  const int32_t* order;    // [positions]
+  const int32_t* offsets;  // [values + 1]
+  int32_t positions, values, channels;
+  void* y;  // [values, channels]
+};
+
+// y[v] = sum of x[order[j]] over offsets[v] <= j < offsets[v + 1], in that order.
+cudaError_t segment_sum(const SegmentSumArgs& args, cudaStream_t stream);
+
+}  // namespace jaxsparse::cuda

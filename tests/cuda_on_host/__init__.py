@@ -1,0 +1,72 @@
+"""Runs the CUDA kernels' own source on the CPU, behind the same handlers, for tests where there is no GPU.
+
+`load` compiles `cuda/**/*.cu` and `bindings/cuda_handlers.cc` with the C++ compiler and the headers in `include/`, and
+registers each handler as a CPU target named `<target>_on_host`.
+"""
+
+import ctypes
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+
+_HERE = pathlib.Path(__file__).parent
+_ROOT = _HERE.parents[1]
+
+
+def compiler() -> str | None:
+    return shutil.which("c++") or shutil.which("g++")
+
+
+def build(folder: pathlib.Path) -> pathlib.Path:
+    """Compiles the kernels and handlers; returns the shared library."""
+    flags = ["-std=c++17", "-O1", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas"]
+    flags += [f"-I{_HERE / 'include'}", f"-I{_ROOT}"]
+    flags += ["-isystem", jax.ffi.include_dir(), "-x", "c++"]
+    sources = [*sorted((_ROOT / "cuda").rglob("*.cu")), _HERE / "handlers_on_host.cc"]
+    objects = []
+    for source in sources:
+        objects.append(folder / f"{source.stem}.o")
+        subprocess.run([compiler(), *flags, "-c", str(source), "-o", str(objects[-1])], check=True)
+    library = folder / "libcuda_on_host.so"
+    subprocess.run([compiler(), "-shared", *map(str, objects), "-o", str(library), "-lpthread"], check=True)
+    return library
+
+
+_libraries: list[ctypes.CDLL] = []
+
+
+def load(folder: pathlib.Path) -> None:
+    """Builds the library and registers its handlers, once a process."""
+    if _libraries:
+        return
+    library = ctypes.CDLL(str(build(folder)))
+    library.handler_name.restype = ctypes.c_char_p
+    library.handler_function.restype = ctypes.c_void_p
+    for i in range(library.handler_count()):
+        name = library.handler_name(i).decode() + "_on_host"
+        function = ctypes.CFUNCTYPE(ctypes.c_void_p)(library.handler_function(i))
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
+    _libraries.append(library)
+
+
+def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
+    """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
+
+    Runs it twice, threads and blocks in one order and in the reverse, and asserts that the results are the same bits: a
+    race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and the hash
+    table, whose layout may depend on the order; what is looked up in it may not.
+    """
+    types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
+    attrs = {k: np.asarray(v, np.int64) if np.ndim(v) else np.int64(v) for k, v in attrs.items()}
+    run = jax.jit(lambda *args: jax.ffi.ffi_call(f"jaxsparse_{target}_v1_on_host", types)(*args, **attrs))
+    outs = []
+    for backwards in (1, 0):
+        _libraries[0].run_backwards(backwards)
+        outs.append([np.asarray(v) for v in run(*operands)])
+    if target != "hash_build":
+        for one, other in zip(*outs, strict=True):
+            assert one.dtype == np.uint8 or one.tobytes() == other.tobytes(), f"{target} depends on the order of threads"
+    return outs[1]

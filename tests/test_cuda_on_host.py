@@ -1,0 +1,365 @@
+"""The CUDA kernels, run on the host, against brute force in numpy."""
+
+import contextlib
+import itertools
+
+import cuda_on_host
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxsparse.ops import _workspace
+
+pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
+
+PADDING = np.iinfo(np.int32).min
+BITS = {1: 31, 2: 24, 3: 18, 4: 14}
+I32, U32, U8 = np.int32, np.uint32, np.uint8
+F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def library(tmp_path_factory):
+    cuda_on_host.load(tmp_path_factory.mktemp("cuda_on_host"))
+
+
+call = cuda_on_host.call
+
+
+# --- oracles ---
+
+
+def key(site):
+    """The 64-bit key of (batch, coordinates), None where a field does not fit."""
+    batch, *coords = (int(v) for v in site)
+    dims = len(coords)
+    bits = BITS[dims]
+    max_batch = 2**31 - 1 if dims == 1 else 2 ** (64 - dims * bits) - 2
+    half = 2 ** (bits - 1)
+    if not 0 <= batch <= max_batch or not all(-half <= c < half for c in coords):
+        return None
+    code = 0
+    for bit in reversed(range(bits)):
+        for c in coords:
+            code = code << 1 | (c + half) >> bit & 1
+    return batch << (dims * bits) | code
+
+
+def taps(kernel):
+    return list(itertools.product(*(range(k) for k in kernel)))
+
+
+def fine(site, tap, geometry):
+    rest = [s * c - p + d * t for c, t, s, p, d in zip(site[1:], tap, *geometry[1:], strict=True)]
+    return (int(site[0]), *(int(v) for v in rest))
+
+
+def attributes(geometry, **more):
+    return dict(zip(("kernel", "stride", "padding", "dilation"), geometry, strict=True), **more)
+
+
+def sites_array(sites, rows, dims):
+    out = np.full((rows, 1 + dims), PADDING, I32)
+    out[: min(len(sites), rows)] = np.array(sites[:rows], I32).reshape(-1, 1 + dims)
+    return out
+
+
+def real_rows(rows, counts):
+    per = rows // len(counts)
+    return [s * per + r for s, count in enumerate(counts) for r in range(min(max(count, 0), per))]
+
+
+def masks_of(table):
+    volume, rows = table.shape
+    masks = np.zeros((rows, -(-volume // 32)), U32)
+    for k, m in zip(*np.nonzero(table >= 0), strict=True):
+        masks[m, k // 32] |= U32(1 << (k % 32))
+    return masks
+
+
+# --- sites ---
+
+
+def random_coords(rng, rows, dims, spread):
+    coords = rng.integers(-spread, spread, (rows, 1 + dims)).astype(I32)
+    coords[:, 0] = rng.integers(0, 3, rows)
+    return coords
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("points", "count", "capacity"), [(1, 1, 1), (300, 300, 40), (700, 650, 700), (5000, 4800, 6000), (64, 0, 8)]
+)
+def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, count, capacity):
+    rng = np.random.default_rng(dims * points)
+    coords = random_coords(rng, points, dims, {1: 900, 2: 40, 3: 9, 4: 5}[dims])
+    coords[rng.random(points) < 0.05] = PADDING
+    coords[rng.random(points) < 0.02, 0] = -1
+    if dims > 1:
+        coords[rng.random(points) < 0.02, 1] = 2 ** (BITS[dims] - 1)  # the first coordinate that does not fit
+    keys = [key(c) if p < count else None for p, c in enumerate(coords)]
+    sites = {k: tuple(c) for k, c in zip(keys, coords, strict=True) if k is not None}
+    ordered = sorted(sites)
+    row_of_key = {k: r if r < capacity else -1 for r, k in enumerate(ordered)}
+    results = [((capacity, 1 + dims), I32), ((1,), I32), ((points,), I32), ((_workspace.unique_sites(points),), U8)]
+    got, found, row_of, _ = call("unique_sites", results, coords, np.array([count], I32))
+    np.testing.assert_array_equal(found, [len(ordered)])
+    np.testing.assert_array_equal(got, sites_array([sites[k] for k in ordered], capacity, dims))
+    np.testing.assert_array_equal(row_of, [-1 if k is None else row_of_key[k] for k in keys])
+
+
+GEOMETRIES = [  # kernel, stride, padding, dilation
+    ((3,), (2,), (1,), (1,)),
+    ((5,), (3,), (2,), (2,)),
+    ((2, 2), (2, 2), (0, 0), (1, 1)),
+    ((3, 4), (1, 2), (1, -1), (2, 3)),
+    ((3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1)),
+    ((3, 1, 2), (2, 4, 1), (0, 0, 1), (1, 2, 2)),
+    ((5, 3, 3), (1, 1, 1), (2, 1, 1), (1, 1, 1)),  # 45 taps: two mask words
+    ((2, 3, 1, 2), (2, 2, 1, 1), (0, 1, 0, 1), (1, 1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("rows", "count", "capacity"), [(60, 55, 400), (60, 60, 7), (8, 0, 4)])
+def test_coarse_sites_are_all_sites_whose_window_holds_a_site(geometry, bounded, rows, count, capacity):
+    kernel, stride, padding, dilation = geometry
+    dims = len(kernel)
+    rng = np.random.default_rng(rows + capacity)
+    coords = random_coords(rng, rows, dims, 6)
+    coords[0, 1:] = 2 ** (BITS[dims] - 1) - 1  # at the edge of the grid
+    bounds = [5, 4, 6, 3][:dims] if bounded else []
+    sites, outside = {}, 0
+    for site in coords[:count]:
+        for tap in taps(kernel):
+            scaled = [int(f) + p - d * t for f, p, d, t in zip(site[1:], padding, dilation, tap, strict=True)]
+            if any(v % s for v, s in zip(scaled, stride, strict=True)):
+                continue
+            coarse = [v // s for v, s in zip(scaled, stride, strict=True)]
+            if bounded and not all(0 <= c < b for c, b in zip(coarse, bounds, strict=True)):
+                continue
+            k = key((site[0], *coarse))
+            outside += k is None
+            if k is not None:
+                sites[k] = (int(site[0]), *coarse)
+    windows = np.prod([-(-k // (s // np.gcd(s, d))) for k, s, d in zip(kernel, stride, dilation, strict=True)])
+    results = [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), ((_workspace.unique_sites(rows * int(windows)),), U8)]
+    got, found, lost, _ = call(
+        "coarse_sites", results, coords, np.array([count], I32), **attributes(geometry, bounds=np.array(bounds, I32))
+    )
+    np.testing.assert_array_equal(found, [len(sites)])
+    np.testing.assert_array_equal(lost, [outside])
+    np.testing.assert_array_equal(got, sites_array([sites[k] for k in sorted(sites)], capacity, dims))
+
+
+# --- maps ---
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(("rows", "count", "out_rows", "out_count"), [(90, 80, 75, 70), (20, 0, 40, 40), (33, 33, 5, 0)])
+def test_kernel_map_finds_the_first_row_of_each_site(geometry, rows, count, out_rows, out_count):
+    dims = len(geometry[0])
+    rng = np.random.default_rng(rows)
+    coords = random_coords(rng, rows, dims, 4)  # dense enough that sites repeat
+    out_coords = random_coords(rng, out_rows, dims, 4)
+    out_coords[0, 0] = -1  # no key
+    slots = 1 << (2 * rows - 1).bit_length()
+    keys, hash_rows = call("hash_build", [((slots, 2), U32), ((slots,), I32)], coords, np.array([count], I32))
+    volume = len(taps(geometry[0]))
+    results = [((volume, out_rows), I32), ((out_rows, -(-volume // 32)), U32)]
+    table, masks = call(
+        "kernel_map", results, keys, hash_rows, out_coords, np.array([out_count], I32), **attributes(geometry)
+    )
+    row_of = {tuple(map(int, c)): r for r, c in reversed(list(enumerate(coords[:count])))}
+    expected = np.full((volume, out_rows), -1, I32)
+    for (k, tap), m in itertools.product(enumerate(taps(geometry[0])), range(out_count)):
+        expected[k, m] = row_of.get(fine(out_coords[m], tap, geometry), -1)
+    np.testing.assert_array_equal(table, expected)
+    np.testing.assert_array_equal(masks, masks_of(expected))
+    assert (np.sort(hash_rows[hash_rows >= 0]) == np.sort(list(row_of.values()))).all()
+
+
+def random_table(rng, volume, in_rows, out_rows, density, centre=False):
+    """A kernel map in which each tap takes an input row at most once."""
+    table = np.full((volume, out_rows), -1, I32)
+    for k in range(volume):
+        rows = rng.permutation(in_rows)[:out_rows]
+        there = rng.random(len(rows)) < (1 if centre and k == volume // 2 else density)
+        table[k, : len(rows)] = np.where(there, rows, -1)
+    return table
+
+
+@pytest.mark.parametrize("volume", [1, 27, 45])
+@pytest.mark.parametrize("counts", [[50], [0], [64], [20, 0, 16, 7]])
+def test_reverse_table_inverts_the_map_of_real_rows(volume, counts):
+    rng = np.random.default_rng(volume)
+    table = random_table(rng, volume, 70, 64, 0.4)
+    expected = np.full((volume, 70), -1, I32)
+    for k, m in itertools.product(range(volume), real_rows(64, counts)):
+        if table[k, m] >= 0:
+            expected[k, table[k, m]] = m
+    results = [((volume, 70), I32), ((70, -(-volume // 32)), U32)]
+    reverse, masks = call("reverse_table", results, table, np.array(counts, I32))
+    np.testing.assert_array_equal(reverse, expected)
+    np.testing.assert_array_equal(masks, masks_of(expected))
+
+
+# --- convolution ---
+
+# dtype of features, of the result, precision
+DTYPES = [(F16, F16, 0), (F16, F32, 0), (BF16, BF16, 0), (BF16, F32, 2), (F32, F32, 0), (F32, F32, 1), (F64, F64, 0)]
+CHANNELS = [(1, 1), (3, 17), (4, 32), (17, 3), (64, 96), (96, 64), (40, 130)]
+
+
+def wide(dtype):
+    """float64 crosses JAX only in x64 mode."""
+    return jax.enable_x64(True) if dtype == F64 else contextlib.nullcontext()
+
+
+def small_integers(rng, shape, dtype):
+    """Values whose products and sums are exact in every accumulator, so that equality is the test."""
+    return rng.integers(-3, 4, shape).astype(dtype)
+
+
+def forward(x, w, table, counts, out_dtype, precision=0, tile_rows=64):
+    with wide(x.dtype):
+        shape = (table.shape[1], w.shape[2])
+        return call(
+            "conv_forward", [(shape, out_dtype)], x, w, table, masks_of(table), np.array(counts, I32),
+            precision=precision, tile_rows=tile_rows,
+        )[0]  # fmt: skip
+
+
+def wgrad(x, g, table, counts, out_dtype, precision=0):
+    with wide(x.dtype):
+        shape = (table.shape[0], x.shape[1], g.shape[1])
+        size = _workspace.conv_wgrad(len(table), *shape[1:], table.shape[1], 8 if x.dtype == F64 else 4)
+        return call(
+            "conv_wgrad", [(shape, out_dtype), ((size,), U8)], x, g, table, masks_of(table), np.array(counts, I32),
+            precision=precision, tile_rows=64,
+        )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("tile_rows", [32, 64, 128])
+@pytest.mark.parametrize(("dtype", "out_dtype", "precision"), DTYPES)
+@pytest.mark.parametrize(("channels", "volume", "counts"), [
+    ((3, 17), 27, [130]), ((64, 96), 8, [100, 0, 70]), ((17, 3), 45, [0]), ((96, 64), 27, [200]), ((40, 130), 3, [77]),
+])  # fmt: skip
+def test_forward_sums_the_products_of_the_map(tile_rows, dtype, out_dtype, precision, channels, volume, counts):
+    rng = np.random.default_rng(volume)
+    out_rows, in_rows = 210, 190
+    x = small_integers(rng, (in_rows, channels[0]), dtype)
+    w = small_integers(rng, (volume, *channels), dtype)
+    table = random_table(rng, volume, in_rows, out_rows, 0.2)
+    expected = np.zeros((out_rows, channels[1]))
+    for m, k in itertools.product(real_rows(out_rows, counts), range(volume)):
+        if table[k, m] >= 0:
+            expected[m] += x[table[k, m]].astype(F64) @ w[k].astype(F64)
+    y = forward(x, w, table, counts, out_dtype, precision, tile_rows)
+    assert y.dtype == out_dtype
+    np.testing.assert_array_equal(y.astype(F64), expected.astype(out_dtype).astype(F64))
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype", "precision"), DTYPES)
+@pytest.mark.parametrize(("channels", "volume", "counts"), [
+    ((1, 1), 1, [300]), ((3, 17), 27, [1210]), ((64, 96), 8, [500, 0, 70]), ((17, 3), 45, [0]), ((96, 64), 3, [2100]),
+])  # fmt: skip
+def test_wgrad_sums_the_outer_products_of_the_map(dtype, out_dtype, precision, channels, volume, counts):
+    rng = np.random.default_rng(volume)
+    out_rows, in_rows = 2100, 1900
+    x = small_integers(rng, (in_rows, channels[0]), dtype)
+    g = small_integers(rng, (out_rows, channels[1]), dtype)
+    table = random_table(rng, volume, in_rows, out_rows, 0.2, centre=True)
+    expected = np.zeros((volume, *channels))
+    real = np.array(real_rows(out_rows, counts), int)
+    for k in range(volume):
+        m = real[table[k, real] >= 0]
+        expected[k] = x[table[k, m]].astype(F64).T @ g[m].astype(F64)
+    dw = wgrad(x, g, table, counts, out_dtype, precision)
+    assert dw.dtype == out_dtype
+    np.testing.assert_array_equal(dw.astype(F64), expected.astype(out_dtype).astype(F64))
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype", "precision"), DTYPES)
+def test_results_do_not_depend_on_capacity_or_tile_mates(dtype, out_dtype, precision):
+    rng = np.random.default_rng(1)
+    count, volume, c_in, c_out = 700, 9, 20, 24
+    x = rng.normal(size=(count, c_in)).astype(dtype)
+    x[rng.random(x.shape) < 0.1] *= -0.0
+    w = rng.normal(size=(volume, c_in, c_out)).astype(dtype)
+    g = rng.normal(size=(count, c_out)).astype(dtype)
+    table = random_table(rng, volume, count, count, 0.3)
+
+    def at_capacity(rows):
+        more = rows - count
+        full = lambda v: np.concatenate([v, np.full((more, v.shape[1]), np.nan, dtype)])  # noqa: E731
+        return full(x), full(g), np.concatenate([table, np.full((volume, more), -1, I32)], 1)
+
+    xs, gs, tables = at_capacity(count)
+    y = forward(xs, w, tables, [count], out_dtype, precision)
+    dw = wgrad(xs, gs, tables, [count], out_dtype, precision)
+    assert np.isfinite(y.astype(F64)).all() and np.isfinite(dw.astype(F64)).all()
+    for capacity, tile_rows in [(701, 32), (1500, 128)]:
+        xs, gs, tables = at_capacity(capacity)
+        y_more = forward(xs, w, tables, [count], out_dtype, precision, tile_rows)
+        assert y_more[:count].tobytes() == y.tobytes()
+        assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)  # +0, not -0
+        assert wgrad(xs, gs, tables, [count], out_dtype, precision).tobytes() == dw.tobytes()
+
+    shuffled = rng.permutation(count)
+    assert forward(x, w, table[:, shuffled], [count], out_dtype, precision).tobytes() == y[shuffled].tobytes()
+
+
+def test_negative_underflow_leaves_no_negative_zero():
+    """A row's only product rounds to -0 in float32; whether a tile mate's tap adds +0 to it must not show."""
+    x = np.array([[1e-30], [1.0]], F32)
+    w = np.array([[[-1e-30]], [[1.0]]], F32)
+    alone = forward(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, precision=2)
+    with_mate = forward(x, w, np.array([[0, -1], [-1, 1]], I32), [2], F32, precision=2)
+    assert alone[0].tobytes() == with_mate[0].tobytes() == bytes(4)
+
+
+# --- row sums ---
+
+
+@pytest.mark.parametrize(("positions", "values"), [(1, 1), (500, 60), (300, 1000), (4097, 8)])
+def test_inverted_index_lists_the_positions_of_each_value(positions, values):
+    rng = np.random.default_rng(positions)
+    index = rng.integers(-2, values + 2, positions).astype(I32)
+    results = [((positions,), I32), ((values + 1,), I32), ((_workspace.invert_index(positions),), U8)]
+    order, offsets, _ = call("invert_index", results, index)
+    lists = [np.flatnonzero(index == v) for v in range(values)]
+    listed = np.concatenate(lists)
+    np.testing.assert_array_equal(order, np.concatenate([listed, np.full(positions - len(listed), -1)]))
+    np.testing.assert_array_equal(offsets, np.cumsum([0, *map(len, lists)]))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("channels", [1, 3, 64])
+def test_segment_sum_adds_the_listed_rows(dtype, channels):
+    rng = np.random.default_rng(channels)
+    index = rng.integers(-1, 50, 400).astype(I32)
+    results = [((400,), I32), ((51,), I32), ((_workspace.invert_index(400),), U8)]
+    order, offsets, _ = call("invert_index", results, index)
+    x = small_integers(rng, (400, channels), dtype)
+    x[index < 0] = np.nan
+    with wide(dtype):
+        (y,) = call("segment_sum", [((50, channels), dtype)], x, order, offsets)
+    expected = np.stack([x[index == v].astype(F64).sum(0) for v in range(50)])
+    np.testing.assert_array_equal(y.astype(F64), expected.astype(dtype).astype(F64))
+
+
+# --- refusals ---
+
+
+def test_errors_name_the_call_and_the_shapes():
+    coords, count = np.zeros((8, 4), I32), np.array([8], I32)
+    with pytest.raises(Exception, match=r"hash_build_v1.*at least twice.*coords int32 \[8, 4\]"):
+        call("hash_build", [((8, 2), U32), ((8,), I32)], coords, count)
+    with pytest.raises(Exception, match=r"unique_sites_v1: workspace has 64 bytes, needs \d+"):
+        call("unique_sites", [((8, 4), I32), ((1,), I32), ((8,), I32), ((64,), U8)], coords, count)
+    x, w, table = np.zeros((8, 4), F32), np.zeros((3, 5, 2), F32), np.zeros((3, 8), I32)
+    with pytest.raises(Exception, match=r"conv_forward_v1: w must have size 4 on axis 1.*w float32 \[3, 5, 2\]"):
+        forward(x, w, table, [8], F32)

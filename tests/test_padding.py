@@ -1,0 +1,152 @@
+"""Results depend on the real rows alone: not on the capacity, not on what padding holds."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scenes import pad_rows, random_coords, random_kernel, row_error
+
+import jaxsparse as js
+from jaxsparse.geometry import Geometry
+
+RNG = np.random.default_rng(0)
+COORDS = random_coords(RNG, 90, low=-3, high=4)
+FEATS = RNG.normal(size=(len(COORDS), 6)).astype(np.float32)
+CAPACITIES = [len(COORDS), int(1.3 * len(COORDS)), 4 * len(COORDS)]
+
+
+def tensor(feats, capacity, poison=0.0):
+    """The scene at a capacity, padding features set to `poison` behind the constructor's back."""
+    padded = jnp.zeros((capacity, feats.shape[1]), feats.dtype).at[: len(feats)].set(feats)
+    coords = jnp.zeros((capacity, 4), jnp.int32).at[: len(COORDS)].set(COORDS)
+    x = js.SparseTensor(coords, padded, count=len(COORDS))
+    poisoned = jnp.where(x.sites.is_real[:, None], x.feats, poison)
+    return js.SparseTensor.tree_unflatten(None, (x.sites, poisoned))
+
+
+def layers():
+    """Every layer, as `(name, module, needs_like)` on 6 features."""
+    rngs = nnx.Rngs(0)
+    return {
+        "SubMConv": js.nn.SubMConv(6, 5, 3, rngs=rngs),
+        "SubMConv 1x1": js.nn.SubMConv(6, 5, 1, rngs=rngs),
+        "SubMConv dilated": js.nn.SubMConv(6, 5, 3, dilation=2, use_bias=False, rngs=rngs),
+        "SparseConv reachable": js.nn.SparseConv(6, 5, 3, strides=2, rngs=rngs),
+        "SparseConv floor": js.nn.SparseConv(6, 5, 2, strides=2, sites="floor", rngs=rngs),
+        "SparseConvTranspose": Up(rngs),
+        "Linear": js.nn.Linear(6, 5, rngs=rngs),
+        "BatchNorm": js.nn.BatchNorm(6, rngs=rngs),
+        "BatchNorm running": js.nn.BatchNorm(6, use_running_average=True, rngs=rngs),
+        "ReLU": js.nn.ReLU(),
+        "LeakyReLU": js.nn.LeakyReLU(),
+        "GELU": js.nn.GELU(),
+        "SiLU": js.nn.SiLU(),
+        "add": lambda x: x + x,
+        "concatenate": lambda x: js.ops.concatenate([x, x]),
+        "collate": lambda x: js.collate([x, x]),
+    }
+
+
+class Up(nnx.Module):
+    """A strided layer and its transpose."""
+
+    def __init__(self, rngs):
+        self.down = js.nn.SparseConv(6, 4, 3, strides=2, rngs=rngs)
+        self.up = js.nn.SparseConvTranspose(4, 5, 3, strides=2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.up(self.down(x), like=x)
+
+
+def value_and_gradients(layer, x, poison):
+    """Real output rows, gradient rows of the features, gradients of the parameters, for a poisoned cotangent."""
+    graph, params, rest = nnx.split(layer, nnx.Param, ...) if isinstance(layer, nnx.Module) else (None, None, None)
+
+    def f(feats, params):
+        model = layer if graph is None else nnx.merge(graph, params, rest, copy=True)
+        y = model(js.SparseTensor.tree_unflatten(None, (x.sites, feats)))
+        return y.feats, y.sites
+
+    feats, vjp, sites = jax.vjp(f, x.feats, params, has_aux=True)
+    n = int(sites.count)
+    ramp = jnp.sin(jnp.arange(feats.size, dtype=feats.dtype)).reshape(feats.shape)
+    cotangent = jnp.where(sites.is_real[:, None], ramp, poison)
+    feats_bar, params_bar = vjp(cotangent)
+    assert (feats[n:] == 0).all(), "padding rows of the result are not zero"
+    return [feats[:n], feats_bar[: len(COORDS)], *jax.tree.leaves(params_bar)]
+
+
+@pytest.mark.parametrize("name", list(layers()))
+def test_nan_in_padding_of_inputs_and_cotangents_changes_nothing(name):
+    layer = layers()[name]
+    clean = value_and_gradients(layer, tensor(FEATS, CAPACITIES[1]), 0.0)
+    poisoned = value_and_gradients(layer, tensor(FEATS, CAPACITIES[1], jnp.nan), jnp.nan)
+    for a, b in zip(clean, poisoned, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
+
+
+def products(kind, capacity, dtype, implementation):
+    """Forward result and both gradients of one convolution at one capacity, real rows only."""
+    geometry = Geometry.create(3, 3, 1 if kind == "submanifold" else 2)
+    kernel = random_kernel(0, geometry, 6, 5, dtype)
+    x = tensor(FEATS.astype(dtype), capacity)
+    options = {"kernel_size": 3, "strides": geometry.stride, "implementation": implementation}
+
+    def f(feats, kernel):
+        if kind == "transposed":
+            coarse = js.ops.conv(x, random_kernel(1, geometry, 6, 6, dtype), sites="reachable", capacity=700, **options)
+            y = js.ops.conv_transpose(coarse, kernel, like=x, **options)
+            return y.feats[: len(COORDS)]
+        y = js.ops.conv(x.with_feats(feats), kernel, sites=kind, capacity=None if kind == "submanifold" else 700, **options)
+        return y.feats[: len(COORDS)] if kind == "submanifold" else y.feats
+
+    y, vjp = jax.vjp(f, x.feats, kernel)
+    feats_bar, kernel_bar = vjp(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(dtype))
+    return y, feats_bar[: len(COORDS)], kernel_bar
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ["submanifold", "reachable", "floor", "transposed"])
+def test_custom_calls_are_bitwise_equal_at_every_capacity(kind, dtype):
+    exact, *others = [products(kind, capacity, dtype, "auto") for capacity in CAPACITIES]
+    for other in others:
+        for a, b in zip(exact, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["submanifold", "reachable", "transposed"])
+def test_plain_jax_agrees_at_every_capacity(kind):
+    exact, *others = [products(kind, capacity, jnp.float32, "xla") for capacity in CAPACITIES]
+    for other in others:
+        for a, b in zip(exact, other, strict=True):
+            assert row_error(b, a) < 1e-6
+
+
+def test_whole_network_agrees_at_every_capacity():
+    # A flat scene: the deepest grid then has rows enough for batch statistics that are well conditioned.
+    rng = np.random.default_rng(0)
+    coords = np.unique(rng.integers((0, -32, -32, -2), (1, 32, 32, 2), (1500, 4)), axis=0).astype(np.int32)
+    feats = rng.normal(size=(len(coords), 4)).astype(np.float32)
+    net = js.models.SparseResUNet42(4, num_classes=3, width=0.125, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(net, nnx.Param, ...)
+
+    @jax.jit
+    def run(params, x):
+        def loss(params):
+            y = nnx.merge(graph, params, rest, copy=True)(x)
+            return (y.feats**2).sum(), y.feats[: len(coords)]
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    def at(capacity):
+        return js.SparseTensor(pad_rows(coords, capacity, 5), pad_rows(feats, capacity, np.nan), count=len(coords))
+
+    exact, *others = [run(params, at(int(scale * len(coords)))) for scale in (1, 1.3, 4)]
+    for gradient, logits in others:
+        assert row_error(logits, exact[1]) < 1e-6
+        ours, theirs = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in (gradient, exact[0]))
+        assert np.abs(ours - theirs).max() < 1e-6 * np.linalg.norm(theirs)
