@@ -61,6 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--save-every", type=int, default=100, help="steps between checkpoints; the last step always writes one")
     add("--seed", type=int, default=1, help="of the streets, the initial parameters, the order and the augmentation")
     options = parser.parse_args(arguments)
+    if options.slack < 1:
+        parser.error(f"--slack (={options.slack:g}) must be at least 1")
     if options.voxel is None:
         options.voxel = 0.1 if options.data else 0.2
     return options
