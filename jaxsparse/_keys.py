@@ -49,6 +49,5 @@ def keys_of(coords: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def real_rows(counts: jax.Array, rows: int) -> jax.Array:
     """Which rows are real, bool `[rows]`: the first `counts[s]` of each of the S equal segments."""
-    segments = counts.shape[0]
-    local = jnp.arange(rows, dtype=jnp.int32).reshape(segments, rows // segments)
-    return (local < counts[:, None]).reshape(rows)
+    local = jnp.arange(rows // counts.shape[0], dtype=jnp.int32)
+    return (local[None] < counts[:, None]).reshape(rows)
