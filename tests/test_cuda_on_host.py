@@ -181,7 +181,9 @@ def test_coarse_sites_are_all_sites_whose_window_holds_a_site(geometry, bounded,
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize(("rows", "count", "out_rows", "out_count"), [(90, 80, 75, 70), (20, 0, 40, 40), (33, 33, 5, 0)])
+@pytest.mark.parametrize(
+    ("rows", "count", "out_rows", "out_count"), [(90, 80, 75, 70), (20, 0, 40, 40), (33, 33, 5, 0)]
+)
 def test_kernel_map_finds_the_first_row_of_each_site(geometry, rows, count, out_rows, out_count):
     dims = len(geometry[0])
     rng = np.random.default_rng(rows)
