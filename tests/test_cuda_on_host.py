@@ -322,8 +322,10 @@ def test_results_do_not_depend_on_capacity_or_tile_mates(dtype, out_dtype, preci
 
 def test_negative_underflow_leaves_no_negative_zero():
     """A row's only product rounds to -0 in float32; whether a tile mate's tap adds +0 to it must not show."""
-    x = np.array([[1e-30], [1.0]], F32)
-    w = np.array([[[-1e-30]], [[1.0]]], F32)
+    x = np.zeros((2, 16), F32)  # 16: one whole step, so that no zero past the last channel hides the sign
+    x[:, -1] = 1e-30
+    w = np.zeros((2, 16, 1), F32)
+    w[:, -1] = -1e-30
     alone = forward(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, precision=2)
     with_mate = forward(x, w, np.array([[0, -1], [-1, 1]], I32), [2], F32, precision=2)
     assert alone[0].tobytes() == with_mate[0].tobytes() == bytes(4)

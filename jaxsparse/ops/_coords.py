@@ -118,8 +118,8 @@ coarse_sites = Op(
 """`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=) -> sites, found [1], outside [1]`.
 
 The distinct coarse sites whose window holds a real fine site, sorted by (batch, Morton code); the first M are kept and
-`found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has no
-key.
+`found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has
+no key.
 """
 
 
