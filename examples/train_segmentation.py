@@ -70,14 +70,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def choose_device(name: str) -> jax.Device:
     """The first device of the kind asked for; ends the program if there is none."""
-    if name != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[name])
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # leaves the memory of a GPU alone
     try:
-        device = jax.devices()[0]
+        device = jax.devices(None if name == "auto" else name)[0]
     except RuntimeError as error:
-        raise SystemExit(f"--device {name}: {error}") from error
-    if name != "auto" and device.platform != name:
-        raise SystemExit(f"--device {name}: jax already runs on {device.platform}")
+        raise SystemExit(f"error: --device {name}: {error}") from error
+    if device.platform != jax.default_backend():
+        raise SystemExit(f"error: --device {name}: jax already runs on {jax.default_backend()}")
     return device
 
 

@@ -290,7 +290,7 @@ def test_the_picture_shows_the_prediction_in_its_last_panel(tmp_path):
 
 # --- short runs of the whole ---
 
-RUN = ["--scenes", "3", "--beams", "12", "--azimuths", "90", "--width", "0.1", "--voxel", "0.5", "--device", "cpu"]
+RUN = ["--scenes", "3", "--beams", "12", "--azimuths", "90", "--width", "0.1", "--voxel", "0.5"]
 
 
 def main(*arguments: str | Path) -> dict:
