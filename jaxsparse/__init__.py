@@ -6,7 +6,7 @@ x, point_to_voxel = js.voxelize(points, feats, voxel_size=0.05, capacity=131072)
 y = js.nn.SubMConv(4, 32, 3, rngs=nnx.Rngs(0))(x)
 """
 
-from jaxsparse import models, nn, ops
+from jaxsparse import models, nn, ops, status
 from jaxsparse._ffi import DISABLE_JAX_EXPORT_CHECKS
 from jaxsparse.kernel_map import KernelMap, kernel_map
 from jaxsparse.planning import capacities
@@ -31,5 +31,6 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "status",
     "voxelize",
 ]

@@ -33,18 +33,23 @@ class Op:
             lambda *avals, **params: [out_aval(avals[0], *shape) for shape in shapes(*avals, **params)]
         )
 
-        def lower(platform):
-            def run(*operands, implementation, **params):
-                if implementation == "xla" or platform is None:
-                    return list(reference(*operands, **params))
-                return list(custom_call(platform, *operands, **params))
-
-            return mlir.lower_fun(run, multiple_results=True)
-
+        self._custom_call, self._reference = custom_call, reference
         for platform in ("cpu", "cuda"):
-            mlir.register_lowering(self.primitive, lower(platform), platform=platform)
-        mlir.register_lowering(self.primitive, lower(None))
+            self.lower_as(platform, on=platform)
+        mlir.register_lowering(self.primitive, self._lowering(None))
         self.set_batching(self.loop_over_batch)
+
+    def _lowering(self, platform: str | None):
+        def run(*operands, implementation, **params):
+            if implementation == "xla" or platform is None:
+                return list(self._reference(*operands, **params))
+            return list(self._custom_call(platform, *operands, **params))
+
+        return mlir.lower_fun(run, multiple_results=True)
+
+    def lower_as(self, platform: str, *, on: str) -> None:
+        """Emits on one platform the custom calls of another: the same one, but for tests without a GPU."""
+        mlir.register_lowering(self.primitive, self._lowering(platform), platform=on)
 
     def __call__(self, *operands: jax.Array, **params) -> list[jax.Array]:
         params.setdefault("implementation", "auto")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
 import jaxsparse as js
@@ -16,6 +18,11 @@ def random_coords(rng, rows, dims=3, low=-4, high=5, batches=2):
     coords = np.unique(coords, axis=0).astype(np.int32)
     rng.shuffle(coords)
     return coords
+
+
+def quick_rngs() -> nnx.Rngs:
+    """Parameters from a generator that compiles in a third of the default's time."""
+    return nnx.Rngs(jax.random.key(0, impl="rbg"))
 
 
 def pad_rows(array, rows, fill):

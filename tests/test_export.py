@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scenes import random_tensor
+from scenes import quick_rngs, random_tensor
 
 import jaxsparse as js
 
@@ -65,7 +65,7 @@ def test_plain_jax_exports_for_tpu():
 
 
 def test_default_implementation_lowers_to_plain_jax_on_tpu():
-    net = js.models.SparseResUNet42(4, width=0.125, rngs=nnx.Rngs(0))
+    net = js.models.SparseResUNet42(4, width=0.125, rngs=quick_rngs())
     x = random_tensor(0, rows=40, features=4)
     graph, state = nnx.split(net)
     leaves, unflatten = as_leaves((state, x))

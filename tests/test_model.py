@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scenes import random_tensor
+from scenes import quick_rngs, random_tensor
 
 import jaxsparse as js
 from jaxsparse.ops import _coords
@@ -17,7 +17,7 @@ from jaxsparse.ops import _coords
 
 @pytest.fixture(scope="module")
 def net():
-    return js.models.SparseResUNet42(4, num_classes=5, width=0.125, rngs=nnx.Rngs(0))
+    return js.models.SparseResUNet42(4, num_classes=5, width=0.125, rngs=quick_rngs())
 
 
 def train_step(net):
@@ -76,7 +76,7 @@ def test_eager_execution_builds_nine_maps(net, monkeypatch):
 
 
 def test_layers_are_those_of_the_benchmark():
-    net = js.models.SparseResUNet42(4, rngs=nnx.Rngs(0))
+    net = js.models.SparseResUNet42(4, rngs=quick_rngs())
     layers = [
         m
         for _, m in nnx.iter_graph(net)
@@ -96,7 +96,7 @@ def test_layers_are_those_of_the_benchmark():
 
 
 def test_width_and_head_set_the_output():
-    net = js.models.SparseResUNet42(7, num_classes=19, width=0.25, rngs=nnx.Rngs(0))
+    net = js.models.SparseResUNet42(7, num_classes=19, width=0.25, rngs=quick_rngs())
     assert net.head.kernel.shape == (24, 19)
     assert net.stem.layers[0].conv.kernel.shape == (27, 7, 8)
 
@@ -114,8 +114,8 @@ def test_empty_scene_trains_without_nan(net):
 
 
 def test_bfloat16_keeps_parameters_and_statistics_in_float32():
-    net = js.models.SparseResUNet42(4, num_classes=5, width=0.125, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    exact = js.models.SparseResUNet42(4, num_classes=5, width=0.125, rngs=nnx.Rngs(0))
+    net = js.models.SparseResUNet42(4, num_classes=5, width=0.125, dtype=jnp.bfloat16, rngs=quick_rngs())
+    exact = js.models.SparseResUNet42(4, num_classes=5, width=0.125, rngs=quick_rngs())
     x = random_tensor(0, rows=60, features=4)
     net.eval(), exact.eval()
     y = net(x)
@@ -127,7 +127,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
 
 @pytest.mark.parametrize("dims", [2, 4])
 def test_other_dimensions_run(dims):
-    net = js.models.SparseResUNet42(3, width=0.0625, dims=dims, rngs=nnx.Rngs(0))
+    net = js.models.SparseResUNet42(3, width=0.0625, dims=dims, rngs=quick_rngs())
     net.eval()
     x = random_tensor(0, rows=30, dims=dims)
     y = jax.jit(lambda x: net(x))(x).check()

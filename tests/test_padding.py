@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scenes import pad_rows, random_coords, random_kernel, row_error
+from scenes import pad_rows, quick_rngs, random_coords, random_kernel, row_error
 
 import jaxsparse as js
 from jaxsparse.geometry import Geometry
@@ -133,7 +133,7 @@ def test_whole_network_agrees_at_every_capacity():
     rng = np.random.default_rng(0)
     coords = np.unique(rng.integers((0, -32, -32, -2), (1, 32, 32, 2), (1500, 4)), axis=0).astype(np.int32)
     feats = rng.normal(size=(len(coords), 4)).astype(np.float32)
-    net = js.models.SparseResUNet42(4, num_classes=3, width=0.125, rngs=nnx.Rngs(0))
+    net = js.models.SparseResUNet42(4, num_classes=3, width=0.125, rngs=quick_rngs())
     graph, params, rest = nnx.split(net, nnx.Param, ...)
 
     @jax.jit

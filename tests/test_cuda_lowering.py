@@ -1,0 +1,163 @@
+"""What is emitted for CUDA, run on the host: the whole path from Python to the CUDA kernels' own source.
+
+The CPU backend is made to emit the custom calls of CUDA, with their dtypes, attributes and workspaces, and each goes to
+the emulated handler of `cuda_on_host`.
+"""
+
+from __future__ import annotations
+
+import cuda_on_host
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scenes import pad_rows, quick_rngs, random_coords, random_kernel, random_tensor, row_error
+
+import jaxsparse as js
+from jaxsparse import _ffi
+from jaxsparse.geometry import Geometry
+from jaxsparse.ops import _coords, rows
+from jaxsparse.ops.conv import primitives
+
+OPS = [
+    _coords.unique_sites,
+    _coords.coarse_sites,
+    _coords.kernel_map,
+    primitives.forward,
+    primitives.dgrad,
+    primitives.wgrad,
+    rows._gather,
+    rows._sum,
+]
+
+pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def calls(tmp_path_factory):
+    """Sends this module's custom calls to the emulated CUDA handlers; yields the names called."""
+    cuda_on_host.load(tmp_path_factory.mktemp("cuda_on_host"))
+    made = []
+    call = _ffi.call
+
+    def call_on_host(target, results, *operands, **attributes):
+        made.append(target)
+        return list(jax.ffi.ffi_call(f"{target}_on_host", list(results))(*operands, **_ffi._encode(attributes)))
+
+    _ffi.call = call_on_host
+    for op in OPS:
+        op.lower_as("cuda", on="cpu")
+    jax.clear_caches()
+    yield made
+    _ffi.call = call
+    for op in OPS:
+        op.lower_as("cpu", on="cpu")
+    jax.clear_caches()
+
+
+def products(kind, x, kernel, implementation, precision="highest"):
+    """Result and gradients of one kind of convolution."""
+    options = {"kernel_size": 3, "precision": precision, "implementation": implementation}
+    if kind != "submanifold":
+        options["strides"] = 2
+
+    def f(feats, kernel):
+        y = x.with_feats(feats)
+        if kind == "transposed":
+            geometry = Geometry.create(3, 3, 2)
+            down = random_kernel(1, geometry, x.num_features, x.num_features, x.dtype)
+            coarse = js.ops.conv(y, down, sites="reachable", capacity=400, **options)
+            return js.ops.conv_transpose(coarse, kernel, like=x, **options).feats
+        return js.ops.conv(y, kernel, sites=kind, capacity=None if kind == "submanifold" else 400, **options).feats
+
+    y, vjp = jax.vjp(f, x.feats, kernel)
+    return y, *vjp(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape).astype(y.dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64])
+@pytest.mark.parametrize("kind", ["submanifold", "reachable", "floor", "transposed"])
+def test_products_of_every_dtype_agree_with_plain_jax_in_float64(kind, dtype):
+    with jax.enable_x64(True):
+        x = random_tensor(0, rows=70, features=5, capacity=90, dtype=dtype, low=-3, high=4)
+        kernel = random_kernel(0, Geometry.create(3, 3), 5, 7, dtype)
+        ours = products(kind, x, kernel, "auto")
+        exact = products(kind, x.astype(jnp.float64), kernel.astype(jnp.float64), "xla")
+        # Two convolutions in a row round twice, and the first result's rounding passes through the second.
+        tolerance = (30 if kind == "transposed" else 4) * float(jnp.finfo(dtype).eps)
+        for got, truth in zip(ours, exact, strict=True):
+            assert got.dtype == dtype
+            assert row_error(got, truth) < tolerance
+
+
+def test_default_precision_takes_tf32_and_highest_does_not():
+    x = random_tensor(0, rows=70, features=16, low=-3, high=4)
+    kernel = random_kernel(0, Geometry.create(3, 3), 16, 16)
+    exact = products("submanifold", x, kernel, "xla")[0]
+    highest = row_error(products("submanifold", x, kernel, "auto")[0], exact)
+    default = row_error(products("submanifold", x, kernel, "auto", "default")[0], exact)
+    assert highest < 1e-6 < default < 2e-3
+
+
+def test_float32_weights_of_a_bfloat16_layer_get_float32_gradients(calls):
+    x = random_tensor(0, rows=70, features=8, dtype=jnp.bfloat16)
+    kernel = random_kernel(0, Geometry.create(3, 3), 8, 8)
+    gradient = jax.grad(lambda k: js.ops.conv(x, k, kernel_size=3).feats.astype(jnp.float32).sum())(kernel)
+    assert gradient.dtype == jnp.float32
+    assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
+    assert "jaxsparse_conv_wgrad_v1" in calls
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "first"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_voxels_are_those_of_plain_jax(reduce, dtype):
+    rng = np.random.default_rng(0)
+    points = pad_rows(rng.uniform(-2, 2, (200, 3)).astype(np.float32), 256, np.nan)
+    feats = jnp.asarray(pad_rows(rng.normal(size=(200, 3)), 256, np.nan), dtype)
+
+    def run(feats, implementation):
+        x, index = js.voxelize(
+            points, feats, 0.5, capacity=190, count=200, reduce=reduce, implementation=implementation
+        )
+        back = js.devoxelize(x.with_feats(x.feats**2), index, implementation=implementation)
+        return back.astype(jnp.float32).sum(), (x.coords, x.feats, index)
+
+    (_, ours), gradient = jax.value_and_grad(run, has_aux=True)(feats, "auto")
+    (_, theirs), reference = jax.value_and_grad(run, has_aux=True)(feats, "xla")
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=float(jnp.finfo(dtype).eps), atol=1e-6)
+    np.testing.assert_allclose(gradient[:200], reference[:200], rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-3)
+    assert (gradient[200:] == 0).all()
+
+
+def test_vmap_over_scenes_is_one_call(calls):
+    scenes = [random_tensor(s, rows=20 + 9 * s, capacity=60) for s in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scenes)
+    kernel = random_kernel(0, Geometry.create(3, 3), 3, 4)
+
+    def f(x, implementation):
+        return js.ops.conv(x, kernel, kernel_size=3, precision="highest", implementation=implementation).feats
+
+    calls.clear()
+    ours = jax.jit(jax.vmap(lambda x: f(x, "auto")))(batch)
+    assert calls.count("jaxsparse_conv_forward_v1") == 1
+    assert row_error(ours, jnp.stack([f(x, "xla") for x in scenes])) < 1e-6
+
+
+def test_network_does_not_depend_on_place_or_order():
+    coords = random_coords(np.random.default_rng(0), 150, low=-6, high=7)
+    feats = np.random.default_rng(1).normal(size=(len(coords), 2)).astype(np.float32)
+    net = js.models.SparseResUNet42(2, num_classes=3, width=0.0625, rngs=quick_rngs())
+    net.eval()  # batch statistics of the few deep sites would amplify rounding
+    x = js.SparseTensor(coords, feats)
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(lambda x: net(x).feats).lower(x).compile()
+    text = run.as_text()
+    made = {target: text.count(f'custom_call_target="{target}_on_host"') for target in _ffi.TARGETS}
+    assert made["jaxsparse_conv_forward_v1"] == 42
+    assert made["jaxsparse_kernel_map_v1"] == 9
+    assert made["jaxsparse_coarse_sites_v1"] == 4
+    ours = run(x)
+    moved = coords[::-1] + np.array([0, 16, -32, 48], np.int32)  # the same scene, elsewhere and in another order
+    with jax.default_matmul_precision("highest"):
+        theirs = jax.jit(lambda x: net(x).feats)(js.SparseTensor(moved, feats[::-1]))
+    assert row_error(ours, theirs[::-1]) < 1e-5
