@@ -22,10 +22,10 @@ demo: $(STAMP)  ## train the default scene and write the picture
 	$(VENV)/bin/python examples/train_segmentation.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TEST_ARGS)
 
 test-full: $(STAMP)  ## the seeded sweeps too
-	$(VENV)/bin/python -m pytest -n 2 -m '' $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m '' $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

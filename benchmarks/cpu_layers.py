@@ -96,14 +96,18 @@ def main():
         return
     voxels = scans.in_library_order(scans.read(args.data, SCAN, VOXEL_SIZE))
     rng = np.random.default_rng(0)
-    kernels = {c: (rng.standard_normal((len(voxels.coords), c), np.float32),
-                   rng.standard_normal((27, c, c), np.float32)) for c in args.channels}
+    kernels = {
+        c: (rng.standard_normal((len(voxels.coords), c), np.float32), rng.standard_normal((27, c, c), np.float32))
+        for c in args.channels
+    }
     table = reference.table(voxels.coords, voxels.coords, 3, 1)
     expected = {c: reference.conv_output(*pair, table) for c, pair in kernels.items()}
 
     cores = len(os.sched_getaffinity(0))
-    libraries = {f"jaxsparse, {cores} thread(s)": jaxsparse_programs(voxels, kernels),
-                 "spconv, 1 thread": spconv_programs(voxels, kernels)}
+    libraries = {
+        f"jaxsparse, {cores} thread(s)": jaxsparse_programs(voxels, kernels),
+        "spconv, 1 thread": spconv_programs(voxels, kernels),
+    }
     libraries = {name: programs for name, programs in libraries.items() if programs}
     rows = []
     for task in ["map", *args.channels]:
@@ -120,17 +124,25 @@ def main():
                     error = np.abs(out - expected[task]).max() / np.abs(expected[task]).max()
                     errors[name] = float(max(error, errors[name] or 0.0))
         for name in libraries:
-            row = {"task": "kernel map" if task == "map" else f"forward, {task} channels", "library": name,
-                   "error": errors[name]}
+            row = {
+                "task": "kernel map" if task == "map" else f"forward, {task} channels",
+                "library": name,
+                "error": errors[name],
+            }
             if task == "map" or errors[name] <= 1e-5:
                 row |= {"least": float(min(times[name])), "median": float(np.median(times[name]))}
             rows.append(row)
     columns = {
-        "": lambda r: r["task"], "library": lambda r: r["library"], "least ms": lambda r: r.get("least"),
-        "median ms": lambda r: r.get("median"), "largest error / largest output": lambda r: r["error"],
+        "": lambda r: r["task"],
+        "library": lambda r: r["library"],
+        "least ms": lambda r: r.get("least"),
+        "median ms": lambda r: r.get("median"),
+        "largest error / largest output": lambda r: r["error"],
     }
-    about = (f"A 3^3 submanifold layer on the CPU: {SCAN} at {VOXEL_SIZE * 100:.0f} cm, {len(voxels.coords):,} sites, "
-             "float32")
+    about = (
+        f"A 3^3 submanifold layer on the CPU: {SCAN} at {VOXEL_SIZE * 100:.0f} cm, {len(voxels.coords):,} sites, "
+        "float32"
+    )
     report.write(args.out, "cpu_layers", about, columns, rows, peers=["spconv", "torch"])
 
 

@@ -54,8 +54,10 @@ def jax_gpu_ms(step, inputs, steps):
         total = sum(
             event.duration_ns
             for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-            for plane in jax.profiler.ProfileData.from_file(path).planes if plane.name.startswith("/device:GPU")
-            for line in plane.lines if line.name.startswith("Stream")
+            for plane in jax.profiler.ProfileData.from_file(path).planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
             for event in line.events
         )
     if not total:

@@ -83,8 +83,11 @@ def error(found, expected):
 def figures(step, ring, sync, gpu_ms, steps):
     """All times of one program."""
     times = measure.summary(measure.wall_ms(step, ring, sync, steps))
-    return {"wall_ms": times, "pipelined_ms": measure.pipelined_ms(step, ring, sync, steps),
-            "gpu_ms": gpu_ms(step, ring, min(steps, len(ring)))}
+    return {
+        "wall_ms": times,
+        "pipelined_ms": measure.pipelined_ms(step, ring, sync, steps),
+        "gpu_ms": gpu_ms(step, ring, min(steps, len(ring))),
+    }
 
 
 # --- jaxsparse ---
@@ -123,10 +126,16 @@ def jaxsparse_tensor(voxels, dtype, capacity, capacities=None):
     n, spare = len(voxels.coords), capacity - len(voxels.coords)
     centres = np.pad(voxels.coords[:, 1:] + np.float32(0.5), [(0, spare), (0, 0)])
     x, _ = js.voxelize(
-        jnp.asarray(centres), jnp.asarray(np.pad(voxels.feats, [(0, spare), (0, 0)])), voxel_size=1.0,
-        origin=(0.0, 0.0, 0.0), capacity=capacity, count=jnp.int32(n),
-        batch=jnp.asarray(np.pad(voxels.coords[:, 0], (0, spare))), batch_size=int(voxels.coords[:, 0].max()) + 1,
-        capacities=capacities)
+        jnp.asarray(centres),
+        jnp.asarray(np.pad(voxels.feats, [(0, spare), (0, 0)])),
+        voxel_size=1.0,
+        origin=(0.0, 0.0, 0.0),
+        capacity=capacity,
+        count=jnp.int32(n),
+        batch=jnp.asarray(np.pad(voxels.coords[:, 0], (0, spare))),
+        batch_size=int(voxels.coords[:, 0].max()) + 1,
+        capacities=capacities,
+    )
     return x.check().with_feats(x.feats.astype(dtype))
 
 
@@ -319,8 +328,14 @@ def main():
     """Runs the workloads and writes their table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the scans; without it every workload is skipped")
-    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME",
-                        help=f"one or more of {', '.join(WORKLOADS)} (default: all)")
+    parser.add_argument(
+        "--workload",
+        nargs="+",
+        choices=WORKLOADS,
+        default=list(WORKLOADS),
+        metavar="NAME",
+        help=f"one or more of {', '.join(WORKLOADS)} (default: all)",
+    )
     parser.add_argument("--device", choices=["cpu", "gpu"], default=None, help="where to run (default: JAX's default)")
     parser.add_argument("--dtype", choices=list(LOSS_SCALE), default="float16")
     parser.add_argument("--steps", type=int, default=50, help="timed steps; published figures take at least 30")

@@ -61,9 +61,11 @@ def pyramid(coords):
 @jax.custom_vjp
 def conv(x, w, rows):
     """y[m] = sum over taps k of x[rows[k, m]] @ w[k]."""
+
     def tap(y, one):
         index, weight = one
         return y + jnp.where(index[:, None] >= 0, x[index], 0) @ weight, None
+
     return jax.lax.scan(tap, jnp.zeros((rows.shape[1], w.shape[2]), x.dtype), (rows, w))[0]
 
 
@@ -75,6 +77,7 @@ def _conv_backward(saved, g):
         real = index[:, None] >= 0
         dx = dx.at[jnp.where(index >= 0, index, len(x))].add(g @ weight.T, mode="drop")
         return dx, jnp.where(real, x[index], 0).T @ g
+
     dx, dw = jax.lax.scan(tap, jnp.zeros_like(x), (rows, w))
     return dx, dw, None
 
@@ -96,6 +99,7 @@ def seg_layers(in_features, width):
 
     A block's shortcut, where it has one, runs after the block's second norm.
     """
+
     def conv_norm(taps, c_in, c_out):
         return [("conv", taps, c_in, c_out), ("norm", c_out)]
 
@@ -187,7 +191,7 @@ def seg_stages(convs):
     """Output channels of the encoder's and the decoder's stages, read off the kernels: a stage starts at 8 taps."""
     starts = [i for i, w in enumerate(convs) if w.shape[0] == 8]
     stages = [convs[i + 1].shape[2] for i in starts]
-    return stages[: LEVELS - 1], stages[LEVELS - 1:]
+    return stages[: LEVELS - 1], stages[LEVELS - 1 :]
 
 
 def seg_tables(coords):
@@ -212,18 +216,21 @@ def seg_output(weights, voxels, training=False):
     """Output features and norm statistics in float64, as numpy arrays. Rows are those of `voxels`."""
     with jax.enable_x64(True):
         out = jax.jit(seg_forward, static_argnums=3)(
-            in_float64(weights), seg_tables(voxels.coords), np.asarray(voxels.feats, np.float64), training)
+            in_float64(weights), seg_tables(voxels.coords), np.asarray(voxels.feats, np.float64), training
+        )
         return jax.tree.map(np.asarray, out)
 
 
 def seg_gradients(weights, voxels):
     """Gradients of the mean squared output (batch statistics) for all weights, float64, as numpy arrays."""
+
     def loss(weights, tables, feats):
         return jnp.mean(seg_forward(weights, tables, feats, True)[0] ** 2)
 
     with jax.enable_x64(True):
         grads = jax.jit(jax.grad(loss))(
-            in_float64(weights), seg_tables(voxels.coords), np.asarray(voxels.feats, np.float64))
+            in_float64(weights), seg_tables(voxels.coords), np.asarray(voxels.feats, np.float64)
+        )
         return jax.tree.map(np.asarray, grads)
 
 
@@ -235,4 +242,5 @@ def with_statistics(weights, statistics):
         if not isinstance(entry, tuple):
             return entry
         return (*entry[:2], *(np.asarray(s, np.float32) for s in next(left)))
+
     return [replace(entry) for entry in weights]

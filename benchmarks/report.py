@@ -63,6 +63,7 @@ def _cpu_name():
 
 def table(columns, rows):
     """A Markdown table. `columns` maps a heading to a function of one row (a dict); None prints as "-"."""
+
     def cell(value):
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -75,12 +76,14 @@ def write(folder, name, about, columns, rows, peers=()):
     """Prints the table and writes `name.json` and `name.md` into `folder` (not when it is None)."""
     facts = context(peers)
     versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
-    text = "\n\n".join([
-        f"# {about}",
-        f"{facts['device']}; {versions}; Python {facts['python']}; commit {facts['commit']}; {facts['date']}",
-        f"`{facts['command']}`",
-        table(columns, rows),
-    ])
+    text = "\n\n".join(
+        [
+            f"# {about}",
+            f"{facts['device']}; {versions}; Python {facts['python']}; commit {facts['commit']}; {facts['date']}",
+            f"`{facts['command']}`",
+            table(columns, rows),
+        ]
+    )
     print(text)
     if folder is not None:
         folder = pathlib.Path(folder)

@@ -41,23 +41,27 @@ class SparseResUNet42(nn.Module):
         super().__init__()
         stem, encoder, decoder = reference.seg_widths(width)
         self.stem = spconv.SparseSequential(
-            conv_norm_relu(subm(in_features, stem, 3, "subm0")), conv_norm_relu(subm(stem, stem, 3, "subm0")))
+            conv_norm_relu(subm(in_features, stem, 3, "subm0")), conv_norm_relu(subm(stem, stem, 3, "subm0"))
+        )
         channels = [stem]
         self.encoder = nn.ModuleList()
         for level, c in enumerate(encoder):
             down = spconv.SparseConv3d(channels[-1], channels[-1], 2, 2, bias=False, indice_key=f"down{level}")
             key = f"subm{level + 1}"
-            self.encoder.append(spconv.SparseSequential(
-                conv_norm_relu(down), Block(channels[-1], c, key), Block(c, c, key)))
+            self.encoder.append(
+                spconv.SparseSequential(conv_norm_relu(down), Block(channels[-1], c, key), Block(c, c, key))
+            )
             channels.append(c)
         self.decoder = nn.ModuleList()
         c_in = channels.pop()
         for level, c in zip(reversed(range(len(encoder))), decoder, strict=True):
             up = spconv.SparseInverseConv3d(c_in, c, 2, indice_key=f"down{level}", bias=False)
             key = f"subm{level}"
-            self.decoder.append(nn.ModuleList([
-                conv_norm_relu(up),
-                spconv.SparseSequential(Block(c + channels.pop(), c, key), Block(c, c, key))]))
+            self.decoder.append(
+                nn.ModuleList(
+                    [conv_norm_relu(up), spconv.SparseSequential(Block(c + channels.pop(), c, key), Block(c, c, key))]
+                )
+            )
             c_in = c
 
     def forward(self, x):
@@ -128,8 +132,15 @@ def inputs(ring, dtype, device):
     """
     top = max(v.coords[:, 1:].max() for v in ring)
     box = [int(-(-(top + 1) // 16) * 16)] * 3
-    return [(torch.tensor(v.feats).to(device, getattr(torch, dtype)), torch.tensor(v.coords).to(device), box,
-             int(v.coords[:, 0].max()) + 1) for v in ring]
+    return [
+        (
+            torch.tensor(v.feats).to(device, getattr(torch, dtype)),
+            torch.tensor(v.coords).to(device),
+            box,
+            int(v.coords[:, 0].max()) + 1,
+        )
+        for v in ring
+    ]
 
 
 def tensor(batch):

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "bindings/bind.h"
 #include "bindings/checks.h"
 #include "bindings/cpu/conv.h"
 #include "bindings/cpu/coords.h"
@@ -179,7 +180,7 @@ ffi::Error conv_wgrad(ffi::ThreadPool pool, In x, In g, In table, In masks, In o
   });
 }
 
-ffi::Error invert_index(In index, Out order, Out offsets, Out workspace) {
+ffi::Error invert_index(ffi::ThreadPool, In index, Out order, Out offsets, Out workspace) {
   InvertIndex s;
   if (auto e = check_invert_index(index, order, offsets, workspace, &s); e.failure()) return e;
   return guarded("jaxsparse_invert_index_v1", [&] {
@@ -197,45 +198,10 @@ ffi::Error segment_sum(ffi::ThreadPool pool, In x, In order, In offsets, Out y) 
   });
 }
 
-// The bindings: operands, results and attributes in the order of the functions above.
-const auto kCall = [] { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); };
-
-XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites,
-                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER(kCoarseSites, coarse_sites,
-                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>().Attr<Axes>("kernel").Attr<Axes>("stride").Attr<Axes>("padding")
-                           .Attr<Axes>("dilation").Attr<Axes>("bounds"));
-XLA_FFI_DEFINE_HANDLER(kHashBuild, hash_build,
-                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map,
-                       kCall().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>()
-                           .Attr<Axes>("kernel").Attr<Axes>("stride").Attr<Axes>("padding").Attr<Axes>("dilation"));
-XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table,
-                       kCall().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward,
-                       kCall().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>()
-                           .Attr<int64_t>("precision").Attr<int64_t>("tile_rows"));
-XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad,
-                       kCall().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>().Attr<int64_t>("precision").Attr<int64_t>("tile_rows"));
-XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index,
-                       ffi::Ffi::Bind().Arg<In>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
-XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum,
-                       kCall().Arg<In>().Arg<In>().Arg<In>().Ret<ffi::AnyBuffer>());
+JAXSPARSE_DEFINE_HANDLERS(ffi::ThreadPool, {});
 
 }  // namespace
 
-const Handlers& cpu_handlers() {
-  static const Handlers handlers = {
-      {"jaxsparse_unique_sites_v1", kUniqueSites}, {"jaxsparse_coarse_sites_v1", kCoarseSites},
-      {"jaxsparse_hash_build_v1", kHashBuild},     {"jaxsparse_kernel_map_v1", kKernelMap},
-      {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},
-      {"jaxsparse_conv_wgrad_v1", kConvWgrad},     {"jaxsparse_invert_index_v1", kInvertIndex},
-      {"jaxsparse_segment_sum_v1", kSegmentSum},
-  };
-  return handlers;
-}
+const Handlers& cpu_handlers() { return kHandlers; }
 
 }  // namespace jaxsparse

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "bindings/bind.h"
 #include "bindings/checks.h"
 #include "bindings/handlers.h"
 #include "cuda/conv/conv.h"
@@ -209,55 +210,12 @@ ffi::Error segment_sum(cudaStream_t stream, In x, In order, In offsets, Out y) {
 }
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
-constexpr auto kTraits = {ffi::Traits::kCmdBufferCompatible};
 
-// A binding of so many operands and results, the stream first.
-template <int kIn, int kOut>
-auto bind() {
-  if constexpr (kOut > 0) {
-    return bind<kIn, kOut - 1>().template Ret<ffi::AnyBuffer>();
-  } else if constexpr (kIn > 0) {
-    return bind<kIn - 1, 0>().template Arg<ffi::AnyBuffer>();
-  } else {
-    return ffi::Ffi::Bind().Ctx<Stream>();
-  }
-}
-
-template <typename Binding>
-auto with_geometry(Binding binding) {
-  return std::move(binding)
-      .template Attr<Axes>("kernel")
-      .template Attr<Axes>("stride")
-      .template Attr<Axes>("padding")
-      .template Attr<Axes>("dilation");
-}
-
-template <typename Binding>
-auto with_choices(Binding binding) {
-  return std::move(binding).template Attr<int64_t>("precision").template Attr<int64_t>("tile_rows");
-}
-
-XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<2, 4>()), kTraits);
-XLA_FFI_DEFINE_HANDLER(kCoarseSites, coarse_sites, (with_geometry(bind<2, 4>()).Attr<Axes>("bounds")), kTraits);
-XLA_FFI_DEFINE_HANDLER(kHashBuild, hash_build, (bind<2, 2>()), kTraits);
-XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<4, 2>())), kTraits);
-XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table, (bind<2, 2>()), kTraits);
-XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward, (with_choices(bind<5, 1>())), kTraits);
-XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad, (with_choices(bind<5, 2>())), kTraits);
-XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index, (bind<1, 3>()), kTraits);
-XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum, (bind<3, 1>()), kTraits);
+// Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
+JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
-const Handlers& cuda_handlers() {
-  static const Handlers handlers = {
-      {"jaxsparse_unique_sites_v1", kUniqueSites},   {"jaxsparse_coarse_sites_v1", kCoarseSites},
-      {"jaxsparse_hash_build_v1", kHashBuild},       {"jaxsparse_kernel_map_v1", kKernelMap},
-      {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},
-      {"jaxsparse_conv_wgrad_v1", kConvWgrad},       {"jaxsparse_invert_index_v1", kInvertIndex},
-      {"jaxsparse_segment_sum_v1", kSegmentSum},
-  };
-  return handlers;
-}
+const Handlers& cuda_handlers() { return kHandlers; }
 
 }  // namespace jaxsparse

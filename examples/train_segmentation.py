@@ -61,6 +61,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--save-every", type=int, default=100, help="steps between checkpoints; the last step always writes one")
     add("--seed", type=int, default=1, help="of the streets, the initial parameters, the order and the augmentation")
     options = parser.parse_args(arguments)
+    if options.slack < 1:
+        parser.error(f"--slack (={options.slack:g}) must be at least 1")
     if options.voxel is None:
         options.voxel = 0.1 if options.data else 0.2
     return options
@@ -68,14 +70,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def choose_device(name: str) -> jax.Device:
     """The first device of the kind asked for; ends the program if there is none."""
-    if name != "auto":
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[name])
+    if name == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # leaves the memory of a GPU alone
     try:
-        device = jax.devices()[0]
+        device = jax.devices(None if name == "auto" else name)[0]
     except RuntimeError as error:
-        raise SystemExit(f"--device {name}: {error}") from error
-    if name != "auto" and device.platform != name:
-        raise SystemExit(f"--device {name}: jax already runs on {device.platform}")
+        raise SystemExit(f"error: --device {name}: {error}") from error
+    if device.platform != jax.default_backend():
+        raise SystemExit(f"error: --device {name}: jax already runs on {jax.default_backend()}")
     return device
 
 

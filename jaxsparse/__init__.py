@@ -1,9 +1,9 @@
 """jaxsparse: sparse convolution for JAX.
 
-    import jaxsparse as js
+import jaxsparse as js
 
-    x, point_to_voxel = js.voxelize(points, feats, voxel_size=0.05, capacity=131072)
-    y = js.nn.SubMConv(4, 32, 3, rngs=nnx.Rngs(0))(x)
+x, point_to_voxel = js.voxelize(points, feats, voxel_size=0.05, capacity=131072)
+y = js.nn.SubMConv(4, 32, 3, rngs=nnx.Rngs(0))(x)
 """
 
 from jaxsparse import models, nn, ops

@@ -64,7 +64,9 @@ def main() -> None:
         major, minor = divmod(_native.cuda_version, 1000)
         cuda = f"{major}.{minor // 10}, architectures {_native.cuda_architectures}"
     print(f"jaxsparse {js.__version__}, built against jaxlib {_native.jaxlib_version()}, CUDA kernels: {cuda}")
-    print(f"Python {sys.version.split()[0]}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax {flax.__version__}")
+    print(
+        f"Python {sys.version.split()[0]}, jax {jax.__version__}, jaxlib {jaxlib.__version__}, flax {flax.__version__}"
+    )
     names = [jnp.dtype(d).name for d in FLOAT_DTYPES]
     for platform in ("cpu", "gpu"):
         try:

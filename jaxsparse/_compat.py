@@ -54,7 +54,9 @@ def promote(operands: Sequence[jax.Array]) -> list[jax.Array]:
 def out_aval(like, shape: Sequence[int], dtype):
     """The abstract value of a result: `like`'s mesh and varying axes, another shape and dtype."""
     sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-    return like.update(shape=tuple(shape), dtype=jax.dtypes.canonicalize_dtype(dtype), sharding=sharding, weak_type=False)
+    return like.update(
+        shape=tuple(shape), dtype=jax.dtypes.canonicalize_dtype(dtype), sharding=sharding, weak_type=False
+    )
 
 
 def zero_tangent(primal) -> ad.Zero:

@@ -48,8 +48,8 @@ def _check_versions() -> None:
     built, runtime = _native.ffi_version(), _runtime_ffi_version()
     if built[0] != runtime[0] or built[1] > runtime[1]:
         raise ImportError(
-            f"jaxsparse was built against jaxlib {_native.jaxlib_version()} (FFI API {built[0]}.{built[1]}), but jaxlib "
-            f"{jaxlib.__version__} is installed (FFI API {runtime[0]}.{runtime[1]}); install jaxlib "
+            f"jaxsparse was built against jaxlib {_native.jaxlib_version()} (FFI API {built[0]}.{built[1]}), but "
+            f"jaxlib {jaxlib.__version__} is installed (FFI API {runtime[0]}.{runtime[1]}); install jaxlib "
             f"{_native.jaxlib_version()} or newer, or rebuild jaxsparse against jaxlib {jaxlib.__version__}."
         )
 

@@ -66,8 +66,8 @@ def map_between(fine: Sites, coarse: Sites, geometry: Geometry, implementation: 
     expected = tuple(f * s for f, s in zip(fine.stride, geometry.stride, strict=True))
     if coarse.stride != expected:
         raise ValueError(
-            f"`strides` (={geometry.stride}) take the grid with stride {fine.stride} to {expected}, but the coarse sites "
-            f"are on the grid with stride {coarse.stride}."
+            f"`strides` (={geometry.stride}) take the grid with stride {fine.stride} to {expected}, but the coarse "
+            f"sites are on the grid with stride {coarse.stride}."
         )
 
     def make() -> KernelMap:

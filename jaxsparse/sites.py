@@ -92,7 +92,7 @@ class Sites:
     count: jax.Array
     status: jax.Array
     stride: tuple[int, ...]
-    capacities: Capacities = Capacities()
+    capacities: Capacities = dataclasses.field(default_factory=Capacities)
     batch_size: int | None = None
     bounds: tuple[int, ...] | None = None
     order: str = "any"
@@ -184,8 +184,8 @@ class Sites:
           geometry: of the convolution.
           mode: "reachable" for every site whose window holds an input site (spconv, TorchSparse), "floor" for
             `floor(fine / stride)` (MinkowskiEngine).
-          capacity: rows of the result; by default `capacities` decides, else as many as here, or twice that where a fine
-            site can reach more than one coarse site.
+          capacity: rows of the result; by default `capacities` decides, else as many as here, or twice that where a
+            fine site can reach more than one coarse site.
           implementation: "auto" or "xla".
         """
         if mode not in ("reachable", "floor"):
@@ -207,7 +207,12 @@ class Sites:
 
         def make() -> Sites:
             coords, found, outside = _coords.coarse_sites(
-                self.coords, self.counts, geometry=window, capacity=capacity, bounds=bounds, implementation=implementation
+                self.coords,
+                self.counts,
+                geometry=window,
+                capacity=capacity,
+                bounds=bounds,
+                implementation=implementation,
             )
             _record(stride, found[0])
             problems = status.merge(
@@ -227,13 +232,11 @@ def _check_static(
     """What shapes and dtypes tell about a constructor's arguments: coordinates, stride and bounds."""
     coords = jnp.asarray(coords)
     if coords.ndim != 2 or not 2 <= coords.shape[1] <= 5:
-        raise ValueError(
-            f"`coords` must be [N, 1 + D] with D = 1 to 4, batch index first, got shape {coords.shape}."
-        )
+        raise ValueError(f"`coords` must be [N, 1 + D] with D = 1 to 4, batch index first, got shape {coords.shape}.")
     if coords.dtype != jnp.int32:
         raise TypeError(
-            f"`coords` must be int32 voxel indices, got {coords.dtype}; quantise points with jaxsparse.voxelize, or cast "
-            "integer coordinates with .astype(jnp.int32)."
+            f"`coords` must be int32 voxel indices, got {coords.dtype}; quantise points with jaxsparse.voxelize, or "
+            "cast integer coordinates with .astype(jnp.int32)."
         )
     dims = coords.shape[1] - 1
     size = None if bounds is None else per_axis("bounds", bounds, dims)

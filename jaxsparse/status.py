@@ -35,26 +35,26 @@ class Problem(enum.IntEnum):
 
 
 _MESSAGES = {
-    Problem.VOXELIZE_CAPACITY: "voxelize: {value} voxels do not fit `capacity` (={limit}); the first {limit} in (batch, "
-    "Morton) order were kept. Set capacity to at least {value}.",
+    Problem.VOXELIZE_CAPACITY: "voxelize: {value} voxels do not fit `capacity` (={limit}); the first {limit} in "
+    "(batch, Morton) order were kept. Set capacity to at least {value}.",
     Problem.SITES_CAPACITY: "SparseConv: {value} sites of the grid with stride {stride} do not fit its capacity "
-    "(={limit}); the first {limit} in (batch, Morton) order were kept. Plan `capacities` with jaxsparse.capacities(model, "
-    "samples), or set the layer's `capacity` to at least {value}.",
-    Problem.COLLATE_CAPACITY: "collate: {value} sites do not fit `capacity` (={limit}); the last ones were dropped. Set "
-    "capacity to at least {value}.",
-    Problem.DENSE_CAPACITY: "from_dense: {value} nonzero sites do not fit `capacity` (={limit}). Set capacity to at least "
-    "{value}.",
-    Problem.DUPLICATE_SITES: "SparseTensor: `coords` holds {value} rows whose site another row has already; sites must be "
-    "distinct. Merge equal sites first, with jaxsparse.voxelize for points.",
-    Problem.BATCH_INDEX: "SparseTensor: {value} rows of `coords` have a batch index (column 0) outside [0, {limit}); pass "
-    "a larger `batch_size` or mend the indices.",
-    Problem.COORDINATE_RANGE: "{value} rows have a coordinate outside [-{limit}, {limit}), the range that a 64-bit site key "
-    "holds for this number of dimensions; move the origin or use a coarser voxel size.",
+    "(={limit}); the first {limit} in (batch, Morton) order were kept. Plan `capacities` with "
+    "jaxsparse.capacities(model, samples), or set the layer's `capacity` to at least {value}.",
+    Problem.COLLATE_CAPACITY: "collate: {value} sites do not fit `capacity` (={limit}); the last ones were dropped. "
+    "Set capacity to at least {value}.",
+    Problem.DENSE_CAPACITY: "from_dense: {value} nonzero sites do not fit `capacity` (={limit}). Set capacity to at "
+    "least {value}.",
+    Problem.DUPLICATE_SITES: "SparseTensor: `coords` holds {value} rows whose site another row has already; sites must "
+    "be distinct. Merge equal sites first, with jaxsparse.voxelize for points.",
+    Problem.BATCH_INDEX: "SparseTensor: {value} rows of `coords` have a batch index (column 0) outside [0, {limit}); "
+    "pass a larger `batch_size` or mend the indices.",
+    Problem.COORDINATE_RANGE: "{value} rows have a coordinate outside [-{limit}, {limit}), the range that a 64-bit "
+    "site key holds for this number of dimensions; move the origin or use a coarser voxel size.",
     Problem.OUT_OF_BOUNDS: "SparseTensor: {value} rows of `coords` lie outside `bounds`; drop them or enlarge bounds.",
-    Problem.NON_FINITE_POINTS: "voxelize: {value} rows of `points` are not finite and were dropped; remove them, or lower "
-    "`count` if they are padding.",
-    Problem.UNEQUAL_SITES: "{value} rows of the two tensors have different sites; addition and concatenation need equal "
-    "sites in equal order.",
+    Problem.NON_FINITE_POINTS: "voxelize: {value} rows of `points` are not finite and were dropped; remove them, or "
+    "lower `count` if they are padding.",
+    Problem.UNEQUAL_SITES: "{value} rows of the two tensors have different sites; addition and concatenation need "
+    "equal sites in equal order.",
     Problem.COUNT: "`count` (={value}) is outside [0, {limit}], the rows of the array; pass the number of real rows.",
 }
 

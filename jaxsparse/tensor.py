@@ -22,7 +22,7 @@ def check_float(name: str, x: jax.Array) -> None:
     """Refuses a dtype that no kernel computes in."""
     if x.dtype not in [jnp.dtype(d) for d in FLOAT_DTYPES]:
         raise TypeError(
-            f"`{name}` has dtype {x.dtype}; supported: float32, bfloat16, float16 and float64. Cast it with .astype(...)."
+            f"`{name}` has dtype {x.dtype}; supported: float32, bfloat16, float16, float64. Cast it with .astype(...)"
         )
 
 
@@ -73,7 +73,9 @@ class SparseTensor:
             raise ValueError(f"`feats` must be [{rows}, C], a row for each site, got shape {feats.shape}.")
         if isinstance(coords, Sites):
             if (count, stride, batch_size, bounds, capacities) != (None, 1, None, None, None):
-                raise ValueError("`coords` is a Sites, which has its own count, stride, batch_size, bounds and capacities.")
+                raise ValueError(
+                    "`coords` is a Sites, which has its own count, stride, batch_size, bounds and capacities."
+                )
             sites = coords
         else:
             sites = Sites.create(

@@ -82,7 +82,11 @@ def voxelize(
     if batch.shape != (rows,) or not jnp.issubdtype(batch.dtype, jnp.integer):
         raise ValueError(f"`batch` must be integers [{rows}], got {batch.dtype}{list(batch.shape)}.")
     if rows == 0:  # custom calls want rows
-        points, feats, batch = jnp.zeros((1, dims)), jnp.zeros((1, feats.shape[1]), feats.dtype), jnp.zeros(1, jnp.int32)
+        points, feats, batch = (
+            jnp.zeros((1, dims)),
+            jnp.zeros((1, feats.shape[1]), feats.dtype),
+            jnp.zeros(1, jnp.int32),
+        )
     given = jnp.asarray(rows if count is None else count, jnp.int32)
     real = _keys.real_rows(jnp.clip(given, 0, rows)[None], points.shape[0])
 
@@ -153,7 +157,9 @@ def _reduce(feats, row_of, capacity, reduce, implementation):
     return jnp.where(winner < none, feats[jnp.minimum(winner, none - 1), channel], 0)
 
 
-def devoxelize(voxels: SparseTensor | jax.Array, point_to_voxel: jax.Array, *, implementation: str = "auto") -> jax.Array:
+def devoxelize(
+    voxels: SparseTensor | jax.Array, point_to_voxel: jax.Array, *, implementation: str = "auto"
+) -> jax.Array:
     """The features of each point's voxel.
 
     Args:
@@ -184,7 +190,12 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
         raise ValueError("collate: `tensors` is empty; pass at least one.")
     first = tensors[0]
     for t in tensors[1:]:
-        same = (t.dims, t.stride, t.num_features, t.dtype) == (first.dims, first.stride, first.num_features, first.dtype)
+        same = (t.dims, t.stride, t.num_features, t.dtype) == (
+            first.dims,
+            first.stride,
+            first.num_features,
+            first.dtype,
+        )
         if not same or t.bounds != first.bounds:
             raise ValueError(
                 f"collate: tensors must share dimensions, stride, features, dtype and bounds, got ({first.dims}, "

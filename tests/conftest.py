@@ -39,7 +39,9 @@ def real_scan():
 
         path = SCANS / f"{name}.npz"
         if not path.exists():
-            pytest.skip(f"the scan {path.name} is not on this machine (set JAXSPARSE_SCANS to the folder that holds it)")
+            pytest.skip(
+                f"the scan {path.name} is not on this machine (set JAXSPARSE_SCANS to the folder that holds it)"
+            )
         return np.load(path)
 
     return load

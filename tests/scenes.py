@@ -52,7 +52,9 @@ def dense_conv(x: js.SparseTensor, feats, kernel, geometry: Geometry, out_coords
     first = stride * out_coords[:, 1:].min(0) - np.array(geometry.padding)  # the first output's first tap
     low = np.minimum(first, coords[:count, 1:].min(0))
     low -= (low - first) % stride  # outputs begin a whole number of strides into the grid
-    high = np.maximum(stride * out_coords[:, 1:].max(0) - np.array(geometry.padding) + window, coords[:count, 1:].max(0))
+    high = np.maximum(
+        stride * out_coords[:, 1:].max(0) - np.array(geometry.padding) + window, coords[:count, 1:].max(0)
+    )
     batches = max(coords[:count, 0].max(), out_coords[:, 0].max()) + 1
     grid = jnp.zeros((batches, *(high - low + 1), feats.shape[1]), feats.dtype)
     at = (coords[:count, 0], *(coords[:count, 1:] - low).T)

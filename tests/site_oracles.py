@@ -75,8 +75,7 @@ def kernel_table(in_coords, in_count, out_coords, out_count, g: Geometry):
     for m, (batch, *coarse) in enumerate(np.asarray(out_coords)[:out_count].tolist()):
         for k, tap in enumerate(itertools.product(*map(range, g.kernel))):
             fine = [
-                s * c - p + d * t
-                for s, c, p, d, t in zip(g.stride, coarse, g.padding, g.dilation, tap, strict=True)
+                s * c - p + d * t for s, c, p, d, t in zip(g.stride, coarse, g.padding, g.dilation, tap, strict=True)
             ]
             table[k, m] = row_of.get((batch, *fine), -1)
     return table

@@ -33,7 +33,10 @@ def make_conv(kind, implementation="auto", seed=0):
     kernel = random_kernel(seed, Geometry.create(3, 3), 3, 4, jnp.float64)
     sites = "floor" if kind == "floor" else "reachable"
     if kind != "transposed":
-        return (lambda f, k: js.ops.conv(x.with_feats(f), k, sites=sites, capacity=160, **options).feats), (x.feats, kernel)
+        return (lambda f, k: js.ops.conv(x.with_feats(f), k, sites=sites, capacity=160, **options).feats), (
+            x.feats,
+            kernel,
+        )
     y = js.ops.conv(x, kernel, sites=sites, capacity=160, **options)
     back = random_kernel(seed + 1, Geometry.create(3, 3), 4, 3, jnp.float64)
     return (lambda f, k: js.ops.conv_transpose(y.with_feats(f), k, like=x, **options).feats), (y.feats, back)

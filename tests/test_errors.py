@@ -54,7 +54,7 @@ def test_features_of_wrong_shape_or_dtype():
     coords = jnp.zeros((3, 4), jnp.int32)
     with raises(ValueError, "`feats` must be [3, C]", "(4, 2)"):
         js.SparseTensor(coords, jnp.ones((4, 2)))
-    with raises(TypeError, "`feats`", "int32", "float32, bfloat16, float16 and float64", ".astype"):
+    with raises(TypeError, "`feats`", "int32", "float32, bfloat16, float16, float64", ".astype"):
         js.SparseTensor(coords, jnp.ones((3, 2), jnp.int32))
 
 

@@ -8,15 +8,17 @@ from pathlib import Path
 import jax
 import matplotlib.image
 import numpy as np
+import optax
 import pytest
 from conftest import SCANS
+from flax import nnx
 
 import jaxsparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import train_segmentation
-from segmentation import batches, labels, ray_casting, report, scans, street_scenes
+from segmentation import batches, labels, ray_casting, report, scans, street_scenes, training
 from segmentation.ray_casting import Lidar, Solid
 
 TINY = Lidar(beams=12, azimuths=90)
@@ -288,7 +290,7 @@ def test_the_picture_shows_the_prediction_in_its_last_panel(tmp_path):
 
 # --- short runs of the whole ---
 
-RUN = ["--scenes", "3", "--beams", "12", "--azimuths", "90", "--width", "0.1", "--voxel", "0.5", "--device", "cpu"]
+RUN = ["--scenes", "3", "--beams", "12", "--azimuths", "90", "--width", "0.1", "--voxel", "0.5"]
 
 
 def main(*arguments: str | Path) -> dict:
@@ -343,6 +345,65 @@ def test_a_folder_with_another_run_is_left_alone(run, capsys):
         main("--width", "0.2", "--steps", "3", "--out", folder)
 
 
-def test_too_little_room_ends_the_run(tmp_path):
-    with pytest.raises(jaxsparse.SiteError, match="voxels do not fit"):
-        main("--slack", "0.4", "--steps", "1", "--out", tmp_path)
+def test_a_scan_with_too_many_voxels_is_refused_by_name_of_the_option():
+    packed = batches.pack([scans.synthetic_streets(1, lidar=TINY).load(0)], bucket=1024, batch=1)
+    x, _ = training.voxels_of(jax.numpy.asarray(packed.xyz), packed, training.Grid(0.5, scans=1, capacity=64))
+    measured = training.Measured(np.float32(1), np.zeros((2, 2)), x.status, np.zeros(1))
+    with pytest.raises(jaxsparse.SiteError, match="voxels do not fit") as info:
+        training.check(measured)
+    assert "--slack" in info.value.__notes__[0]
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        training.check(measured._replace(status=jax.numpy.zeros_like(x.status), loss=np.float32(np.nan)))
+
+
+def test_augmentation_turns_mirrors_and_scales_each_scan_as_a_whole():
+    rng = np.random.default_rng(7)
+    xyz = rng.normal(0, 5, (40, 3)).astype(np.float32)
+    scan = np.repeat([0, 1], 20).astype(np.int32)
+    mirrored, scales, angles = [], [], []
+    for seed in range(12):
+        moved = np.asarray(training.augment(jax.numpy.asarray(xyz), scan, 2, jax.random.key(seed)))
+        for s in (0, 1):
+            a, b = xyz[scan == s], moved[scan == s]
+            linear = np.linalg.lstsq(a, b, rcond=None)[0]
+            np.testing.assert_allclose(a @ linear, b, atol=1e-4)  # one linear map for the scan,
+            scale = linear[2, 2]
+            np.testing.assert_allclose(linear @ linear.T, scale**2 * np.eye(3), atol=1e-5)  # which keeps angles
+            np.testing.assert_allclose(linear[2], [0, 0, scale], atol=1e-5)  # and the vertical
+            scales.append(scale)
+            mirrored.append(np.linalg.det(linear) < 0)
+            angles.append(np.arctan2(linear[0, 1], linear[0, 0]))
+    assert 0.95 <= min(scales) < 0.97 < 1.03 < max(scales) <= 1.05
+    assert 4 < sum(mirrored) < 20
+    assert min(angles) < -2
+    assert max(angles) > 2
+
+
+class Above(nnx.Module):
+    """Two classes: voxels whose mean height is positive, and the others."""
+
+    def __call__(self, x: jaxsparse.SparseTensor) -> jaxsparse.SparseTensor:
+        return x.with_feats(jax.numpy.concatenate([x.feats[:, :1], -x.feats[:, :1]], axis=1))
+
+
+def test_points_are_scored_by_their_voxel_and_unlabelled_ones_not_at_all():
+    rng = np.random.default_rng(8)
+    made = [
+        scans.Scan(f"{n}", rng.uniform(-4, 4, (n, 3)).astype(np.float32), np.zeros(n, np.float32),
+                   rng.integers(-1, 2, n).astype(np.int32))
+        for n in (150, 90)
+    ]  # fmt: skip
+    packed = batches.pack(made, bucket=256, batch=2)
+    steps = training.Steps(Above(), optax.sgd(0.1), np.ones(2, np.float32), 1.0)
+    measured = steps.evaluate(training.Grid(2.0, 2, 256), steps.initial_state(), packed)
+    training.check(measured)
+    expected = np.zeros((2, 2), int)
+    for scan in made:
+        cells = [tuple(cell) for cell in np.floor(scan.xyz / 2.0).astype(int).tolist()]
+        for cell, label in zip(cells, scan.label, strict=True):
+            height = np.mean([z for z, other in zip(scan.xyz[:, 2], cells, strict=True) if other == cell])
+            if label >= 0:
+                expected[label, int(height <= 0)] += 1
+    np.testing.assert_array_equal(measured.confusion, expected)
+    assert steps.compilations("evaluate") == 1
+    assert steps.compilations("train") == 0

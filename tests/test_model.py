@@ -28,7 +28,10 @@ def train_step(net):
         def loss(params):
             model = nnx.merge(graph, params, rest, copy=True)
             y = model(x)
-            return (y.feats**2).sum() / jnp.maximum(y.count, 1).astype(y.dtype), (y.status, nnx.state(model, nnx.BatchStat))
+            return (y.feats**2).sum() / jnp.maximum(y.count, 1).astype(y.dtype), (
+                y.status,
+                nnx.state(model, nnx.BatchStat),
+            )
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -74,7 +77,11 @@ def test_eager_execution_builds_nine_maps(net, monkeypatch):
 
 def test_layers_are_those_of_the_benchmark():
     net = js.models.SparseResUNet42(4, rngs=nnx.Rngs(0))
-    layers = [m for _, m in nnx.iter_graph(net) if isinstance(m, js.nn.SubMConv | js.nn.SparseConv | js.nn.SparseConvTranspose)]
+    layers = [
+        m
+        for _, m in nnx.iter_graph(net)
+        if isinstance(m, js.nn.SubMConv | js.nn.SparseConv | js.nn.SparseConvTranspose)
+    ]
     assert len(layers) == 49
     assert all(layer.bias is None for layer in layers)
     assert sum(layer.kernel_size == (1, 1, 1) for layer in layers) == 7

@@ -101,7 +101,9 @@ def products(kind, capacity, dtype, implementation):
             coarse = js.ops.conv(x, random_kernel(1, geometry, 6, 6, dtype), sites="reachable", capacity=700, **options)
             y = js.ops.conv_transpose(coarse, kernel, like=x, **options)
             return y.feats[: len(COORDS)]
-        y = js.ops.conv(x.with_feats(feats), kernel, sites=kind, capacity=None if kind == "submanifold" else 700, **options)
+        y = js.ops.conv(
+            x.with_feats(feats), kernel, sites=kind, capacity=None if kind == "submanifold" else 700, **options
+        )
         return y.feats[: len(COORDS)] if kind == "submanifold" else y.feats
 
     y, vjp = jax.vjp(f, x.feats, kernel)

@@ -1,4 +1,4 @@
-"""Real LiDAR scans: published sizes, and custom calls against plain JAX in float64. Skips where the scans are absent."""
+"""Real LiDAR scans: published sizes, and products against float64. Skips where the scans are absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from jaxsparse.geometry import Geometry
 
 @pytest.mark.parametrize(
     ("name", "size", "voxels", "neighbours"),
-    [("semkitti_00_000000", 0.05, 91_800, 3.8), ("nusc_key00", 0.1, 19_100, 2.8), ("pcl_room_scan1", 0.05, 27_900, 6.3)],
+    [
+        ("semkitti_00_000000", 0.05, 91_800, 3.8),
+        ("nusc_key00", 0.1, 19_100, 2.8),
+        ("pcl_room_scan1", 0.05, 27_900, 6.3),
+    ],
 )
 def test_sites_and_neighbours_are_those_published(real_scan, name, size, voxels, neighbours):
     xyz = real_scan(name)["xyz"]

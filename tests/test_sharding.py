@@ -80,9 +80,10 @@ def test_equal_shards_would_hide_what_unequal_ones_show():
     """The gradients of the shards differ, so that the test above can fail."""
     stacked, _ = scenes(2)
     graph, state = nnx.split(Net())
-    each = [
-        jax.grad(lambda s, x=jax.tree.map(lambda leaf: leaf[i], stacked): total_loss(nnx.merge(graph, s, copy=True), x))(state)
-        for i in range(2)
-    ]
-    first, second = (jax.tree.leaves(e) for e in each)
+
+    def gradient(shard):
+        x = jax.tree.map(lambda leaf: leaf[shard], stacked)
+        return jax.tree.leaves(jax.grad(lambda s: total_loss(nnx.merge(graph, s, copy=True), x))(state))
+
+    first, second = gradient(0), gradient(1)
     assert max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(first, second, strict=True)) > 1e-2

@@ -142,7 +142,7 @@ def test_collate_stacks_the_real_rows(capacity):
     scenes = [random_tensor(s, rows=20 + 9 * s, capacity=60, batches=1) for s in range(3)]
     batch = jax.jit(lambda t: js.collate(t, capacity))(scenes).check()
     coords, feats = batch.rows()
-    expected = [np.asarray(x.coords)[: int(x.count)] + [[i, 0, 0, 0]] for i, x in enumerate(scenes)]
+    expected = [np.asarray(x.coords)[: int(x.count)] + np.array([i, 0, 0, 0]) for i, x in enumerate(scenes)]
     np.testing.assert_array_equal(coords, np.concatenate(expected))
     np.testing.assert_array_equal(feats, np.concatenate([np.asarray(x.feats)[: int(x.count)] for x in scenes]))
     assert batch.batch_size == 3
@@ -185,7 +185,9 @@ def test_capacities_hold_what_the_samples_need(wrap):
     plan = js.capacities(wrap(net), samples, slack=1.0, multiple=1)
     most: dict = {}
     for x in samples:
-        roomy = js.SparseTensor(dataclasses.replace(x.sites, capacities=js.Capacities({(2,) * 3: 999, (4,) * 3: 9999})), x.feats)
+        roomy = js.SparseTensor(
+            dataclasses.replace(x.sites, capacities=js.Capacities({(2,) * 3: 999, (4,) * 3: 9999})), x.feats
+        )
         first = net.first(roomy).check()
         second = net.second(net.norm(first)).check()
         for y in (first, second):

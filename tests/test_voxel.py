@@ -71,9 +71,7 @@ def test_padding_points_never_count_and_counts_share_one_compilation(reduce, imp
     @jax.jit
     def run(points, feats, count):
         traces.append(None)
-        return js.voxelize(
-            points, feats, 0.5, capacity=200, count=count, reduce=reduce, implementation=implementation
-        )
+        return js.voxelize(points, feats, 0.5, capacity=200, count=count, reduce=reduce, implementation=implementation)
 
     for count in (120, 77, 1, 0):
         padded = pad_rows(points[:count], 160, np.nan), pad_rows(feats[:count], 160, np.nan)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxsparse as js
 import numpy as np
 import optax
 from flax import nnx
+
+import jaxsparse as js
 
 from . import batches
 from .batches import Batch
@@ -56,7 +57,11 @@ class Grid:
 
 def check(measured: Measured) -> None:
     """Waits for a step; raises if voxels did not fit their capacity, or if training has diverged."""
-    js.status.check(measured.status)
+    try:
+        js.status.check(measured.status)
+    except js.SiteError as error:
+        error.add_note("This scan needs more rows than the scans that were planned from: pass a larger --slack.")
+        raise
     if not np.isfinite(measured.loss):
         raise FloatingPointError(f"the loss is {float(measured.loss)}: lower the learning rate")
 

@@ -21,7 +21,13 @@ class ConvBlock(nnx.Module):
       rngs: source of the initial parameters.
     """
 
-    def __init__(self, conv: nn.SubMConv | nn.SparseConv | nn.SparseConvTranspose, *, axis_name: Hashable | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        conv: nn.SubMConv | nn.SparseConv | nn.SparseConvTranspose,
+        *,
+        axis_name: Hashable | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.conv = conv
         self.norm = nn.BatchNorm(conv.out_features, axis_name=axis_name, rngs=rngs)
 
@@ -47,9 +53,7 @@ class ResidualBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def conv(features: int, kernel_size: int) -> nn.SubMConv:
-            return nn.SubMConv(
-                features, out_features, kernel_size, dims=dims, use_bias=False, dtype=dtype, rngs=rngs
-            )
+            return nn.SubMConv(features, out_features, kernel_size, dims=dims, use_bias=False, dtype=dtype, rngs=rngs)
 
         def norm() -> nn.BatchNorm:
             return nn.BatchNorm(out_features, axis_name=axis_name, rngs=rngs)

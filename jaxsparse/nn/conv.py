@@ -213,8 +213,8 @@ class SparseConvTranspose(_Conv):
         """
         if like is None:
             raise ValueError(
-                f"{type(self).__name__}: `like` is missing; pass the tensor whose sites to compute, usually the input of "
-                "the strided layer: up(x, like=skip)."
+                f"{type(self).__name__}: `like` is missing; pass the tensor whose sites to compute, usually the input "
+                "of the strided layer: up(x, like=skip)."
             )
         x, kernel, options = self._prepare(x)
         return ops.conv_transpose(x, kernel, like=like, kernel_map=kernel_map, **options)

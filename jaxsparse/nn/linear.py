@@ -27,8 +27,8 @@ def check_input(layer: nnx.Module, x: SparseTensor, in_features: int) -> None:
         raise TypeError(f"{name}: `x` must be a SparseTensor, got {type(x).__name__}.")
     if x.num_features != in_features:
         raise ValueError(
-            f"{name}: kernel has {in_features} input features but x.feats has {x.num_features} (shape {x.feats.shape}); "
-            f"set in_features={x.num_features}."
+            f"{name}: kernel has {in_features} input features but x.feats has {x.num_features} (shape "
+            f"{x.feats.shape}); set in_features={x.num_features}."
         )
 
 

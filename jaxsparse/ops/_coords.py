@@ -100,9 +100,9 @@ def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds):
     rows, columns = coords.shape
     size = _workspace.coarse_sites(rows, geometry)
     results = [_int32(capacity, columns), _int32(1), _int32(1), _workspace.struct(platform, size)]
-    return _ffi.call(
-        "jaxsparse_coarse_sites_v1", results, coords, count, **geometry.attributes(), bounds=bounds or ()
-    )[:3]
+    return _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **geometry.attributes(), bounds=bounds or ())[
+        :3
+    ]
 
 
 coarse_sites = Op(
@@ -115,11 +115,11 @@ coarse_sites = Op(
     _coarse_sites_call,
     _coarse_sites_reference,
 )
-"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=) -> sites [M, 1 + D], found [1], outside [1]`.
+"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=) -> sites, found [1], outside [1]`.
 
 The distinct coarse sites whose window holds a real fine site, sorted by (batch, Morton code); the first M are kept and
-`found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has no
-key.
+`found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has
+no key.
 """
 
 
@@ -187,9 +187,7 @@ def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, ge
     keys, rows = _ffi.call("jaxsparse_hash_build_v1", [_uint32(slots, 2), _int32(slots)], in_coords, in_count)
     taps, out_rows = geometry.volume, out_coords.shape[0]
     results = [_int32(taps, out_rows), _uint32(out_rows, -(-taps // 32))]
-    return _ffi.call(
-        "jaxsparse_kernel_map_v1", results, keys, rows, out_coords, out_count, **geometry.attributes()
-    )
+    return _ffi.call("jaxsparse_kernel_map_v1", results, keys, rows, out_coords, out_count, **geometry.attributes())
 
 
 kernel_map = Op(

@@ -13,9 +13,7 @@ from jaxsparse.ops.elementwise import map_features
 from jaxsparse.tensor import SparseTensor
 
 
-def batch_statistics(
-    x: SparseTensor, axis_name: Hashable | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean and variance of each channel over the real rows, in float32 or wider.
 
     Args:

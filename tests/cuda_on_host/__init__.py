@@ -68,5 +68,7 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
         outs.append([np.asarray(v) for v in run(*operands)])
     if target != "hash_build":
         for one, other in zip(*outs, strict=True):
-            assert one.dtype == np.uint8 or one.tobytes() == other.tobytes(), f"{target} depends on the order of threads"
+            assert one.dtype == np.uint8 or one.tobytes() == other.tobytes(), (
+                f"{target} depends on the order of threads"
+            )
     return outs[1]

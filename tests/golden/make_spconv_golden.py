@@ -127,7 +127,9 @@ def run_spconv(case, sites, box, rng):
     geometry = {"stride": case.strides, "padding": case.padding, "dilation": case.dilation}
     fine = spconv.SparseConvTensor(
         torch.from_numpy(rng.standard_normal((len(sites), c_in), dtype=np.float32)),
-        torch.from_numpy(sites), list(box), case.batch_size,
+        torch.from_numpy(sites),
+        list(box),
+        case.batch_size,
     )
     if case.op == "subm":
         x, layer = fine, spconv_layer(case, "SubMConv", c_in, c_out, case.kernel, **geometry)
@@ -137,8 +139,7 @@ def run_spconv(case, sites, box, rng):
         # The strided layer makes the coarse sites and the pairs; fresh features then go up through the inverse layer.
         down = spconv_layer(case, "SparseConv", c_in, c_in, case.kernel, indice_key="pairs", **geometry)
         coarse = down(fine)
-        x = coarse.replace_feature(
-            torch.from_numpy(rng.standard_normal((len(coarse.indices), c_in), dtype=np.float32)))
+        x = coarse.replace_feature(torch.from_numpy(rng.standard_normal((len(coarse.indices), c_in), dtype=np.float32)))
         layer = spconv_layer(case, "SparseInverseConv", c_in, c_out, case.kernel, indice_key="pairs")
     weight = rng.standard_normal(tuple(layer.weight.shape), dtype=np.float32)
     layer.weight.copy_(torch.from_numpy(weight))
@@ -174,8 +175,10 @@ def reachable(case, coords, out_box):
     found = set()
     for batch, *fine in coords.tolist():
         for tap in np.ndindex(case.kernel):
-            scaled = [(f + p - d * t, s)
-                      for f, p, d, t, s in zip(fine, case.padding, case.dilation, tap, case.strides, strict=True)]
+            scaled = [
+                (f + p - d * t, s)
+                for f, p, d, t, s in zip(fine, case.padding, case.dilation, tap, case.strides, strict=True)
+            ]
             if any(f % s for f, s in scaled):
                 continue
             coarse = tuple(f // s for f, s in scaled)
@@ -214,13 +217,24 @@ def make(case, rng):
     assert error < 1e-6, f"{case.name}: spconv differs from the index relation by {error:.1e} of the largest output"
 
     spec = {
-        "op": case.op, "kernel_size": case.kernel, "strides": case.strides, "padding": case.padding,
-        "dilation": case.dilation, "batch_size": case.batch_size,
-        "bounds": box if case.clipped else None, "out_bounds": out_box if case.clipped else None,
+        "op": case.op,
+        "kernel_size": case.kernel,
+        "strides": case.strides,
+        "padding": case.padding,
+        "dilation": case.dilation,
+        "batch_size": case.batch_size,
+        "bounds": box if case.clipped else None,
+        "out_bounds": out_box if case.clipped else None,
     }
     print(f"{case.name:30s} {len(coords):4d} -> {len(out_coords):4d} sites, spconv against float64 {error:.1e}")
-    return {"spec": json.dumps(spec), "coords": coords, "feats": feats, "kernel": kernel,
-            "out_coords": out_coords, "out_feats": out_feats}
+    return {
+        "spec": json.dumps(spec),
+        "coords": coords,
+        "feats": feats,
+        "kernel": kernel,
+        "out_coords": out_coords,
+        "out_feats": out_feats,
+    }
 
 
 @torch.no_grad()

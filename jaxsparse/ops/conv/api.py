@@ -46,8 +46,8 @@ def conv(
         (spconv, TorchSparse), "floor" for `floor(fine / strides)` (MinkowskiEngine), or the `Sites` to compute.
       strides, padding, dilation: integers or one an axis; padding is `dilation * ((kernel_size - 1) // 2)` by default.
       capacity: rows of the output where sites are made; see `Sites.coarse` for the default.
-      kernel_map: the map to use, for bodies of `jax.checkpoint`, `lax.scan` and `lax.cond`, where maps are not shared by
-        themselves; `sites` must then be "submanifold" or a `Sites`.
+      kernel_map: the map to use, for bodies of `jax.checkpoint`, `lax.scan` and `lax.cond`, where maps are not shared
+        by themselves; `sites` must then be "submanifold" or a `Sites`.
       precision: of float32 products, as jax spells it. On GPUs the default may use TF32.
       config: choice of kernel.
       implementation: "auto" for the platform's custom call, "xla" for plain JAX.
@@ -174,8 +174,8 @@ def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) ->
         )
     if kernel.shape[1] != x.num_features:
         raise ValueError(
-            f"{op}: kernel has {kernel.shape[1]} input features but x.feats has {x.num_features} (shape {x.feats.shape}); "
-            f"set in_features={x.num_features}."
+            f"{op}: kernel has {kernel.shape[1]} input features but x.feats has {x.num_features} (shape "
+            f"{x.feats.shape}); set in_features={x.num_features}."
         )
     if bias is not None and bias.shape != kernel.shape[2:]:
         raise ValueError(f"{op}: `bias` of shape {bias.shape} must be [{kernel.shape[2]}], the output features.")

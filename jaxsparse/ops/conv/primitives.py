@@ -72,9 +72,7 @@ def _dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, ou
     structs = [jax.ShapeDtypeStruct((taps, rows), jnp.int32), jax.ShapeDtypeStruct((rows, masks.shape[1]), jnp.uint32)]
     reverse, reverse_masks = _ffi.call("jaxsparse_reverse_table_v1", structs, table, out_counts)
     w = jnp.swapaxes(w, 1, 2)
-    return _forward_call(
-        platform, g, w, reverse, reverse_masks, out_counts, in_counts, spec=spec, out_dtype=out_dtype
-    )
+    return _forward_call(platform, g, w, reverse, reverse_masks, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
 
 
 def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
@@ -120,9 +118,7 @@ dgrad = Op(
 )
 wgrad = Op(
     "sparse_conv_wgrad",
-    lambda x, g, table, *_, spec, out_dtype, implementation: [
-        ((table.shape[0], x.shape[1], g.shape[1]), out_dtype)
-    ],
+    lambda x, g, table, *_, spec, out_dtype, implementation: [((table.shape[0], x.shape[1], g.shape[1]), out_dtype)],
     _wgrad_call,
     _wgrad_reference,
 )

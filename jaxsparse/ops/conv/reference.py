@@ -1,4 +1,4 @@
-"""The three products of the convolution in plain JAX: the oracle of the tests, and what runs where no custom call is."""
+"""The three products of the convolution in plain JAX: the tests' oracle, and what runs where no custom call is."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+// The signatures of the custom calls: operands, results and attributes of each, once for CPU and CUDA.
+#pragma once
+
+#include <utility>
+
+#include "bindings/handlers.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxsparse {
+
+// A binding of a context, so many operands and so many results.
+template <typename Context, int kIn, int kOut>
+auto bind() {
+  if constexpr (kOut > 0) {
+    return bind<Context, kIn, kOut - 1>().template Ret<xla::ffi::AnyBuffer>();
+  } else if constexpr (kIn > 0) {
+    return bind<Context, kIn - 1, 0>().template Arg<xla::ffi::AnyBuffer>();
+  } else {
+    return xla::ffi::Ffi::Bind().Ctx<Context>();
+  }
+}
+
+using AxisAttribute = xla::ffi::Span<const int64_t>;
+
+template <typename Binding>
+auto with_geometry(Binding binding) {
+  return std::move(binding)
+      .template Attr<AxisAttribute>("kernel")
+      .template Attr<AxisAttribute>("stride")
+      .template Attr<AxisAttribute>("padding")
+      .template Attr<AxisAttribute>("dilation");
+}
+
+template <typename Binding>
+auto with_choices(Binding binding) {
+  return std::move(binding).template Attr<int64_t>("precision").template Attr<int64_t>("tile_rows");
+}
+
+// Defines the handlers of all custom calls from the functions of their names in scope, and `kHandlers`, which lists
+// them. `Context` is the functions' first argument; traits may follow. A macro, because XLA's own is one.
+#define JAXSPARSE_DEFINE_HANDLERS(Context, ...)                                                               \
+  XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<Context, 2, 4>()), __VA_ARGS__);                   \
+  XLA_FFI_DEFINE_HANDLER(kCoarseSites, coarse_sites,                                                          \
+                         (with_geometry(bind<Context, 2, 4>()).Attr<AxisAttribute>("bounds")), __VA_ARGS__);  \
+  XLA_FFI_DEFINE_HANDLER(kHashBuild, hash_build, (bind<Context, 2, 2>()), __VA_ARGS__);                       \
+  XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<Context, 4, 2>())), __VA_ARGS__);        \
+  XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table, (bind<Context, 2, 2>()), __VA_ARGS__);                 \
+  XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward, (with_choices(bind<Context, 5, 1>())), __VA_ARGS__);     \
+  XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad, (with_choices(bind<Context, 5, 2>())), __VA_ARGS__);         \
+  XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index, (bind<Context, 1, 3>()), __VA_ARGS__);                   \
+  XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum, (bind<Context, 3, 1>()), __VA_ARGS__);                     \
+  const Handlers kHandlers = {                                                                                \
+      {"jaxsparse_unique_sites_v1", kUniqueSites},   {"jaxsparse_coarse_sites_v1", kCoarseSites},             \
+      {"jaxsparse_hash_build_v1", kHashBuild},       {"jaxsparse_kernel_map_v1", kKernelMap},                 \
+      {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},             \
+      {"jaxsparse_conv_wgrad_v1", kConvWgrad},       {"jaxsparse_invert_index_v1", kInvertIndex},             \
+      {"jaxsparse_segment_sum_v1", kSegmentSum},                                                              \
+  }
+
+}  // namespace jaxsparse
