@@ -64,6 +64,11 @@ class Geometry:
         geometry = cls(kernel, per_axis("strides", strides, dims), padding, dilation)
         if geometry.volume > 65536:
             raise ValueError(f"`kernel_size` (={kernel_size}) has {geometry.volume} taps; at most 65536 are supported.")
+        if geometry.reach > 2**30:
+            raise ValueError(
+                f"`strides` (={geometry.stride}), `padding` (={geometry.padding}), `dilation` (={geometry.dilation}) "
+                f"and `kernel_size` (={geometry.kernel}) reach {geometry.reach} cells far; at most 2^30 are supported."
+            )
         return geometry
 
     @property
@@ -75,6 +80,12 @@ class Geometry:
     def taps(self) -> list[tuple[int, ...]]:
         """The taps in order, one entry an axis each."""
         return list(itertools.product(*map(range, self.kernel)))
+
+    @property
+    def reach(self) -> int:
+        """The longest step of the index relation: coordinates plus or minus 2^30 still fit int32."""
+        axes = zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return max(max(s, abs(p), abs(d * (k - 1) - p)) for k, s, p, d in axes)
 
     @property
     def is_pointwise(self) -> bool:

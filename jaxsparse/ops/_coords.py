@@ -83,7 +83,7 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds):
     real = _keys.real_rows(count, coords.shape[0]) & _keys.has_key(coords)
     fine = jnp.where(real[:, None], coords[:, 1:], 0)[None]  # (1, N, D)
     padding, dilation, stride = (np.int32([[v]]) for v in (geometry.padding, geometry.dilation, geometry.stride))
-    scaled = fine + padding - dilation * np.int32(geometry.taps)[:, None]  # (K, N, D)
+    scaled = fine - (dilation * np.int32(geometry.taps)[:, None] - padding)  # (K, N, D), steps of at most 2^30
     coarse = scaled // stride
     exists = real[None] & (scaled == coarse * stride).all(-1)
     if bounds is not None:
@@ -163,11 +163,11 @@ def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometr
     high, low, position = lax.sort((high, low, position), num_keys=2, is_stable=True)
 
     # Coarse coordinates whose fine ones, stride * c + shift, have a key; the others' arithmetic could leave int32.
+    # Steps and key range are at most 2^30, so these bounds do not.
     limit, stride = _keys.axis_limit(out_coords.shape[1] - 1), np.int64(geometry.stride)
     shift = np.int64(geometry.dilation) * np.int64(geometry.taps) - np.int64(geometry.padding)  # (K, D)
-    least = np.clip(-((limit + shift) // stride), -(2**31), 2**31 - 1).astype(np.int32)
-    most = np.clip((limit - 1 - shift) // stride, -(2**31), 2**31 - 1).astype(np.int32)
-    shift, stride = np.clip(shift, -(2**31), 2**31 - 1).astype(np.int32), stride.astype(np.int32)
+    least, most = -((limit + shift) // stride), (limit - 1 - shift) // stride
+    stride, shift, least, most = (v.astype(np.int32) for v in (stride, shift, least, most))
 
     def rows_under(tap):
         shift, least, most = tap

@@ -1,0 +1,305 @@
+"""Distinct sites, coarse sites and kernel maps: custom calls, the plain JAX reference and brute force agree exactly."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import site_oracles as oracle
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from jax import lax
+from scenes import pad_rows, random_coords
+
+import jaxsparse as js
+from jaxsparse.geometry import Geometry
+from jaxsparse.ops import _coords
+
+IMPLEMENTATIONS = ["auto", "xla"]
+# Each geometry compiles anew, the reference in half a second: fewer examples of that.
+EXAMPLES = {"auto": settings(max_examples=40), "xla": settings(max_examples=6)}
+
+
+def arrays(coords, count):
+    return jnp.asarray(coords, jnp.int32), jnp.asarray([count], jnp.int32)
+
+
+def equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def check_unique(coords, count, capacity, implementation="auto"):
+    options = {"capacity": capacity, "implementation": implementation}
+    sites, found, row_of = _coords.unique_sites(*arrays(coords, count), **options)
+    expected = oracle.unique_sites(coords, count, capacity)
+    equal((sites, found[0], row_of), expected)
+
+
+def check_coarse(coords, count, geometry, capacity, bounds, implementation="auto"):
+    sites, found, outside = _coords.coarse_sites(
+        *arrays(coords, count), geometry=geometry, capacity=capacity, bounds=bounds, implementation=implementation
+    )
+    equal((sites, found[0], outside[0]), oracle.coarse_sites(coords, count, geometry, capacity, bounds))
+
+
+def check_map(fine, fine_count, coarse, coarse_count, geometry, implementation="auto"):
+    operands = (*arrays(fine, fine_count), *arrays(coarse, coarse_count))
+    table, masks = _coords.kernel_map(*operands, geometry=geometry, implementation=implementation)
+    expected = oracle.kernel_table(fine, fine_count, coarse, coarse_count, geometry)
+    equal((table, masks), (expected, oracle.mask_words(expected)))
+    return table
+
+
+# --- against brute force ---
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+@given(data=st.data())
+def test_distinct_sites_equal_brute_force(implementation, dims, data):
+    coords, count = data.draw(oracle.clouds(dims))
+    check_unique(coords, count, data.draw(st.sampled_from([6, 48])), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_coarse_sites_equal_brute_force(implementation):
+    @EXAMPLES[implementation]
+    @given(geometry=oracle.geometries(), data=st.data())
+    def check(geometry, data):
+        dims = len(geometry.kernel)
+        coords, count = data.draw(oracle.clouds(dims, rows=24))
+        bounds = data.draw(st.none() | st.tuples(*[st.sampled_from([1, 2, 5, 2**31 - 1])] * dims))
+        check_coarse(coords, count, geometry, data.draw(st.sampled_from([9, 500])), bounds, implementation)
+
+    check()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_kernel_maps_equal_brute_force(implementation):
+    @EXAMPLES[implementation]
+    @given(geometry=oracle.geometries(), data=st.data())
+    def check(geometry, data):
+        dims = len(geometry.kernel)
+        fine, fine_count = data.draw(oracle.clouds(dims, rows=40))
+        if data.draw(st.booleans()):  # outputs that see inputs, in another order
+            coarse, _, _ = oracle.coarse_sites(fine, len(fine), geometry, capacity=30)
+            coarse = np.random.default_rng(0).permutation(coarse)
+        else:
+            coarse, _ = data.draw(oracle.clouds(dims, rows=30))
+        check_map(fine, fine_count, coarse, data.draw(st.sampled_from([30, 30, 0, 17])), geometry, implementation)
+
+    check()
+
+
+@pytest.mark.parametrize("kernel", [(32,), (33,), (8, 8), (5, 13), (5, 5, 5), (3, 3, 3, 3)], ids=str)
+def test_masks_hold_more_than_32_taps(kernel):
+    span = 30 if len(kernel) == 1 else 6
+    coords = random_coords(np.random.default_rng(1), 50, len(kernel), low=-span, high=span)
+    geometry = Geometry.create(len(kernel), kernel)
+    for implementation in IMPLEMENTATIONS:
+        table = check_map(coords, len(coords), coords, len(coords), geometry, implementation)
+    assert (np.asarray(table)[32:] >= 0).any() or np.prod(kernel) == 32
+
+
+LINE = np.stack([np.zeros(300), np.arange(300) - 150, np.zeros(300), np.zeros(300)], 1)
+CUBE = np.indices((1, 8, 8, 8)).reshape(4, -1).T - [0, 4, 4, 4]
+ADVERSARIAL = {
+    "line": LINE,
+    "far line": LINE - [0, 150 - 2**17, 2**17, 1 - 2**17],
+    "plane": np.indices((1, 20, 1, 20)).reshape(4, -1).T - [0, 10, 0, 10],
+    "cube": CUBE,
+    "checkerboard": CUBE[CUBE.sum(1) % 2 == 0],
+    "batches of one voxel": np.stack([np.arange(1000), *np.full((3, 1000), -1)], 1),
+    "one voxel many times": np.zeros((500, 4)),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_regular_scenes_equal_brute_force(name):
+    coords = np.random.default_rng(0).permutation(ADVERSARIAL[name].astype(np.int32))
+    check_unique(coords, len(coords), len(coords))
+    check_coarse(coords, len(coords), Geometry.create(3, 2, 2), 4 * len(coords), None)
+    check_map(coords, len(coords), coords, len(coords), Geometry.create(3, 3))
+
+
+def test_sites_whose_keys_all_hash_to_one_slot_are_found():
+    candidates = np.indices((1, 40, 40, 40)).reshape(4, -1).T.astype(np.int32)
+    h = np.array([oracle.key(s) for s in candidates], np.uint64)  # the finaliser of MurmurHash3, as in key.h
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        h = (h ^ (h >> np.uint64(33))) * np.uint64(factor)
+    slot = (h ^ (h >> np.uint64(33))) % np.uint64(256)
+    coords = candidates[slot == 255][:128]  # the last of 256 slots: every probe goes round the end
+    assert len(coords) == 128
+    check_map(coords, 128, coords, 128, Geometry.create(3, 3))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stride", [1, 3])
+def test_kernels_that_reach_across_the_whole_range(stride, implementation):
+    ends = np.array([[0, -(2**30)], [0, 2**30 - 1], [0, 0], [0, 2**29]], np.int32)
+    for padding, dilation in [(2**30, 2**30), (1 - 2**30, 1), (1, 2**29)]:
+        geometry = Geometry.create(1, 2, stride, padding, dilation)
+        check_coarse(ends, 4, geometry, 16, None, implementation)
+        check_map(ends, 4, ends, 4, geometry, implementation)
+
+
+# --- the index relation ---
+
+
+@settings(max_examples=10)
+@given(geometry=oracle.geometries(dims=3), seed=st.integers(0, 1000))
+def test_every_pair_obeys_the_index_relation_and_none_is_missing(geometry, seed):
+    fine = random_coords(np.random.default_rng(seed), 150, low=-4, high=5)
+    x = js.SparseTensor(fine, jnp.zeros((len(fine), 1)))
+    y = x.sites.coarse(geometry, "reachable", capacity=64 * len(fine)).check()
+    coarse = np.asarray(y.coords)[: int(y.count)]
+    kernel_map = js.kernel_map(x.sites, y, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
+    table = np.asarray(kernel_map.table)
+    k, m = np.nonzero(table >= 0)
+    taps = np.array(geometry.taps)
+    reached = np.array(geometry.stride) * coarse[m, 1:] - geometry.padding + np.array(geometry.dilation) * taps[k]
+    np.testing.assert_array_equal(fine[table[k, m]], np.concatenate([coarse[m, :1], reached], 1))
+    # Every tap of every fine site that lies on a whole coarse coordinate is a pair.
+    scaled = fine[None, :, 1:] + np.array(geometry.padding) - np.array(geometry.dilation) * taps[:, None]
+    assert len(k) == (scaled % np.array(geometry.stride) == 0).all(-1).sum()
+    assert set(m) == set(range(len(coarse)))
+
+
+def occupied(coords, low, high, geometry, padding):
+    """Where the dense convolution of the occupancy of [low, high) with ones is positive, in output indices."""
+    grid = np.zeros((2, *(high - low)), np.float32)
+    inside = ((coords[:, 1:] >= low) & (coords[:, 1:] < high)).all(1)
+    grid[tuple((coords[inside] - [0, *low]).T)] = 1
+    y = lax.conv_general_dilated(
+        grid[:, None],
+        np.ones((1, 1, *geometry.kernel), np.float32),
+        window_strides=geometry.stride,
+        padding=[(p, p) for p in padding],
+        rhs_dilation=geometry.dilation,
+    )
+    return np.argwhere(np.asarray(y)[:, 0] > 0.5), y.shape[2:]
+
+
+def as_set(rows):
+    return set(map(tuple, np.asarray(rows).tolist()))
+
+
+@settings(max_examples=12)
+@given(geometry=oracle.geometries(), seed=st.integers(0, 1000))
+def test_reachable_sites_are_where_the_dense_convolution_of_occupancy_is_positive(geometry, seed):
+    dims = len(geometry.kernel)
+    coords = random_coords(np.random.default_rng(seed), 8, dims)
+    stride, padding = np.array(geometry.stride), np.array(geometry.padding)
+    window = np.array(geometry.dilation) * (np.array(geometry.kernel) - 1)
+    first = (-4 + padding - window) // stride - 1  # a coarse coordinate below all, and one above
+    last = (4 + padding) // stride + 1
+    dense, _ = occupied(coords, stride * first - padding, stride * last - padding + window + 1, geometry, [0] * dims)
+    y = js.SparseTensor(coords, jnp.zeros((len(coords), 1))).sites.coarse(geometry, "reachable", capacity=600).check()
+    assert as_set(np.asarray(y.coords)[: int(y.count)]) == as_set(dense - [0, *-first])
+
+
+@settings(max_examples=8)
+@given(geometry=oracle.geometries(), seed=st.integers(0, 1000))
+def test_bounds_clip_as_the_dense_convolution_of_the_grid_does(geometry, seed):
+    dims = len(geometry.kernel)
+    bounds = [9, 7, 8, 10][:dims]
+    coords = random_coords(np.random.default_rng(seed), 10, dims, low=0, high=7)
+    window = np.array(geometry.dilation) * (np.array(geometry.kernel) - 1)
+    assume((np.array(bounds) + 2 * np.array(geometry.padding) > window).all())  # else the dense one has no output
+    dense, shape = occupied(coords, np.zeros(dims, int), np.array(bounds), geometry, geometry.padding)
+    x = js.SparseTensor(coords, jnp.zeros((len(coords), 1)), bounds=bounds, batch_size=2)
+    y = x.sites.coarse(geometry, "reachable", capacity=1200).check()
+    assert y.bounds == shape
+    assert as_set(np.asarray(y.coords)[: int(y.count)]) == as_set(dense)
+
+
+@pytest.mark.parametrize("stride", [2, 3, (1, 2, 4)], ids=str)
+def test_floor_sites_are_floor_division(stride):
+    coords = random_coords(np.random.default_rng(3), 80, low=-7, high=8)
+    x = js.SparseTensor(coords, jnp.zeros((len(coords), 1)))
+    y = x.sites.coarse(Geometry.create(3, 3, stride), "floor").check()
+    expected = coords.copy()
+    expected[:, 1:] //= np.array(stride)
+    equal((y.coords, y.count), oracle.unique_sites(expected, len(expected), y.capacity)[:2])
+
+
+# --- what results may not depend on ---
+
+
+def scene(count=30, capacity=40, fill=3, seed=5):
+    """Coordinates whose padding rows hold what could be taken for sites."""
+    return pad_rows(random_coords(np.random.default_rng(seed), 200)[:count], capacity, fill)
+
+
+def all_results(coords, count, capacity=64, geometry=None, implementation="auto"):
+    geometry = geometry or Geometry.create(3, 3, 2)
+    sites = _coords.unique_sites(coords, count, capacity=capacity, implementation=implementation)
+    options = {"geometry": geometry, "implementation": implementation}
+    coarse = _coords.coarse_sites(coords, count, capacity=capacity, bounds=None, **options)
+    table = _coords.kernel_map(coords, count, coarse[0], coarse[1], **options)
+    return [*sites, *coarse, *table]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_padding_rows_hold_nothing_that_matters(implementation):
+    run = functools.partial(all_results, implementation=implementation)
+    clean = run(*arrays(scene(fill=oracle.PADDING), 30))
+    for fill in (3, 0, 2**31 - 1):
+        equal(run(*arrays(scene(fill=fill), 30)), clean)
+
+
+def test_capacities_change_no_real_row():
+    small, large = all_results(*arrays(scene(), 30)), all_results(*arrays(scene(capacity=333), 30), capacity=500)
+    for a, b in zip(small, large, strict=True):
+        rows = [slice(0, min(sizes)) for sizes in zip(a.shape, b.shape, strict=True)]
+        np.testing.assert_array_equal(a[tuple(rows)], b[tuple(rows)])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sites_that_do_not_fit_are_the_last_in_order_and_are_counted(implementation):
+    coords, count = arrays(scene(), 30)
+    full = all_results(coords, count, 64, implementation=implementation)
+    few = all_results(coords, count, 7, implementation=implementation)
+    assert full[1][0] == few[1][0] == 30
+    assert full[4][0] == few[4][0] > 7
+    equal((few[0], few[3]), (full[0][:7], full[3][:7]))
+    np.testing.assert_array_equal(few[2], np.where(np.asarray(full[2]) < 7, full[2], -1))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_counts_outside_the_rows_are_clamped(implementation):
+    run = functools.partial(all_results, implementation=implementation)
+    for wrong, clamped in ((-3, 0), (99, 40)):
+        equal(run(*arrays(scene(), wrong)), run(*arrays(scene(), clamped)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_row_order_of_inputs_changes_numbers_but_no_site(implementation):
+    coords = scene(count=40)
+    order = np.random.default_rng(0).permutation(40)
+    run = functools.partial(all_results, implementation=implementation)
+    straight, shuffled = run(*arrays(coords, 40)), run(*arrays(coords[order], 40))
+    equal([straight[i] for i in (0, 1, 3, 4, 5, 7)], [shuffled[i] for i in (0, 1, 3, 4, 5, 7)])
+    np.testing.assert_array_equal(np.asarray(straight[2])[order], shuffled[2])
+    table = np.asarray(shuffled[6])
+    np.testing.assert_array_equal(straight[6], np.where(table >= 0, order[table], -1))
+
+
+def test_jit_and_vmap_equal_eager():
+    scenes = [arrays(scene(count, seed=count), count) for count in (30, 0, 40)]
+    eager = [all_results(*s) for s in scenes]
+    equal(jax.jit(all_results)(*scenes[0]), eager[0])
+    batched = jax.vmap(all_results)(jnp.stack([c for c, _ in scenes]), jnp.stack([n for _, n in scenes]))
+    for i, one in enumerate(eager):
+        equal([b[i] for b in batched], one)
+
+
+def test_results_are_repeatable_with_many_rows():
+    coords, count = arrays(random_coords(np.random.default_rng(0), 30_000, low=-20, high=20), 20_000)
+    first = all_results(coords, count, 40_000)
+    for _ in range(3):
+        equal(all_results(coords, count, 40_000), first)
