@@ -40,8 +40,9 @@ def context(peers=()):
     if commit and _git("status", "--porcelain", "--untracked-files=no"):
         commit += " with local changes"
     names = ["jaxsparse", "jax", "jaxlib", "flax", *peers]
-    # Only the program's own name: where the checkout lies says nothing about the figure.
-    command = " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]])
+    # Where folders lie on this machine says nothing about the figure: names only.
+    arguments = [pathlib.Path(a).name if pathlib.Path(a).is_absolute() else a for a in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *arguments])
     return {
         "device": jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {_cpu_name()}",
         "versions": {name: version(name) for name in names if version(name)},
