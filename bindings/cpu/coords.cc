@@ -161,23 +161,40 @@ void kernel_map(const ParallelFor& parallel_for, const Geometry& geometry, const
   while (int64_t{1} << log2_slots < slots) ++log2_slots;
   for_dims(geometry.dims, [&](auto d) {
     constexpr int D = decltype(d)::value;
+    // The parts of all keys under one output lie in a list, an axis after another; a tap picks one of each axis.
+    std::array<int64_t, D + 1> first{};
+    for (int a = 0; a < D; ++a) first[a + 1] = first[a] + geometry.kernel[a];
+    std::vector<std::array<int64_t, D>> picks(volume);
+    for (int64_t k = 0; k < volume; ++k) {
+      geometry.split_tap(k, picks[k].data());
+      for (int a = 0; a < D; ++a) picks[k][a] += first[a];
+    }
     parallel_ranges(parallel_for, out_rows, 512, [&](int64_t begin, int64_t end) {
       std::memset(masks + begin * words, 0, (end - begin) * words * sizeof(uint32_t));
       const int64_t real_end = std::clamp(out_count, begin, end);
-      for (int64_t k = 0; k < volume; ++k) {
-        int64_t tap[kMaxDims];
-        geometry.split_tap(k, tap);
-        int32_t* entry = table + k * out_rows;
-        std::fill(entry + real_end, entry + end, -1);
-        for (int64_t m = begin; m < real_end; ++m) {
-          const Key key = geometry.fine_key<D>(out_coords + m * (1 + D), tap);
-          int32_t row = -1;
-          if (key != kNoKey) {
-            uint64_t slot = first_slot(key, log2_slots);
-            while (keys[slot] != kNoKey && keys[slot] != key) slot = (slot + 1) & (slots - 1);
-            if (keys[slot] == key) row = rows[slot];
+      for (int64_t k = 0; k < volume; ++k) std::fill(table + k * out_rows + real_end, table + k * out_rows + end, -1);
+      std::vector<Key> parts(first[D]), wanted(volume);
+      for (int64_t m = begin; m < real_end; ++m) {
+        const int32_t* site = out_coords + m * (1 + D);
+        for (int a = 0; a < D; ++a) {
+          for (int64_t tap = 0; tap < geometry.kernel[a]; ++tap) {
+            parts[first[a] + tap] = axis_part<D>(a, geometry.fine(a, site[1 + a], tap));
           }
-          entry[m] = row;
+        }
+        const Key batch = batch_part<D>(site[0]);
+        for (int64_t k = 0; k < volume; ++k) {  // all slots are asked for before the first is read
+          wanted[k] = batch;
+          for (int a = 0; a < D; ++a) wanted[k] |= parts[picks[k][a]];
+          __builtin_prefetch(&keys[first_slot(wanted[k], log2_slots)]);
+        }
+        for (int64_t k = 0; k < volume; ++k) {
+          int32_t row = -1;
+          if (wanted[k] != kNoKey) {
+            uint64_t slot = first_slot(wanted[k], log2_slots);
+            while (keys[slot] != kNoKey && keys[slot] != wanted[k]) slot = (slot + 1) & (slots - 1);
+            if (keys[slot] != kNoKey) row = rows[slot];
+          }
+          table[k * out_rows + m] = row;
           if (row >= 0) masks[m * words + k / 32] |= uint32_t{1} << (k % 32);
         }
       }

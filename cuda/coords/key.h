@@ -89,18 +89,25 @@ JAXSPARSE_HD bool axis_fits(int64_t coord, int dims) {
   return coord >= -half && coord < half;
 }
 
-// The key of a site, or kNoKey where the batch is negative or a field does not fit. Coordinates are int64 so that a
-// caller's arithmetic cannot wrap on the way in.
+// A key is the OR of a part for the batch and one for each axis. A part that does not fit is all ones, and so is then
+// the key: kNoKey. Coordinates are int64 so that a caller's arithmetic cannot wrap on the way in.
+template <int D>
+JAXSPARSE_HD Key batch_part(int64_t batch) {
+  return batch < 0 || batch > max_batch(D) ? kNoKey : static_cast<Key>(batch) << (D * axis_bits(D));
+}
+
+template <int D>
+JAXSPARSE_HD Key axis_part(int axis, int64_t coord) {
+  if (!axis_fits(coord, D)) return kNoKey;
+  const uint64_t offset = static_cast<uint64_t>(coord + (int64_t{1} << (axis_bits(D) - 1)));
+  return spread_bits<D>(offset) << (D - 1 - axis);
+}
+
 template <int D>
 JAXSPARSE_HD Key make_key(int64_t batch, const int64_t (&coord)[D]) {
-  if (batch < 0 || batch > max_batch(D)) return kNoKey;
-  Key key = 0;
-  for (int a = 0; a < D; ++a) {
-    if (!axis_fits(coord[a], D)) return kNoKey;
-    const uint64_t offset = static_cast<uint64_t>(coord[a] + (int64_t{1} << (axis_bits(D) - 1)));
-    key |= spread_bits<D>(offset) << (D - 1 - a);
-  }
-  return static_cast<Key>(batch) << (D * axis_bits(D)) | key;
+  Key key = batch_part<D>(batch);
+  for (int a = 0; a < D; ++a) key |= axis_part<D>(a, coord[a]);
+  return key;
 }
 
 template <int D>
@@ -151,12 +158,16 @@ struct Geometry {
     }
   }
 
+  JAXSPARSE_HD int64_t fine(int axis, int64_t coarse, int64_t tap) const {
+    return stride[axis] * coarse - padding[axis] + dilation[axis] * tap;
+  }
+
   // Key of the fine site under a coarse site and tap; kNoKey where it does not fit.
   template <int D>
   JAXSPARSE_HD Key fine_key(const int32_t* coarse, const int64_t* tap) const {
-    int64_t fine[D];
-    for (int a = 0; a < D; ++a) fine[a] = stride[a] * coarse[1 + a] - padding[a] + dilation[a] * tap[a];
-    return make_key<D>(coarse[0], fine);
+    int64_t coord[D];
+    for (int a = 0; a < D; ++a) coord[a] = fine(a, coarse[1 + a], tap[a]);
+    return make_key<D>(coarse[0], coord);
   }
 };
 
