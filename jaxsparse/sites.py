@@ -205,7 +205,7 @@ class Sites:
         elif self.bounds is not None:
             bounds = geometry.coarse_bounds(self.bounds)
 
-        def make() -> Sites:
+        def make() -> tuple[jax.Array, Sites]:
             coords, found, outside = _coords.coarse_sites(
                 self.coords,
                 self.counts,
@@ -221,9 +221,11 @@ class Sites:
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             count = jnp.minimum(found[0], capacity)
-            return Sites(coords, count, problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            made = Sites(coords, count, problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            return self.status, made
 
-        return self.memo(("coarse", window, capacity, bounds, implementation), make)
+        reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)
+        return made if reported is self.status else made.with_status(self.status)  # of sites that share this memo
 
 
 def _check_static(

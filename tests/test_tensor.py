@@ -101,6 +101,18 @@ def test_coarse_sites_are_made_once():
     assert x.sites.coarse(geometry, "floor") is x.sites.coarse(Geometry.create(3, 5, 2), "floor")
 
 
+def test_shared_coarse_sites_carry_what_is_reported_later():
+    x = random_tensor(0)
+    other = js.SparseTensor(x.coords.at[0, 1].add(20), x.feats)
+    down = js.nn.SparseConv(3, 4, 3, strides=2, rngs=nnx.Rngs(0))
+    down(x).check()  # the coarse sites are made, and remembered, before anything is wrong
+    y = down(x + other)
+    with pytest.raises(js.SiteError, match="different sites"):
+        y.check()
+    assert y.sites.same_as(down(x).sites)
+    down(x).check()
+
+
 def test_maps_do_not_leak_between_traces():
     x = random_tensor(0)
     eager = js.kernel_map(x.sites, x.sites, 3)
