@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,6 +46,9 @@ class Capacities(Mapping[tuple[int, ...], int]):
 
     def __repr__(self) -> str:
         return f"Capacities({dict(self._rows)})"
+
+    def hear(self, stride: tuple[int, ...], rows: jax.Array) -> None:
+        """Told how many rows each new grid needs. Nothing is done with it here; planning listens."""
 
 
 class _Memo:
@@ -214,7 +215,7 @@ class Sites:
                 bounds=bounds,
                 implementation=implementation,
             )
-            _record(stride, found[0])
+            self.capacities.hear(stride, found[0])
             problems = status.merge(
                 self.status,
                 status.report(Problem.COORDINATE_RANGE, outside[0] > 0, outside[0], _keys.axis_limit(self.dims)),
@@ -269,25 +270,3 @@ def _check_values(coords, count, batch_size, bounds) -> jax.Array:
         outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= np.array([bounds], np.int32))).any(1))
         problems.append(status.report(Problem.OUT_OF_BOUNDS, outside > 0, outside, 0))
     return status.merge(*problems)
-
-
-# --- how many sites a network makes ---
-
-_recorder: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorder", default=None)
-
-
-def _record(stride: tuple[int, ...], found: jax.Array) -> None:
-    records = _recorder.get()
-    if records is not None:
-        records.append((stride, found))
-
-
-@contextlib.contextmanager
-def record_site_counts() -> Iterator[list[tuple[tuple[int, ...], jax.Array]]]:
-    """Collects (stride, rows needed) of every set of coarse sites made inside."""
-    records: list[tuple[tuple[int, ...], jax.Array]] = []
-    token = _recorder.set(records)
-    try:
-        yield records
-    finally:
-        _recorder.reset(token)

@@ -220,6 +220,23 @@ def test_planning_leaves_the_model_as_it_is():
     np.testing.assert_array_equal(net.norm.mean[...], before)
 
 
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, nnx.remat, lambda f: lambda x: jax.lax.cond(True, f, f, x)])
+def test_planning_hears_of_sites_made_in_inner_traces(wrap):
+    net = Down()
+    net.norm.use_running_average = True
+    sample = random_tensor(0, rows=60, low=-30, high=31)
+    plain = js.capacities(net, [sample], multiple=1)
+    wrapped = wrap(lambda x: net.second(net.first(x)).feats)
+    wrapped(sample)  # compiled before anyone listens
+    assert js.capacities(wrapped, [sample], multiple=1) == plain
+    assert set(plain) == {(2, 2, 2), (4, 4, 4)}
+
+
+def test_planning_an_empty_scene_reserves_a_row():
+    empty = js.SparseTensor(jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 3)), count=0)
+    assert dict(js.capacities(Down(), [empty], multiple=1)) == {(2, 2, 2): 2, (4, 4, 4): 2}
+
+
 def test_capacities_are_hashable_and_compare_by_value():
     a, b = js.Capacities({(2, 2, 2): 5, (4, 4, 4): 3}), js.Capacities({(4, 4, 4): 3, (2, 2, 2): 5})
     assert a == b
