@@ -163,6 +163,28 @@ def test_collate_stacks_the_real_rows(capacity):
         js.collate(scenes, 30).check()
 
 
+def test_collate_adds_batch_sizes_and_keeps_the_order():
+    rng = np.random.default_rng(0)
+    plan = js.Capacities({(2, 2, 2): 99})
+
+    def scene(points, batches):
+        batch = jnp.asarray(rng.integers(0, batches, points), jnp.int32)
+        xyz = rng.uniform(0, 4, (points, 3)).astype(np.float32)
+        options = {"batch": batch, "batch_size": batches, "bounds": (4, 4, 4), "capacities": plan}
+        return js.voxelize(xyz, xyz, 1.0, capacity=64 * batches, **options)[0].check()
+
+    scenes = [scene(40, 2), scene(0, 1), scene(60, 3)]
+    batch = js.collate(scenes, capacity=200).check()
+    assert (batch.batch_size, batch.bounds, batch.sites.order, batch.sites.capacities) == (6, (4, 4, 4), "morton", plan)
+    dense = [x.to_dense() for x in scenes]
+    np.testing.assert_array_equal(batch.to_dense(), np.concatenate(dense))
+    coords = np.asarray(batch.coords)
+    resorted = js.voxelize(coords[:, 1:] + 0.5, batch.feats, 1.0, capacity=200, count=batch.count, batch=coords[:, 0])[
+        0
+    ]
+    np.testing.assert_array_equal(batch.coords, resorted.check().coords)
+
+
 def test_gradient_through_collate_reaches_each_scene():
     scenes = [random_tensor(s, rows=20, capacity=30) for s in range(2)]
 
