@@ -54,8 +54,9 @@ def kernel_map(
         by default.
       implementation: "auto" for the custom call of the platform, "xla" for plain JAX.
     """
-    if in_sites.dims != out_sites.dims:
-        raise ValueError(f"`in_sites` has {in_sites.dims} spatial axes but `out_sites` has {out_sites.dims}.")
+    for name, sites in (("in_sites", in_sites), ("out_sites", out_sites)):
+        if not isinstance(sites, Sites):
+            raise TypeError(f"`{name}` must be a Sites, got {type(sites).__name__}; pass x.sites of a tensor.")
     geometry = Geometry.create(in_sites.dims, kernel_size, strides, padding, dilation)
     return map_between(in_sites, out_sites, geometry, implementation)
 
@@ -63,6 +64,8 @@ def kernel_map(
 def map_between(fine: Sites, coarse: Sites, geometry: Geometry, implementation: str = "auto") -> KernelMap:
     """`kernel_map` for a geometry that has been checked."""
     check_implementation(implementation)
+    if fine.dims != coarse.dims:
+        raise ValueError(f"the fine sites have {fine.dims} spatial axes but the coarse sites have {coarse.dims}.")
     expected = tuple(f * s for f, s in zip(fine.stride, geometry.stride, strict=True))
     if coarse.stride != expected:
         raise ValueError(

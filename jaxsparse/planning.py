@@ -4,14 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
-from jaxsparse.sites import Capacities, record_site_counts
+from jaxsparse.sites import Capacities
 from jaxsparse.tensor import SparseTensor
+
+
+class _Listener(Capacities):
+    """Capacities that keep the most rows that each grid needed.
+
+    They travel with the sites, so they hear of grids made inside `jit`, `checkpoint` and `scan` bodies too. Equal only
+    to itself: nothing that is compiled with a listener is ever used without it.
+    """
+
+    def __init__(self, rows: Mapping[tuple[int, ...], int]):
+        super().__init__(rows)
+        self.needed: dict[tuple[int, ...], int] = {}
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def hear(self, stride: tuple[int, ...], rows: jax.Array) -> None:
+        def keep(rows) -> None:
+            self.needed[stride] = max(self.needed.get(stride, 0), int(rows))
+
+        jax.debug.callback(keep, rows)
 
 
 def capacities(
@@ -41,28 +64,23 @@ def capacities(
     if slack < 1 or multiple < 1:
         raise ValueError(f"capacities: `slack` (={slack}) and `multiple` (={multiple}) must be at least 1.")
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (None, None)
-    strides: list[tuple[int, ...]] = []
 
     @jax.jit
-    def rows_needed(state, x):
-        with record_site_counts() as records:
-            (model if graph is None else nnx.merge(graph, state))(x)
-        strides[:] = [stride for stride, _ in records]
-        return [found for _, found in records]
+    def make_sites(state, x):  # returns nothing, so that XLA leaves the features out
+        (model if graph is None else nnx.merge(graph, state))(x)
 
     needed: dict[tuple[int, ...], int] = {}
     for x in samples:
         x.check()
         plan = dict(x.sites.capacities)
         while True:  # a grid that overflows hides how many rows the grids below it need: enlarge it and look again
-            sites = dataclasses.replace(x.sites, capacities=Capacities(plan))
-            found = rows_needed(state, SparseTensor(sites, x.feats))
-            overflow = False
-            for stride, rows in zip(list(strides), map(int, jax.device_get(found)), strict=True):
-                needed[stride] = max(needed.get(stride, 0), rows)
-                reserved = plan.get(stride, 0)
-                overflow |= rows > reserved
-                plan[stride] = max(reserved, rows, 1)
-            if not overflow:
+            listener = _Listener(plan)
+            make_sites(state, SparseTensor(dataclasses.replace(x.sites, capacities=listener), x.feats))
+            jax.effects_barrier()
+            missing = {grid: max(rows, 1) for grid, rows in listener.needed.items() if rows > plan.get(grid, 0)}
+            if not missing:
                 break
-    return Capacities({k: math.ceil(max(np.ceil(v * slack), 1) / multiple) * multiple for k, v in needed.items()})
+            plan |= missing
+        for grid, rows in listener.needed.items():
+            needed[grid] = max(needed.get(grid, 1), rows)
+    return Capacities({grid: math.ceil(math.ceil(rows * slack) / multiple) * multiple for grid, rows in needed.items()})

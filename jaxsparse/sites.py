@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +24,9 @@ class Capacities(Mapping[tuple[int, ...], int]):
     """
 
     def __init__(self, rows: Mapping[tuple[int, ...], int] = ()):  # type: ignore[assignment]
+        for grid in rows:
+            if not isinstance(grid, tuple):
+                raise TypeError(f"Capacities: keys are grid strides, a tuple of one integer an axis, got {grid!r}.")
         self._rows = tuple(sorted((tuple(k), int(v)) for k, v in dict(rows).items()))
         for grid, capacity in self._rows:
             if capacity < 1:
@@ -48,6 +49,9 @@ class Capacities(Mapping[tuple[int, ...], int]):
 
     def __repr__(self) -> str:
         return f"Capacities({dict(self._rows)})"
+
+    def hear(self, stride: tuple[int, ...], rows: jax.Array) -> None:
+        """Told how many rows each new grid needs. Nothing is done with it here; planning listens."""
 
 
 class _Memo:
@@ -112,12 +116,7 @@ class Sites:
         """Sites from coordinates in any row order; values are checked on the device, see `SparseTensor`."""
         coords, grid, size = _check_static(coords, stride, bounds, batch_size)
         rows = coords.shape[0]
-        count = jnp.asarray(rows if count is None else count)
-        if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
-            raise ValueError(f"`count` must be an integer scalar, got {count.dtype}{list(count.shape)}.")
-        count = count.astype(jnp.int32)
-        wrong_count = status.report(Problem.COUNT, (count < 0) | (count > rows), count, rows)
-        count = jnp.clip(count, 0, rows)
+        count, wrong_count = check_count(count, rows)
         if rows == 0:  # custom calls want rows; one of padding is the empty scene
             coords = jnp.full((1, coords.shape[1]), _keys.PADDING_COORD, jnp.int32)
         real = _keys.real_rows(count[None], coords.shape[0])
@@ -197,15 +196,14 @@ class Sites:
         stride = tuple(a * b for a, b in zip(self.stride, geometry.stride, strict=True))
         if capacity is None:
             capacity = self.capacities.get(stride, self.capacity * min(window.coarse_per_site(), 2))
-        elif capacity < 1:
-            raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
+        check_capacity(capacity)
         bounds = None
         if self.bounds is not None and mode == "floor":
             bounds = tuple(-(-b // s) for b, s in zip(self.bounds, geometry.stride, strict=True))
         elif self.bounds is not None:
             bounds = geometry.coarse_bounds(self.bounds)
 
-        def make() -> Sites:
+        def make() -> tuple[jax.Array, Sites]:
             coords, found, outside = _coords.coarse_sites(
                 self.coords,
                 self.counts,
@@ -214,23 +212,57 @@ class Sites:
                 bounds=bounds,
                 implementation=implementation,
             )
-            _record(stride, found[0])
+            self.capacities.hear(stride, found[0])
             problems = status.merge(
                 self.status,
                 status.report(Problem.COORDINATE_RANGE, outside[0] > 0, outside[0], _keys.axis_limit(self.dims)),
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             count = jnp.minimum(found[0], capacity)
-            return Sites(coords, count, problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            made = Sites(coords, count, problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            return self.status, made
 
-        return self.memo(("coarse", window, capacity, bounds, implementation), make)
+        reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)
+        return made if reported is self.status else made.with_status(self.status)  # of sites that share this memo
+
+
+def as_int32(name: str, values: jax.Array) -> jax.Array:
+    """numpy integers as int32, refused where they do not fit: jax would wrap them in silence."""
+    if isinstance(values, np.ndarray) and np.issubdtype(values.dtype, np.integer):
+        least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        if least < -(2**31) or most >= 2**31:
+            raise ValueError(f"`{name}` holds integers from {least} to {most}, which do not fit int32.")
+        values = values.astype(np.int32)
+    return jnp.asarray(values)
+
+
+def check_capacity(capacity: int) -> None:
+    """Refuses a capacity that is no number of rows."""
+    if not isinstance(capacity, int | np.integer) or capacity < 1:
+        raise ValueError(f"`capacity` (={capacity!r}) must be an integer, at least 1.")
+
+
+def check_count(count: jax.Array | int | None, rows: int) -> tuple[jax.Array, jax.Array]:
+    """The number of real rows, an int32 scalar in [0, rows] (all by default), and a report if it was outside."""
+    count = jnp.asarray(rows if count is None else count)
+    if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
+        raise ValueError(f"`count` must be an integer scalar, got {count.dtype}{list(count.shape)}.")
+    count = count.astype(jnp.int32)
+    return jnp.clip(count, 0, rows), status.report(Problem.COUNT, (count < 0) | (count > rows), count, rows)
+
+
+def check_batch_size(batch_size: int | None, dims: int) -> None:
+    """Refuses a number of scenes that site keys cannot hold."""
+    limit = _keys.batch_limit(dims)
+    if batch_size is not None and not 1 <= batch_size <= limit:
+        raise ValueError(f"`batch_size` (={batch_size}) must be 1 to {limit} in {dims} dimensions.")
 
 
 def _check_static(
     coords: jax.Array, stride: AxisInts, bounds: Sequence[int] | None, batch_size: int | None
 ) -> tuple[jax.Array, tuple[int, ...], tuple[int, ...] | None]:
     """What shapes and dtypes tell about a constructor's arguments: coordinates, stride and bounds."""
-    coords = jnp.asarray(coords)
+    coords = as_int32("coords", coords)
     if coords.ndim != 2 or not 2 <= coords.shape[1] <= 5:
         raise ValueError(f"`coords` must be [N, 1 + D] with D = 1 to 4, batch index first, got shape {coords.shape}.")
     if coords.dtype != jnp.int32:
@@ -240,8 +272,7 @@ def _check_static(
         )
     dims = coords.shape[1] - 1
     size = None if bounds is None else per_axis("bounds", bounds, dims)
-    if batch_size is not None and not 1 <= batch_size <= _keys.batch_limit(dims):
-        raise ValueError(f"`batch_size` (={batch_size}) must be 1 to {_keys.batch_limit(dims)} in {dims} dimensions.")
+    check_batch_size(batch_size, dims)
     return coords, per_axis("stride", stride, dims), size
 
 
@@ -267,25 +298,3 @@ def _check_values(coords, count, batch_size, bounds) -> jax.Array:
         outside = rows_where(((coords[:, 1:] < 0) | (coords[:, 1:] >= np.array([bounds], np.int32))).any(1))
         problems.append(status.report(Problem.OUT_OF_BOUNDS, outside > 0, outside, 0))
     return status.merge(*problems)
-
-
-# --- how many sites a network makes ---
-
-_recorder: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorder", default=None)
-
-
-def _record(stride: tuple[int, ...], found: jax.Array) -> None:
-    records = _recorder.get()
-    if records is not None:
-        records.append((stride, found))
-
-
-@contextlib.contextmanager
-def record_site_counts() -> Iterator[list[tuple[tuple[int, ...], jax.Array]]]:
-    """Collects (stride, rows needed) of every set of coarse sites made inside."""
-    records: list[tuple[tuple[int, ...], jax.Array]] = []
-    token = _recorder.set(records)
-    try:
-        yield records
-    finally:
-        _recorder.reset(token)

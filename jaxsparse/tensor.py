@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import status
+from jaxsparse import _keys, status
 from jaxsparse.geometry import AxisInts
 from jaxsparse.ops import _coords
-from jaxsparse.sites import Capacities, Sites
+from jaxsparse.sites import Capacities, Sites, check_batch_size, check_capacity
 from jaxsparse.status import Problem
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
@@ -68,21 +68,21 @@ class SparseTensor:
     ):
         feats = jnp.asarray(feats)
         check_float("feats", feats)
-        rows = coords.capacity if isinstance(coords, Sites) else len(coords)
-        if feats.ndim != 2 or feats.shape[0] != rows:
-            raise ValueError(f"`feats` must be [{rows}, C], a row for each site, got shape {feats.shape}.")
         if isinstance(coords, Sites):
             if (count, stride, batch_size, bounds, capacities) != (None, 1, None, None, None):
                 raise ValueError(
                     "`coords` is a Sites, which has its own count, stride, batch_size, bounds and capacities."
                 )
-            sites = coords
+            sites, rows = coords, coords.capacity
         else:
             sites = Sites.create(
                 coords, count, stride=stride, batch_size=batch_size, bounds=bounds, capacities=capacities
             )
-            if rows == 0:
-                feats = jnp.zeros((1, feats.shape[1]), feats.dtype)
+            rows = len(coords)
+        if feats.ndim != 2 or feats.shape[0] != rows:
+            raise ValueError(f"`feats` must be [{rows}, C], a row for each site, got shape {feats.shape}.")
+        if rows == 0:  # an empty scene has one row of padding
+            feats = jnp.zeros((1, feats.shape[1]), feats.dtype)
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "feats", jnp.where(sites.is_real[:, None], feats, 0))
 
@@ -124,6 +124,8 @@ class SparseTensor:
 
     def __add__(self, other: SparseTensor) -> SparseTensor:
         """Adds features on equal sites, see `jaxsparse.ops.add`."""
+        if not isinstance(other, SparseTensor):
+            return NotImplemented
         from jaxsparse.ops.join import add  # ops build on tensors, so this one name comes late
 
         return add(self, other)
@@ -157,9 +159,16 @@ class SparseTensor:
         """
         dense = jnp.asarray(dense)
         check_float("dense", dense)
-        if not 3 <= dense.ndim <= 6:
-            raise ValueError(f"`dense` must be [B, *grid, C] with one to four grid axes, got shape {dense.shape}.")
+        if not 3 <= dense.ndim <= 6 or 0 in dense.shape:
+            raise ValueError(
+                f"`dense` must be [B, *grid, C] with one to four grid axes, none empty, got shape {dense.shape}."
+            )
+        check_capacity(capacity)
         batch_size, *bounds = dense.shape[:-1]
+        check_batch_size(batch_size, len(bounds))
+        limit = _keys.axis_limit(len(bounds))
+        if max(bounds) > limit:
+            raise ValueError(f"`dense` of shape {dense.shape} has an axis longer than {limit}, the range of site keys.")
         occupied = (dense != 0).any(-1)
         needed = occupied.sum(dtype=jnp.int32)
         at = jnp.stack(jnp.nonzero(occupied, size=min(capacity, occupied.size)), 1).astype(jnp.int32)

@@ -14,7 +14,7 @@ from jaxsparse.kernel_map import check_implementation
 from jaxsparse.ops import _coords
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.rows import gather_rows, sum_rows
-from jaxsparse.sites import Capacities, Sites
+from jaxsparse.sites import Capacities, Sites, as_int32, check_batch_size, check_capacity, check_count
 from jaxsparse.status import Problem
 from jaxsparse.tensor import SparseTensor, check_float, on_sites
 
@@ -70,47 +70,52 @@ def voxelize(
         raise ValueError(f"`feats` must be [{points.shape[0]}, C], a row for each point, got shape {feats.shape}.")
     if reduce not in _REDUCTIONS:
         raise ValueError(f"`reduce` (={reduce!r}) must be one of {_REDUCTIONS}.")
-    if capacity < 1:
-        raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
+    check_capacity(capacity)
     rows, dims = points.shape
-    sizes = np.broadcast_to(np.asarray(voxel_size, np.float64), (dims,)) if np.ndim(voxel_size) < 2 else None
-    if sizes is None or not (np.isfinite(sizes) & (sizes > 0)).all():
-        raise ValueError(f"`voxel_size` (={voxel_size}) must be positive, a number or one an axis.")
+    sizes = np.asarray(voxel_size, np.float64)
+    if sizes.shape not in ((), (dims,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise ValueError(f"`voxel_size` (={voxel_size}) must be positive, a number or one for each of the {dims} axes.")
+    scale = np.broadcast_to(1 / sizes, (1, dims)).astype(np.float32)
+    origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
+    if origin.shape != (dims,):
+        raise ValueError(f"`origin` must be [{dims}], a number for each axis, got shape {origin.shape}.")
     grid = None if bounds is None else per_axis("bounds", bounds, dims)
+    check_batch_size(batch_size, dims)
     if batch is None:
         batch, batch_size = jnp.zeros(rows, jnp.int32), batch_size or 1
-    if batch.shape != (rows,) or not jnp.issubdtype(batch.dtype, jnp.integer):
-        raise ValueError(f"`batch` must be integers [{rows}], got {batch.dtype}{list(batch.shape)}.")
+    batch = as_int32("batch", batch)
+    if batch.shape != (rows,) or batch.dtype != jnp.int32:
+        raise ValueError(f"`batch` must be int32 [{rows}], got {batch.dtype}{list(batch.shape)}.")
     if rows == 0:  # custom calls want rows
         points, feats, batch = (
             jnp.zeros((1, dims)),
             jnp.zeros((1, feats.shape[1]), feats.dtype),
             jnp.zeros(1, jnp.int32),
         )
-    given = jnp.asarray(rows if count is None else count, jnp.int32)
-    real = _keys.real_rows(jnp.clip(given, 0, rows)[None], points.shape[0])
+    count, wrong_count = check_count(count, rows)
+    real = _keys.real_rows(count[None], points.shape[0])
 
-    origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
-    cell = jnp.floor((points.astype(jnp.float32) - origin[None]) * (1 / sizes).astype(np.float32)[None])
+    cell = jnp.floor((points.astype(jnp.float32) - origin[None]) * scale)
     limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
     is_finite = jnp.isfinite(points).all(1)
-    in_range = (jnp.abs(cell) < limit).all(1)
-    in_batch = (batch >= 0) & (batch <= batches - 1)
-    kept = real & is_finite & in_range & in_batch
+    wanted = real & is_finite  # points outside bounds are left out, not wrong
     if grid is not None:
-        kept &= ((cell >= 0) & (cell < np.array([grid], np.float32))).all(1)
+        wanted &= ((cell >= 0) & (cell < np.array([grid], np.float32))).all(1)
+    in_range = ((cell >= -limit) & (cell < limit)).all(1)
+    in_batch = (batch >= 0) & (batch <= batches - 1)
+    kept = wanted & in_range & in_batch
     cell = jnp.where(kept[:, None], cell, 0).astype(jnp.int32)
-    coords = jnp.concatenate([batch[:, None].astype(jnp.int32), cell], 1)
+    coords = jnp.concatenate([batch[:, None], cell], 1)
     coords = jnp.where(kept[:, None], coords, _keys.PADDING_COORD)
 
     sites, found, row_of = _coords.unique_sites(
         coords, jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
     )
     problems = [
-        _count_rows(Problem.COUNT, (given < 0) | (given > rows), given, rows),
-        _count_rows(Problem.NON_FINITE_POINTS, real & ~is_finite, None, 0),
-        _count_rows(Problem.COORDINATE_RANGE, real & is_finite & ~in_range, None, int(limit)),
-        _count_rows(Problem.BATCH_INDEX, real & ~in_batch, None, min(batches, 2**31 - 1)),
+        wrong_count,
+        _count_rows(Problem.NON_FINITE_POINTS, real & ~is_finite, 0),
+        _count_rows(Problem.COORDINATE_RANGE, wanted & ~in_range, int(limit)),
+        _count_rows(Problem.BATCH_INDEX, real & ~in_batch, min(batches, 2**31 - 1)),
         status.report(Problem.VOXELIZE_CAPACITY, found[0] > capacity, found[0], capacity),
     ]
     made = Sites(
@@ -126,10 +131,10 @@ def voxelize(
     return on_sites(made, _reduce(feats, row_of, capacity, reduce, implementation)), row_of[:rows]
 
 
-def _count_rows(problem: Problem, wrong: jax.Array, value, limit) -> jax.Array:
-    """Reports how many rows are wrong, or a given value where a scalar is."""
+def _count_rows(problem: Problem, wrong: jax.Array, limit: int) -> jax.Array:
+    """Reports how many rows are wrong, if any."""
     number = wrong.sum(dtype=jnp.int32)
-    return status.report(problem, number > 0, number if value is None else value, limit)
+    return status.report(problem, number > 0, number, limit)
 
 
 def _reduce(feats, row_of, capacity, reduce, implementation):
@@ -150,7 +155,8 @@ def _reduce(feats, row_of, capacity, reduce, implementation):
     # Of equal maxima the lowest point wins, which makes the gradient unique.
     masked = jax.lax.stop_gradient(jnp.where(row_of[:, None] >= 0, feats, -jnp.inf))
     highest = jnp.full((capacity, feats.shape[1]), -jnp.inf, feats.dtype).at[target].max(masked, mode="drop")
-    is_highest = (masked == highest[jnp.minimum(target, capacity - 1)]) & (row_of[:, None] >= 0)
+    of_voxel = highest[jnp.minimum(target, capacity - 1)]  # NaN where any of its points is, and then NaN must win
+    is_highest = ((masked == of_voxel) | jnp.isnan(masked)) & (row_of[:, None] >= 0)
     candidate = jnp.where(is_highest, position[:, None], none)
     winner = jnp.full((capacity, feats.shape[1]), none, jnp.int32).at[target].min(candidate, mode="drop")
     channel = jnp.arange(feats.shape[1])[None]
@@ -189,7 +195,9 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
     if not tensors:
         raise ValueError("collate: `tensors` is empty; pass at least one.")
     first = tensors[0]
-    for t in tensors[1:]:
+    for t in tensors:
+        if not isinstance(t, SparseTensor):
+            raise TypeError(f"collate: expected SparseTensors, got {type(t).__name__}.")
         same = (t.dims, t.stride, t.num_features, t.dtype) == (
             first.dims,
             first.stride,
@@ -205,8 +213,8 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
     sizes = [t.batch_size or 1 for t in tensors]
     total_rows = sum(t.capacity for t in tensors)
     capacity = total_rows if capacity is None else capacity
-    if capacity < 1:
-        raise ValueError(f"`capacity` (={capacity}) must be at least 1.")
+    check_capacity(capacity)
+    check_batch_size(sum(sizes), first.dims)
 
     counts = jnp.stack([t.count for t in tensors])
     ends = jnp.cumsum(counts)
@@ -225,7 +233,7 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
     problems = status.merge(
         *[t.status for t in tensors],
         *[
-            _count_rows(Problem.BATCH_INDEX, t.sites.is_real & (t.coords[:, 0] >= size), None, size)
+            _count_rows(Problem.BATCH_INDEX, t.sites.is_real & (t.coords[:, 0] >= size), size)
             for t, size in zip(tensors, sizes, strict=True)
         ],
         status.report(Problem.COLLATE_CAPACITY, ends[-1] > capacity, ends[-1], capacity),

@@ -1,8 +1,7 @@
-"""Bad input: each error names the argument, its value and the remedy."""
+"""Bad input that shapes, dtypes and options tell: an error at once, which names argument, value and remedy."""
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +18,6 @@ POINTS = np.random.default_rng(0).uniform(-3, 3, (50, 3)).astype(np.float32)
 def tensor(rows, features=4, **kwargs):
     coords = np.asarray(rows, np.int32)
     return js.SparseTensor(coords, jnp.ones((len(coords), features)), **kwargs)
-
-
-# --- what shapes, dtypes and options tell, raised at once ---
 
 
 def test_wrong_feature_width():
@@ -56,6 +52,55 @@ def test_features_of_wrong_shape_or_dtype():
         js.SparseTensor(coords, jnp.ones((4, 2)))
     with raises(TypeError, "`feats`", "int32", "float32, bfloat16, float16, float64", ".astype"):
         js.SparseTensor(coords, jnp.ones((3, 2), jnp.int32))
+    for dtype in (jnp.complex64, jnp.float8_e4m3fn, bool):
+        with raises(TypeError, "`feats`", jnp.dtype(dtype).name):
+            js.SparseTensor(coords, jnp.ones((3, 2), dtype))
+
+
+def test_wide_integers_never_wrap():
+    feats = jnp.ones((2, 1))
+    for wide in (2**32, 2**31, -(2**31) - 1):
+        with raises(ValueError, "`coords`", str(wide), "int32"):
+            js.SparseTensor(np.array([[0, 0, 0, 0], [0, wide, 0, 0]]), feats)
+        with raises(ValueError, "`batch`", str(wide), "int32"):
+            js.voxelize(POINTS[:2], feats, 0.5, capacity=8, batch=np.array([0, wide]))
+    np.testing.assert_array_equal(js.SparseTensor(np.array([[0, -5], [0, 2]]), feats).coords, [[0, -5], [0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("count", "described"), [(1.5, "float32[]"), (np.array([3]), "int32[1]"), (True, "bool[]")], ids=str
+)
+def test_count_that_is_no_integer(count, described):
+    with raises(ValueError, "`count` must be an integer scalar", described):
+        js.SparseTensor(jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 2)), count)
+    with raises(ValueError, "`count` must be an integer scalar", described):
+        js.voxelize(POINTS, POINTS, 0.5, capacity=8, count=count)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1024])
+def test_batch_size_that_keys_do_not_hold(batch_size):
+    message = f"`batch_size` (={batch_size}) must be 1 to 1023 in 3 dimensions"
+    with raises(ValueError, message):
+        js.SparseTensor(jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 2)), batch_size=batch_size)
+    with raises(ValueError, message):
+        js.voxelize(POINTS, POINTS, 0.5, capacity=8, batch_size=batch_size)
+    scene = js.SparseTensor(jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 1)))
+    with raises(ValueError, "`batch_size` (=256)", "255", "4 dimensions"):
+        js.collate([scene] * 256)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.5])
+def test_capacity_that_is_no_number_of_rows(capacity):
+    x = random_tensor(0)
+    message = f"`capacity` (={capacity}) must be an integer, at least 1"
+    for make in (
+        lambda: js.voxelize(POINTS, POINTS, 0.5, capacity=capacity),
+        lambda: js.collate([x], capacity),
+        lambda: js.SparseTensor.from_dense(jnp.ones((1, 2, 2, 1)), capacity),
+        lambda: js.ops.conv(x, jnp.ones((8, 3, 3)), kernel_size=2, strides=2, sites="floor", capacity=capacity),
+    ):
+        with raises(ValueError, message):
+            make()
 
 
 def test_static_facts_given_twice():
@@ -84,6 +129,13 @@ def test_kernel_of_wrong_shape():
         ({"sites": "all"}, ("`sites` (='all')", "reachable", "floor")),
         ({"implementation": "cuda"}, ("`implementation` (='cuda')", '"xla"')),
         ({"precision": "exact"}, ("`precision` (='exact')", "highest")),
+        ({"padding": (1, 2)}, ("`padding` (=(1, 2))", "3 spatial axes")),
+        ({"padding": 2**30 + 1}, ("`padding`", "1073741825 cells", "2^30")),
+        ({"dilation": 2**30 + 1}, ("`dilation`", "`kernel_size` (=(3, 3, 3))", "2^30")),
+        (
+            {"kernel_map": js.KernelMap(jnp.zeros((8, 5), jnp.int32), None, None, None)},
+            ("`kernel_map`", "(8, 5)", "(27,"),
+        ),
     ],
 )
 def test_options_that_are_none(options, parts):
@@ -123,6 +175,39 @@ def test_grids_that_do_not_fit():
         js.nn.SparseConvTranspose(3, 4, 2, strides=2, rngs=RNGS)(x, like=x)
 
 
+def test_sites_of_other_dimensions():
+    x, flat = random_tensor(0), random_tensor(0, dims=2)
+    with raises(ValueError, "fine sites have 3 spatial axes", "coarse sites have 2"):
+        js.kernel_map(x.sites, flat.sites, 3)
+    with raises(ValueError, "fine sites have 2 spatial axes", "coarse sites have 3"):
+        js.nn.SparseConvTranspose(3, 4, 3, rngs=RNGS)(x, like=flat)
+
+
+def test_something_else_in_place_of_a_tensor_or_sites():
+    x = random_tensor(0)
+    with raises(TypeError, "`in_sites` must be a Sites, got SparseTensor", "x.sites"):
+        js.kernel_map(x, x, 3)
+    with raises(ValueError, "`like` (=3)", "SparseTensor or Sites"):
+        js.nn.SparseConvTranspose(3, 4, 3, rngs=RNGS)(x, like=3)
+    with raises(TypeError, "unsupported operand", "'SparseTensor' and 'float'"):
+        x + 1.0
+    for join in (js.ops.concatenate, js.collate):
+        with raises(TypeError, join.__name__, "SparseTensor", "ndarray"):
+            join([x, np.ones((3, 3))])
+
+
+def test_rows_and_indices_that_do_not_fit():
+    index = jnp.zeros(3, jnp.int32)
+    with raises(ValueError, "`index` must be int32 [P]", "float32[3]"):
+        js.devoxelize(jnp.ones((3, 2)), jnp.zeros(3))
+    with raises(ValueError, "`index` must be int32 [P]", "int32[3, 1]"):
+        js.ops.gather_rows(jnp.ones((3, 2)), index[:, None])
+    with raises(ValueError, "`x` must be [rows, C]", "(3,)"):
+        js.ops.sum_rows(jnp.ones(3), index, 2)
+    with raises(ValueError, "sum_rows", "4 rows", "`index` has 3"):
+        js.ops.sum_rows(jnp.ones((4, 2)), index, 2)
+
+
 def test_addition_of_different_shapes():
     x, y = random_tensor(0, capacity=80), random_tensor(0, capacity=90)
     with raises(ValueError, "add", "(80, 4)", "(90, 4)"):
@@ -138,15 +223,35 @@ def test_dense_form_without_its_sizes():
         random_tensor(0).to_dense()
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (1, 2, 2, 2, 2, 2, 1), (0, 2, 1), (1, 4, 0, 1)], ids=str)
+def test_dense_array_of_wrong_shape(shape):
+    with raises(ValueError, "`dense` must be [B, *grid, C]", str(shape)):
+        js.SparseTensor.from_dense(jnp.ones(shape), 4)
+
+
+def test_dense_array_beyond_the_key_range():
+    with raises(ValueError, "(1, 8193, 1, 1, 1, 1)", "8192"):
+        js.SparseTensor.from_dense(jnp.zeros((1, 8193, 1, 1, 1, 1)), 4)
+    with raises(ValueError, "`batch_size` (=256)"):
+        js.SparseTensor.from_dense(jnp.zeros((256, 1, 1, 1, 1, 1)), 4)
+
+
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         ({"reduce": "median"}, ("`reduce` (='median')", "mean")),
         ({"capacity": 0}, ("`capacity` (=0)", "at least 1")),
         ({"voxel_size": -1.0}, ("`voxel_size` (=-1.0)", "positive")),
+        ({"voxel_size": float("nan")}, ("`voxel_size` (=nan)", "positive")),
+        ({"voxel_size": (0.5, 0.5)}, ("`voxel_size` (=(0.5, 0.5))", "3 axes")),
+        ({"origin": (0.0, 0.0)}, ("`origin` must be [3]", "(2,)")),
+        ({"bounds": (4, 4)}, ("`bounds` (=(4, 4))", "3 spatial axes")),
+        ({"bounds": (4, 4, 0)}, ("`bounds` (=(4, 4, 0))", "at least 1")),
+        ({"implementation": "triton"}, ("`implementation` (='triton')",)),
+        ({"batch": np.zeros(49, int)}, ("`batch` must be int32 [50]", "[49]")),
         ({"points": POINTS[:, 0]}, ("`points` must be [P, D]", "(50,)")),
         ({"feats": POINTS[:40]}, ("`feats` must be [50, C]", "(40, 3)")),
-        ({"batch": jnp.zeros(50)}, ("`batch` must be integers [50]", "float32")),
+        ({"batch": jnp.zeros(50)}, ("`batch` must be int32 [50]", "float32")),
         ({"points": POINTS.astype(np.int32)}, ("`points`", "int32")),
     ],
 )
@@ -163,108 +268,9 @@ def test_collate_and_capacities_arguments():
         js.collate([random_tensor(0, features=3), random_tensor(0, features=4)])
     with raises(ValueError, "capacities", "empty"):
         js.capacities(lambda x: x, [])
-
-
-# --- what only values tell, raised by check ---
-
-
-def test_coordinate_outside_the_key_range():
-    x = tensor([[0, 0, 0, 0], [0, 131_072, 0, 0]])
-    with raises(js.SiteError, "1 rows have a coordinate outside [-131072, 131072)", "origin"):
-        x.check()
-    tensor([[0, 131_071, -131_072, 0]]).check()
-
-
-def test_duplicate_sites():
-    with raises(js.SiteError, "`coords`", "2 rows whose site another row has already", "jaxsparse.voxelize"):
-        tensor([[0, 1, 1, 1], [0, 1, 1, 1], [0, 2, 1, 1], [0, 1, 1, 1]]).check()
-
-
-@pytest.mark.parametrize(("batch", "batch_size"), [(-1, None), (-1, 2), (2, 2), (1023, None)])
-def test_batch_index_out_of_range(batch, batch_size):
-    x = tensor([[0, 0, 0, 0], [batch, 0, 0, 0]], batch_size=batch_size)
-    with raises(js.SiteError, "1 rows of `coords` have a batch index", f"[0, {batch_size or 1023})", "`batch_size`"):
-        x.check()
-
-
-def test_sites_outside_bounds():
-    with raises(js.SiteError, "1 rows of `coords` lie outside `bounds`"):
-        tensor([[0, 0, 0, 0], [0, 4, 0, 0]], bounds=(4, 4, 4)).check()
-
-
-def test_count_out_of_range():
-    with raises(js.SiteError, "`count` (=5)", "[0, 2]"):
-        tensor([[0, 0, 0, 0], [0, 1, 0, 0]], count=5).check()
-
-
-def test_voxelize_overflow():
-    x, index = js.voxelize(POINTS, POINTS, 0.5, capacity=8)
-    found = len(np.unique(np.floor(POINTS * np.float32(2)), axis=0))
-    with raises(js.SiteError, f"voxelize: {found} voxels", "`capacity` (=8)", f"at least {found}"):
-        x.check()
-    assert (index < 8).all()
-    assert int(x.count) == 8
-
-
-def test_strided_layer_overflow_is_carried_through_later_layers():
-    x = random_tensor(0, rows=60)
-    down = js.nn.SparseConv(3, 4, 3, strides=2, capacity=10, rngs=RNGS)
-    conv = js.nn.SubMConv(4, 3, 3, rngs=RNGS)
-    up = js.nn.SparseConvTranspose(3, 3, 3, strides=2, rngs=RNGS)
-
-    @jax.jit
-    def run(x):
-        return js.ops.relu(up(conv(down(x)), like=x) + x)
-
-    y = run(x)
-    with raises(js.SiteError, "grid with stride (2, 2, 2)", "capacity (=10)", "jaxsparse.capacities"):
-        y.check()
-    x.check()
-    assert np.isfinite(y.feats).all()
-
-
-def test_non_finite_points():
-    points = POINTS.copy()
-    points[3] = np.nan
-    points[5, 1] = np.inf
-    x, index = js.voxelize(points, points, 0.5, capacity=64)
-    with raises(js.SiteError, "2 rows of `points` are not finite", "`count`"):
-        x.check()
-    assert index[3] == -1
-    assert index[5] == -1
-    assert np.isfinite(x.feats).all()
-
-
-def test_point_outside_the_key_range():
-    points = POINTS.copy()
-    points[0] = 1e9
-    with raises(js.SiteError, "1 rows have a coordinate outside"):
-        js.voxelize(points, points, 0.5, capacity=64)[0].check()
-
-
-def test_point_with_a_wrong_batch_index():
-    batch = jnp.zeros(50, jnp.int32).at[0].set(2).at[1].set(-1)
-    x, index = js.voxelize(POINTS, POINTS, 0.5, capacity=64, batch=batch, batch_size=2)
-    with raises(js.SiteError, "2 rows", "batch index", "[0, 2)"):
-        x.check()
-    assert (index[:2] == -1).all()
-
-
-def test_unequal_sites_in_an_addition():
-    x, y = tensor([[0, 0, 0, 0], [0, 1, 0, 0]]), tensor([[0, 0, 0, 0], [0, 2, 0, 0]])
-    for joined in (x + y, js.ops.concatenate([x, y])):
-        with raises(js.SiteError, "1 rows of the two tensors have different sites"):
-            joined.check()
-    (x + tensor([[0, 0, 0, 0], [0, 1, 0, 0]])).check()
-
-
-def test_dense_overflow():
-    with raises(js.SiteError, "from_dense: 27 nonzero sites", "`capacity` (=4)"):
-        js.SparseTensor.from_dense(jnp.ones((1, 3, 3, 3, 2)), capacity=4).check()
-
-
-def test_first_problem_is_the_one_reported():
-    x = tensor([[0, 1, 1, 1], [0, 1, 1, 1], [5, 2, 1, 1]], batch_size=2)
-    y = js.nn.SparseConv(4, 4, 3, strides=2, capacity=1, rngs=RNGS)(x)
-    with raises(js.SiteError, "batch index"):
-        y.check()
+    with raises(ValueError, "`slack` (=0.5)"):
+        js.capacities(lambda x: x, [random_tensor(0)], slack=0.5)
+    with raises(js.SiteError, "another row has already"):
+        js.capacities(lambda x: x, [tensor([[0, 0], [0, 0]])])
+    with raises(TypeError, "grid strides", "2"):
+        js.Capacities({2: 5})

@@ -62,6 +62,21 @@ def test_vmap_of_sums():
         np.testing.assert_allclose(got, loop_sum(rows, groups, 6), rtol=1e-5, atol=1e-5)
 
 
+def test_no_rows_and_no_groups():
+    none, index = jnp.zeros((0, 2)), jnp.zeros(4, jnp.int32)
+    np.testing.assert_array_equal(js.ops.gather_rows(none, index), np.zeros((4, 2)))
+    np.testing.assert_array_equal(js.ops.sum_rows(none, index[:0], 3), np.zeros((3, 2)))
+    assert js.ops.sum_rows(jnp.ones((4, 2)), index, 0).shape == (0, 2)
+    assert jax.grad(lambda x: js.ops.gather_rows(x, index).sum())(none).shape == (0, 2)
+
+
+def test_sums_of_16_bits_are_rounded_once():
+    x = jnp.ones((5000, 1), jnp.bfloat16)  # summed in bfloat16, 256 + 1 is 256
+    for implementation in ("auto", "xla"):
+        y = js.ops.sum_rows(x, jnp.zeros(5000, jnp.int32), 1, implementation=implementation)
+        assert float(y[0, 0]) == float(jnp.bfloat16(5000))
+
+
 # --- batch normalisation ---
 
 
@@ -87,6 +102,40 @@ def test_statistics_over_an_axis_weigh_scenes_by_their_rows():
     assert (count == len(rows)).all()
     np.testing.assert_allclose(mean, np.broadcast_to(rows.mean(0), mean.shape), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(variance, np.broadcast_to(rows.var(0), mean.shape), rtol=1e-5)
+
+
+def test_layer_over_an_axis_normalises_with_the_statistics_of_all_scenes():
+    scenes = [random_tensor(s, rows=10 + 40 * s, capacity=100) for s in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scenes)
+    norm = js.nn.BatchNorm(3, axis_name="scene", rngs=nnx.Rngs(0))
+    y = nnx.vmap(lambda m, x: m(x), in_axes=(None, 0), axis_name="scene")(norm, batch)
+    rows = np.concatenate([np.asarray(x.feats)[: int(x.count)] for x in scenes])
+    for i, x in enumerate(scenes):
+        n = int(x.count)
+        expected = (np.asarray(x.feats)[:n] - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+        np.testing.assert_allclose(y.feats[i, :n], expected, rtol=1e-4, atol=1e-5)
+        assert (y.feats[i, n:] == 0).all()
+    np.testing.assert_allclose(norm.mean[...], 0.1 * rows.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_statistics_are_float32_whatever_the_dtypes(dtype, param_dtype):
+    norm = js.nn.BatchNorm(3, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    x = random_tensor(0, rows=50, dtype=dtype)
+    y = norm(x)
+    assert y.dtype == dtype
+    assert norm.mean[...].dtype == norm.scale[...].dtype == param_dtype
+    assert js.ops.batch_statistics(x)[0].dtype == jnp.float32
+    rows = np.asarray(x.feats, np.float64)
+    expected = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+    np.testing.assert_allclose(np.asarray(y.feats, np.float64), expected, atol=4 * float(jnp.finfo(dtype).eps))
+    np.testing.assert_allclose(norm.mean[...], 0.1 * rows.mean(0), rtol=float(jnp.finfo(param_dtype).eps), atol=1e-7)
+
+
+@pytest.mark.parametrize("layer", [js.nn.Linear(3, 4, rngs=nnx.Rngs(0)), js.nn.SubMConv(3, 4, 3, rngs=nnx.Rngs(0))])
+def test_input_and_parameters_of_unequal_dtypes_are_promoted(layer):
+    assert layer(random_tensor(0, dtype=jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_running_statistics_follow_momentum_and_skip_empty_batches():

@@ -101,6 +101,18 @@ def test_coarse_sites_are_made_once():
     assert x.sites.coarse(geometry, "floor") is x.sites.coarse(Geometry.create(3, 5, 2), "floor")
 
 
+def test_shared_coarse_sites_carry_what_is_reported_later():
+    x = random_tensor(0)
+    other = js.SparseTensor(x.coords.at[0, 1].add(20), x.feats)
+    down = js.nn.SparseConv(3, 4, 3, strides=2, rngs=nnx.Rngs(0))
+    down(x).check()  # the coarse sites are made, and remembered, before anything is wrong
+    y = down(x + other)
+    with pytest.raises(js.SiteError, match="different sites"):
+        y.check()
+    assert y.sites.same_as(down(x).sites)
+    down(x).check()
+
+
 def test_maps_do_not_leak_between_traces():
     x = random_tensor(0)
     eager = js.kernel_map(x.sites, x.sites, 3)
@@ -149,6 +161,28 @@ def test_collate_stacks_the_real_rows(capacity):
     assert batch.capacity == (capacity or 180)
     with pytest.raises(js.SiteError, match=r"collate: .* `capacity` \(=30\)"):
         js.collate(scenes, 30).check()
+
+
+def test_collate_adds_batch_sizes_and_keeps_the_order():
+    rng = np.random.default_rng(0)
+    plan = js.Capacities({(2, 2, 2): 99})
+
+    def scene(points, batches):
+        batch = jnp.asarray(rng.integers(0, batches, points), jnp.int32)
+        xyz = rng.uniform(0, 4, (points, 3)).astype(np.float32)
+        options = {"batch": batch, "batch_size": batches, "bounds": (4, 4, 4), "capacities": plan}
+        return js.voxelize(xyz, xyz, 1.0, capacity=64 * batches, **options)[0].check()
+
+    scenes = [scene(40, 2), scene(0, 1), scene(60, 3)]
+    batch = js.collate(scenes, capacity=200).check()
+    assert (batch.batch_size, batch.bounds, batch.sites.order, batch.sites.capacities) == (6, (4, 4, 4), "morton", plan)
+    dense = [x.to_dense() for x in scenes]
+    np.testing.assert_array_equal(batch.to_dense(), np.concatenate(dense))
+    coords = np.asarray(batch.coords)
+    resorted = js.voxelize(coords[:, 1:] + 0.5, batch.feats, 1.0, capacity=200, count=batch.count, batch=coords[:, 0])[
+        0
+    ]
+    np.testing.assert_array_equal(batch.coords, resorted.check().coords)
 
 
 def test_gradient_through_collate_reaches_each_scene():
@@ -206,6 +240,23 @@ def test_planning_leaves_the_model_as_it_is():
     before = np.asarray(net.norm.mean[...])
     js.capacities(net, [random_tensor(0, low=-30, high=31)])
     np.testing.assert_array_equal(net.norm.mean[...], before)
+
+
+@pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit, nnx.remat, lambda f: lambda x: jax.lax.cond(True, f, f, x)])
+def test_planning_hears_of_sites_made_in_inner_traces(wrap):
+    net = Down()
+    net.norm.use_running_average = True
+    sample = random_tensor(0, rows=60, low=-30, high=31)
+    plain = js.capacities(net, [sample], multiple=1)
+    wrapped = wrap(lambda x: net.second(net.first(x)).feats)
+    wrapped(sample)  # compiled before anyone listens
+    assert js.capacities(wrapped, [sample], multiple=1) == plain
+    assert set(plain) == {(2, 2, 2), (4, 4, 4)}
+
+
+def test_planning_an_empty_scene_reserves_a_row():
+    empty = js.SparseTensor(jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 3)), count=0)
+    assert dict(js.capacities(Down(), [empty], multiple=1)) == {(2, 2, 2): 2, (4, 4, 4): 2}
 
 
 def test_capacities_are_hashable_and_compare_by_value():

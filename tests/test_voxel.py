@@ -100,13 +100,75 @@ def test_points_outside_bounds_are_left_out():
     assert x.bounds == (4, 5, 6)
 
 
+@pytest.mark.parametrize("dims", [2, 3, 4])
+def test_voxels_reach_to_the_ends_of_the_key_range(dims):
+    limit = {2: 2**23, 3: 2**17, 4: 2**13}[dims]
+    ends = np.array([[-limit], [limit - 1]]) * np.ones(dims)
+    x, index = js.voxelize(ends.astype(np.float32), jnp.ones((2, 1)), 1.0, capacity=4)
+    np.testing.assert_array_equal(x.check().coords[:2, 1:], ends)
+    np.testing.assert_array_equal(index, [0, 1])
+    for beyond in (-limit - 1, limit):
+        points = np.zeros((2, dims), np.float32)
+        points[1, -1] = beyond
+        y, index = js.voxelize(points, jnp.ones((2, 1)), 1.0, capacity=4)
+        with pytest.raises(js.SiteError, match="1 rows have a coordinate outside"):
+            y.check()
+        np.testing.assert_array_equal(index, [0, -1])
+        # Bounds say what is wanted: a far point is then left out like any other.
+        js.voxelize(points, jnp.ones((2, 1)), 1.0, capacity=4, bounds=(4,) * dims)[0].check()
+
+
+def test_the_largest_of_features_with_nan_is_nan():
+    points, feats = np.zeros((3, 1), np.float32), np.array([[1, 5], [np.nan, 7], [3, 6]], np.float32)
+    x, _ = js.voxelize(points, feats, 1.0, capacity=1, reduce="max")
+    np.testing.assert_array_equal(x.feats, [[np.nan, 7]])
+
+
+def test_equal_largest_features_send_the_gradient_to_the_first_point():
+    points = np.array([[0.5], [0.1], [0.2], [1.5]], np.float32)
+
+    def total(feats):
+        return js.voxelize(points, feats, 1.0, capacity=2, reduce="max")[0].feats.sum()
+
+    gradient = jax.grad(total)(jnp.array([[1.0], [3.0], [3.0], [-9.0]]))
+    np.testing.assert_array_equal(gradient, [[0], [1], [0], [1]])
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_no_points_make_no_voxels(reduce):
+    points, feats = np.zeros((0, 3), np.float32), jnp.zeros((0, 2))
+    x, index = js.voxelize(points, feats, 1.0, capacity=4, reduce=reduce)
+    assert int(x.check().count) == 0
+    assert index.shape == (0,)
+    assert js.devoxelize(x, index).shape == (0, 2)
+    gradient = jax.grad(lambda f: js.devoxelize(f, index).sum())(jnp.ones((4, 2)))
+    np.testing.assert_array_equal(gradient, np.zeros((4, 2)))
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_nothing_in_padding_or_dropped_points_reaches_a_gradient(reduce):
+    points, feats, _ = points_of(7, number=40)
+    points[3], points[5] = np.inf, 1e9  # reported and dropped
+    feats[[3, 5]] = np.nan
+
+    def loss(feats):
+        x, index = js.voxelize(points, feats, 0.5, capacity=40, count=30, reduce=reduce)
+        return (js.devoxelize(x.with_feats(x.feats**2), index) ** 2).sum()
+
+    poisoned = jax.grad(loss)(jnp.asarray(feats).at[30:].set(jnp.nan))
+    clean = jax.grad(loss)(jnp.nan_to_num(feats).at[30:].set(0))
+    np.testing.assert_array_equal(poisoned, clean)
+    assert np.isfinite(poisoned).all()
+    assert (poisoned[jnp.array([3, 5, 35])] == 0).all()
+
+
 def test_compiled_and_eager_code_agree_on_every_voxel():
     rng = np.random.default_rng(0)
     # Many points lie on voxel edges, where the two would part if either were rewritten.
     points = (rng.integers(-4000, 4000, (20_000, 3)) * np.float32(0.05)).astype(np.float32)
 
     def run(points):
-        return js.voxelize(points, points, 0.05, capacity=20_000)[0].coords
+        return js.voxelize(points, points, 0.05, capacity=20_000, origin=(0.1, -70.0, 1e-3))[0].coords
 
     np.testing.assert_array_equal(run(points), jax.jit(run)(points))
     cells = np.floor(points * np.float32(1 / np.float64(0.05))).astype(int)
@@ -141,6 +203,14 @@ def test_overflow_keeps_the_first_voxels_in_morton_order():
     assert index.max() == 19
     with pytest.raises(js.SiteError):
         part.check()
+
+
+@pytest.mark.usefixtures("x64")
+def test_points_and_integers_of_64_bits_are_taken():
+    points, feats, batch = points_of(8)
+    x, index = js.voxelize(points.astype(np.float64), feats, 0.5, capacity=150, batch=batch.astype(np.int64), count=120)
+    check_voxels(x, index, *voxels_of(points, feats, 0.5, "mean", batch))
+    assert x.dtype == jnp.float32
 
 
 @pytest.mark.usefixtures("x64")

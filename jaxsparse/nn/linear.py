@@ -34,7 +34,10 @@ def check_input(layer: nnx.Module, x: SparseTensor, in_features: int) -> None:
 
 def compute_dtype(dtype: DTypeLike | None, x: SparseTensor, kernel: jax.Array) -> jnp.dtype:
     """The layer's dtype, or the promotion of input and parameters."""
-    return jnp.dtype(dtype) if dtype is not None else jnp.promote_types(x.dtype, kernel.dtype)
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    with jax.numpy_dtype_promotion("standard"):  # it is documented, so not what "strict" guards against
+        return jnp.promote_types(x.dtype, kernel.dtype)
 
 
 class Linear(nnx.Module):

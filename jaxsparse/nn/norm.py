@@ -75,8 +75,9 @@ class BatchNorm(nnx.Module):
         else:
             mean, variance, count = ops.batch_statistics(x, self.axis_name)
             for running, batch in ((self.mean, mean), (self.var, variance)):
-                updated = self.momentum * running[...] + (1 - self.momentum) * jax.lax.stop_gradient(batch)
-                running[...] = jnp.where(count > 0, updated, running[...]).astype(running.dtype)
+                old, new = running[...].astype(batch.dtype), jax.lax.stop_gradient(batch)
+                updated = jnp.where(count > 0, self.momentum * old + (1 - self.momentum) * new, old)
+                running[...] = updated.astype(running.dtype)
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         y = ops.batch_norm(x, mean, variance, scale, bias, epsilon=self.epsilon)

@@ -14,6 +14,9 @@ from jaxsparse.tensor import SparseTensor, on_sites
 
 def _common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
     """The sites of the first tensor, with a report where another's differ."""
+    for t in tensors:
+        if not isinstance(t, SparseTensor):
+            raise TypeError(f"{op}: expected SparseTensors, got {type(t).__name__}.")
     sites = tensors[0].sites
     for other in (t.sites for t in tensors[1:]):
         if (sites.coords.shape, sites.stride) != (other.coords.shape, other.stride):
@@ -32,9 +35,9 @@ def _common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
 
 def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     """`x + y` on equal sites in equal order. Sites that differ are reported in `status`."""
+    sites = _common_sites("add", (x, y))
     if x.num_features != y.num_features:
         raise ValueError(f"add: tensors must have equal features, got {x.num_features} and {y.num_features}.")
-    sites = _common_sites("add", (x, y))
     real = sites.is_real[:, None]
     return on_sites(sites, jnp.where(real, x.feats + y.feats, 0))
 

@@ -17,6 +17,8 @@ from jaxsparse.ops.conv.reference import accumulation_dtype
 
 
 def _gather_reference(x, index, *, groups):
+    if groups == 0:
+        return [jnp.zeros((index.shape[0], x.shape[1]), x.dtype)]
     valid = (index >= 0) & (index < groups)
     return [jnp.where(valid[:, None], x[jnp.clip(index, 0, groups - 1)], 0)]
 
@@ -72,6 +74,13 @@ _set_linear(_gather, _sum)
 _set_linear(_sum, _gather)
 
 
+def _check_rows(op: str, x: jax.Array, index: jax.Array) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"{op}: `x` must be [rows, C], got shape {x.shape}.")
+    if index.ndim != 1 or index.dtype != jnp.int32:
+        raise ValueError(f"{op}: `index` must be int32 [P], got {index.dtype}{list(index.shape)}.")
+
+
 def gather_rows(x: jax.Array, index: jax.Array, *, implementation: str = "auto") -> jax.Array:
     """`y[p] = x[index[p]]`, zero where the index is outside [0, N).
 
@@ -83,6 +92,8 @@ def gather_rows(x: jax.Array, index: jax.Array, *, implementation: str = "auto")
     Returns:
       `[P, C]`.
     """
+    x, index = jnp.asarray(x), jnp.asarray(index)
+    _check_rows("gather_rows", x, index)
     return _gather(x, index, groups=x.shape[0], implementation=implementation)[0]
 
 
@@ -98,4 +109,10 @@ def sum_rows(x: jax.Array, index: jax.Array, groups: int, *, implementation: str
     Returns:
       `[groups, C]`, bitwise equal from run to run with "auto".
     """
+    x, index = jnp.asarray(x), jnp.asarray(index)
+    _check_rows("sum_rows", x, index)
+    if x.shape[0] != index.shape[0]:
+        raise ValueError(
+            f"sum_rows: `x` has {x.shape[0]} rows but `index` has {index.shape[0]}; it needs one for each."
+        )
     return _sum(x, index, groups=groups, implementation=implementation)[0]
