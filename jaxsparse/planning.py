@@ -77,7 +77,7 @@ def capacities(
             listener = _Listener(plan)
             make_sites(state, SparseTensor(dataclasses.replace(x.sites, capacities=listener), x.feats))
             jax.effects_barrier()
-            missing = {grid: max(rows, 1) for grid, rows in listener.needed.items() if rows > plan.get(grid, 0)}
+            missing = {grid: rows for grid, rows in listener.needed.items() if rows > plan.get(grid, 0)}
             if not missing:
                 break
             plan |= missing

@@ -95,6 +95,19 @@ def test_kernel_maps_equal_brute_force(implementation):
     check()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_coarse_sites_end_at_the_bounds(stride, implementation):
+    coords = random_coords(np.random.default_rng(2), 60, 2, low=-3, high=6)
+    check_coarse(coords, len(coords), Geometry.create(2, 3, stride), 99, (4, 1), implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_of_equal_input_sites_a_map_takes_the_first(implementation):
+    coords = np.random.default_rng(4).integers(-2, 2, (200, 4)).astype(np.int32) % [1, 4, 4, 4]
+    check_map(coords, 150, coords, 200, Geometry.create(3, 2), implementation)
+
+
 @pytest.mark.parametrize("kernel", [(32,), (33,), (8, 8), (5, 13), (5, 5, 5), (3, 3, 3, 3)], ids=str)
 def test_masks_hold_more_than_32_taps(kernel):
     span = 30 if len(kernel) == 1 else 6

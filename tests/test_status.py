@@ -11,6 +11,8 @@ from flax import nnx
 from scenes import random_tensor
 
 import jaxsparse as js
+from jaxsparse import status
+from jaxsparse.status import Problem
 
 RNGS = nnx.Rngs(0)
 POINTS = np.random.default_rng(0).uniform(-3, 3, (50, 3)).astype(np.float32)
@@ -169,3 +171,27 @@ def test_status_of_a_batch_of_scenes_names_the_first_problem():
     y = jax.vmap(js.ops.relu)(batch)
     with raises(js.SiteError, "1 rows whose site another row has already"):
         y.check()
+
+
+def test_the_first_of_several_reports_is_kept():
+    fine = status.ok()
+    count = status.report(Problem.COUNT, jnp.array(True), 7, 5)
+    range_ = status.report(Problem.COORDINATE_RANGE, jnp.array(True), 1, 8)
+    sites = status.report(Problem.SITES_CAPACITY, jnp.array(True), 9, 4, (2, 4))
+    assert status.report(Problem.COUNT, jnp.array(False), 7, 5).tolist() == fine.tolist()
+    for first, order in [
+        (count, (fine, count, range_, sites)),
+        (range_, (range_, count, fine)),
+        (sites, (fine, fine, sites, count)),
+        (count, (count,)),
+        (fine, (fine, fine)),
+    ]:
+        assert status.merge(*order).tolist() == first.tolist()
+    assert "9 sites of the grid with stride (2, 4)" in status.message(np.asarray(sites))
+    assert status.message(np.asarray(fine)) is None
+
+
+def test_every_problem_has_words():
+    for problem in Problem:
+        text = status.message(np.array([problem, 12, 34, 2, 2, 2, 0]))
+        assert "12" in text
