@@ -150,8 +150,8 @@ struct UniqueSites {
   int64_t points = kUnbound, capacity = kUnbound, workspace = kUnbound;
 };
 
-inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out found, Out row_of, Out workspace,
-                                     UniqueSites* s) {
+inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out found, Out row_of, Out order, Out offsets,
+                                     Out workspace, UniqueSites* s) {
   Checks checks("jaxsparse_unique_sites_v1");
   int64_t one = 1, columns = kUnbound;
   checks.operand("coords", coords, ffi::S32, {&s->points, &columns});
@@ -159,6 +159,9 @@ inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out found, 
   checks.operand("sites", sites, ffi::S32, {&s->capacity, &columns});
   checks.operand("found", found, ffi::S32, {&one});
   checks.operand("row_of", row_of, ffi::S32, {&s->points});
+  checks.operand("order", order, ffi::S32, {&s->points});
+  int64_t ends = s->capacity + 1;
+  checks.operand("offsets", offsets, ffi::S32, {&ends});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   check_dims(checks, columns, &s->dims);
   return checks.error();
@@ -194,49 +197,21 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out found, 
   return checks.error();
 }
 
-// --- 3 hash_build ---
-
-struct HashBuild {
-  int dims = 0;
-  int log2_slots = 0;
-  int64_t rows = kUnbound, slots = kUnbound;
-};
-
-inline int floor_log2(int64_t v) {
-  int log2 = 0;
-  while (v > 1) v >>= 1, ++log2;
-  return log2;
-}
-
-inline ffi::Error check_hash_build(In coords, In count, Out keys, Out rows, HashBuild* s) {
-  Checks checks("jaxsparse_hash_build_v1");
-  int64_t one = 1, two = 2, columns = kUnbound;
-  checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
-  checks.operand("count", count, ffi::S32, {&one});
-  checks.operand("keys", keys, ffi::U32, {&s->slots, &two});
-  checks.operand("rows", rows, ffi::S32, {&s->slots});
-  check_dims(checks, columns, &s->dims);
-  checks.require(s->slots >= 1 && (s->slots & (s->slots - 1)) == 0, "the number of slots must be a power of two");
-  checks.require(s->slots >= 2 * s->rows, "the number of slots must be at least twice the rows");
-  s->log2_slots = floor_log2(s->slots);
-  return checks.error();
-}
-
-// --- 4 kernel_map ---
+// --- 3 kernel_map ---
 
 struct BuildKernelMap {
   Geometry geometry{};
-  int log2_slots = 0;
-  int64_t slots = kUnbound, out_rows = kUnbound, taps = kUnbound, mask_words = kUnbound;
+  int64_t in_rows = kUnbound, out_rows = kUnbound, taps = kUnbound, mask_words = kUnbound, workspace = kUnbound;
 };
 
-inline ffi::Error check_kernel_map(In keys, In rows, In out_coords, In out_count, Out table, Out masks, Axes kernel,
-                                   Axes stride, Axes padding, Axes dilation, BuildKernelMap* s) {
+inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In out_count, Out table, Out masks,
+                                   Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation,
+                                   int64_t builder, BuildKernelMap* s) {
   Checks checks("jaxsparse_kernel_map_v1");
-  int64_t one = 1, two = 2, columns = kUnbound;
+  int64_t one = 1, columns = kUnbound;
   int dims = 0;
-  checks.operand("keys", keys, ffi::U32, {&s->slots, &two});
-  checks.operand("rows", rows, ffi::S32, {&s->slots});
+  checks.operand("in_coords", in_coords, ffi::S32, {&s->in_rows, &columns});
+  checks.operand("in_count", in_count, ffi::S32, {&one});
   checks.operand("out_coords", out_coords, ffi::S32, {&s->out_rows, &columns});
   checks.operand("out_count", out_count, ffi::S32, {&one});
   check_dims(checks, columns, &dims);
@@ -247,12 +222,12 @@ inline ffi::Error check_kernel_map(In keys, In rows, In out_coords, In out_count
   }
   checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
   checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
-  checks.require(s->slots >= 1 && (s->slots & (s->slots - 1)) == 0, "the number of slots must be a power of two");
-  s->log2_slots = floor_log2(s->slots);
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(builder == 0 || builder == 1, "builder must be 0 (hash) or 1 (blocks)");
   return checks.error();
 }
 
-// --- 5 reverse_table ---
+// --- 4 reverse_table ---
 
 struct ReverseTable {
   int64_t taps = kUnbound, out_rows = kUnbound, in_rows = kUnbound, segments = kUnbound, mask_words = kUnbound;
@@ -270,7 +245,7 @@ inline ffi::Error check_reverse_table(In table, In out_counts, Out reverse, Out 
   return checks.error();
 }
 
-// --- 6 conv_forward, 7 conv_wgrad ---
+// --- 5 conv_forward, 6 conv_wgrad ---
 
 struct Conv {
   ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
@@ -324,7 +299,7 @@ inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts
   return checks.error();
 }
 
-// --- 8 invert_index ---
+// --- 7 invert_index ---
 
 struct InvertIndex {
   int64_t positions = kUnbound, values = 0, workspace = kUnbound;
@@ -342,7 +317,7 @@ inline ffi::Error check_invert_index(In index, Out order, Out offsets, Out works
   return checks.error();
 }
 
-// --- 9 segment_sum ---
+// --- 8 segment_sum ---
 
 struct SegmentSum {
   ffi::DataType dtype = ffi::DataType::INVALID;

@@ -10,6 +10,7 @@
 #include "bindings/checks.h"
 #include "bindings/cpu/conv.h"
 #include "bindings/cpu/coords.h"
+#include "bindings/cpu/kernel_map.h"
 #include "bindings/cpu/rows.h"
 #include "bindings/handlers.h"
 
@@ -97,17 +98,21 @@ ffi::Error for_float(const char* call, ffi::DataType dtype, F&& f) {
                                      dtype_name(dtype));
 }
 
-ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out row_of, Out workspace) {
+ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out row_of, Out order,
+                        Out offsets, Out workspace) {
   UniqueSites s;
-  if (auto e = check_unique_sites(coords, count, sites, found, row_of, workspace, &s); e.failure()) return e;
+  if (auto e = check_unique_sites(coords, count, sites, found, row_of, order, offsets, workspace, &s); e.failure()) {
+    return e;
+  }
   return guarded("jaxsparse_unique_sites_v1", [&] {
     cpu::unique_sites(PoolParallelFor(pool), s.dims, data<int32_t>(coords), s.points, clamp_count(count, s.points),
-                      s.capacity, data<int32_t>(sites), data<int32_t>(found), data<int32_t>(row_of));
+                      s.capacity, data<int32_t>(sites), data<int32_t>(found), data<int32_t>(row_of),
+                      data<int32_t>(order), data<int32_t>(offsets));
   });
 }
 
 ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out outside, Out workspace,
-                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds) {
+                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
   CoarseSites s;
   if (auto e = check_coarse_sites(coords, count, sites, found, outside, workspace, kernel, stride, padding, dilation,
                                   bounds, &s);
@@ -121,26 +126,19 @@ ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Ou
   });
 }
 
-ffi::Error hash_build(ffi::ThreadPool pool, In coords, In count, Out keys, Out rows) {
-  HashBuild s;
-  if (auto e = check_hash_build(coords, count, keys, rows, &s); e.failure()) return e;
-  return guarded("jaxsparse_hash_build_v1", [&] {
-    cpu::hash_build(PoolParallelFor(pool), s.dims, data<int32_t>(coords), clamp_count(count, s.rows), s.slots,
-                    data<Key>(keys), data<int32_t>(rows));
-  });
-}
-
-ffi::Error kernel_map(ffi::ThreadPool pool, In keys, In rows, In out_coords, In out_count, Out table, Out masks,
-                      Axes kernel, Axes stride, Axes padding, Axes dilation) {
+ffi::Error kernel_map(ffi::ThreadPool pool, In in_coords, In in_count, In out_coords, In out_count, Out table, Out masks,
+                      Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder) {
   BuildKernelMap s;
-  if (auto e = check_kernel_map(keys, rows, out_coords, out_count, table, masks, kernel, stride, padding, dilation, &s);
+  if (auto e = check_kernel_map(in_coords, in_count, out_coords, out_count, table, masks, workspace, kernel, stride,
+                                padding, dilation, builder, &s);
       e.failure()) {
     return e;
   }
   return guarded("jaxsparse_kernel_map_v1", [&] {
-    cpu::kernel_map(PoolParallelFor(pool), s.geometry, data<Key>(keys), data<int32_t>(rows), s.slots,
-                    data<int32_t>(out_coords), s.out_rows, clamp_count(out_count, s.out_rows), data<int32_t>(table),
-                    data<uint32_t>(masks));
+    cpu::kernel_map(PoolParallelFor(pool),
+                    {s.geometry, builder == 1, data<int32_t>(in_coords), clamp_count(in_count, s.in_rows),
+                     data<int32_t>(out_coords), s.out_rows, clamp_count(out_count, s.out_rows), data<int32_t>(table),
+                     data<uint32_t>(masks)});
   });
 }
 

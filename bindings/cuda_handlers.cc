@@ -8,8 +8,9 @@
 #include "bindings/checks.h"
 #include "bindings/handlers.h"
 #include "cuda/conv/conv.h"
+#include "cuda/coords/coarse_sites.h"
 #include "cuda/coords/kernel_map.h"
-#include "cuda/coords/sites.h"
+#include "cuda/coords/unique_sites.h"
 #include "cuda/rows/rows.h"
 
 namespace jaxsparse {
@@ -26,20 +27,11 @@ ffi::Error check_workspace(const char* call, int64_t given, int64_t needed) {
                                      std::to_string(needed));
 }
 
-// Also asks the sort itself: the bound that the workspace was sized with must cover n keys on this device.
-ffi::Error check_sort_workspace(const char* call, int64_t given, int64_t needed, int64_t n) {
-  if (n > kMaxSize) {
-    return ffi::Error::InvalidArgument(std::string(call) + ": " + std::to_string(n) +
-                                       " candidate keys to sort, at most 2^30 are supported");
-  }
-  if (ffi::Error error = check_workspace(call, given, needed); error.failure()) return error;
-  size_t sort_bytes = 0;
-  if (const cudaError_t status = cuda::sort_temp_bytes(n, &sort_bytes); status != cudaSuccess) {
-    return launch_error(call, status);
-  }
-  if (static_cast<int64_t>(sort_bytes) <= cuda::sort_temp_bound(n)) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(call) + ": the sort needs " + std::to_string(sort_bytes) +
-                              " bytes of workspace, the formula gives it " + std::to_string(cuda::sort_temp_bound(n)));
+ffi::Error check_candidates(const char* call, int64_t n) {
+  if (n <= kMaxSize) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(std::string(call) + ": " + std::to_string(n) +
+                                     " candidates, rows times the coarse sites that one may reach; at most 2^30 are "
+                                     "supported");
 }
 
 // Only for dtypes that a check let through.
@@ -56,31 +48,30 @@ const int32_t* ints(In buffer) { return buffer.typed_data<int32_t>(); }
 int32_t* ints(Out buffer) { return buffer->typed_data<int32_t>(); }
 int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }  // checks bound every size by 2^30
 
-// keys cross XLA as uint32 pairs: the bytes of a little-endian uint64
-Key* key_data(ffi::AnyBuffer buffer) { return reinterpret_cast<Key*>(buffer.typed_data<uint32_t>()); }
-
-ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out row_of, Out workspace) {
+ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out row_of, Out order,
+                        Out offsets, Out workspace) {
   constexpr const char* call = "jaxsparse_unique_sites_v1";
   UniqueSites s;
-  ffi::Error error = check_unique_sites(coords, count, sites, found, row_of, workspace, &s);
+  ffi::Error error = check_unique_sites(coords, count, sites, found, row_of, order, offsets, workspace, &s);
   if (error.failure()) return error;
-  error = check_sort_workspace(call, s.workspace, cuda::distinct_workspace(s.points), s.points);
+  error = check_workspace(call, s.workspace, cuda::unique_sites_workspace(s.points));
   if (error.failure()) return error;
-  cuda::UniqueSitesArgs args{ints(coords),       ints(count), s.dims,      narrow(s.points),
-                             narrow(s.capacity), ints(sites), ints(found), ints(row_of),
-                             workspace->untyped_data()};
+  const cuda::UniqueSitesArgs args{ints(coords), ints(count),   s.dims,      narrow(s.points),
+                                   narrow(s.capacity), ints(sites), ints(found), ints(row_of),
+                                   ints(order),  ints(offsets), workspace->untyped_data()};
   return launch_error(call, cuda::unique_sites(args, stream));
 }
 
 ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out outside, Out workspace,
-                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds) {
+                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
   constexpr const char* call = "jaxsparse_coarse_sites_v1";
   CoarseSites s;
   ffi::Error error = check_coarse_sites(coords, count, sites, found, outside, workspace, kernel, stride, padding,
                                         dilation, bounds, &s);
   if (error.failure()) return error;
   const int64_t candidates = s.rows * cuda::windows_per_site(s.geometry);
-  error = check_sort_workspace(call, s.workspace, cuda::distinct_workspace(candidates), candidates);
+  if (error = check_candidates(call, candidates); error.failure()) return error;
+  error = check_workspace(call, s.workspace, cuda::coarse_sites_workspace(candidates));
   if (error.failure()) return error;
   cuda::CoarseSitesArgs args{};
   args.coords = ints(coords);
@@ -88,6 +79,7 @@ ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out
   args.geometry = s.geometry;
   args.bounded = s.bounded;
   for (int a = 0; a < kMaxDims; ++a) args.bounds[a] = s.bounds[a];
+  args.sorted = is_sorted != 0;
   args.rows = narrow(s.rows);
   args.capacity = narrow(s.capacity);
   args.sites = ints(sites);
@@ -97,30 +89,30 @@ ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out
   return launch_error(call, cuda::coarse_sites(args, stream));
 }
 
-ffi::Error hash_build(cudaStream_t stream, In coords, In count, Out keys, Out rows) {
-  HashBuild s;
-  if (ffi::Error error = check_hash_build(coords, count, keys, rows, &s); error.failure()) return error;
-  const cuda::HashTable hash{key_data(*keys), ints(rows), s.log2_slots};
-  return launch_error("jaxsparse_hash_build_v1",
-                      cuda::hash_build(ints(coords), ints(count), s.dims, narrow(s.rows), hash, stream));
-}
-
-ffi::Error kernel_map(cudaStream_t stream, In keys, In rows, In out_coords, In out_count, Out table, Out masks,
-                      Axes kernel, Axes stride, Axes padding, Axes dilation) {
+ffi::Error kernel_map(cudaStream_t stream, In in_coords, In in_count, In out_coords, In out_count, Out table, Out masks,
+                      Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder) {
+  constexpr const char* call = "jaxsparse_kernel_map_v1";
   BuildKernelMap s;
-  ffi::Error error = check_kernel_map(keys, rows, out_coords, out_count, table, masks, kernel, stride, padding,
-                                      dilation, &s);
+  ffi::Error error = check_kernel_map(in_coords, in_count, out_coords, out_count, table, masks, workspace, kernel,
+                                      stride, padding, dilation, builder, &s);
   if (error.failure()) return error;
-  const cuda::KernelMapArgs args{{key_data(keys), rows.typed_data<int32_t>(), s.log2_slots},
-                                 ints(out_coords),
-                                 ints(out_count),
-                                 s.geometry,
-                                 narrow(s.out_rows),
-                                 narrow(s.taps),
-                                 narrow(s.mask_words),
-                                 ints(table),
-                                 masks->typed_data<uint32_t>()};
-  return launch_error("jaxsparse_kernel_map_v1", cuda::kernel_map(args, stream));
+  error = check_workspace(call, s.workspace, cuda::kernel_map_workspace(s.in_rows));
+  if (error.failure()) return error;
+  cuda::KernelMapArgs args{};
+  args.in_coords = ints(in_coords);
+  args.in_count = ints(in_count);
+  args.out_coords = ints(out_coords);
+  args.out_count = ints(out_count);
+  args.geometry = s.geometry;
+  args.builder = static_cast<cuda::MapBuilder>(builder);
+  args.in_rows = narrow(s.in_rows);
+  args.out_rows = narrow(s.out_rows);
+  args.taps = narrow(s.taps);
+  args.mask_words = narrow(s.mask_words);
+  args.table = ints(table);
+  args.masks = masks->typed_data<uint32_t>();
+  args.workspace = workspace->untyped_data();
+  return launch_error(call, cuda::kernel_map(args, stream));
 }
 
 ffi::Error reverse_table(cudaStream_t stream, In table, In out_counts, Out reverse, Out masks) {
@@ -193,7 +185,7 @@ ffi::Error invert_index(cudaStream_t stream, In index, Out order, Out offsets, O
   InvertIndex s;
   ffi::Error error = check_invert_index(index, order, offsets, workspace, &s);
   if (error.failure()) return error;
-  error = check_sort_workspace(call, s.workspace, cuda::invert_index_workspace(s.positions), s.positions);
+  error = check_workspace(call, s.workspace, cuda::invert_index_workspace(s.positions));
   if (error.failure()) return error;
   const cuda::InvertIndexArgs args{ints(index), narrow(s.positions), narrow(s.values),
                                    ints(order), ints(offsets),       workspace->untyped_data()};

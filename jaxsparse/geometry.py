@@ -92,6 +92,12 @@ class Geometry:
         """Whether each output site sees exactly the input site at the same place: a product for each row, no map."""
         return self.volume == 1 and set(self.stride) == {1} and set(self.padding) == {0}
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether tap K - 1 - k steps as far back as tap k steps forward."""
+        axes = zip(self.kernel, self.padding, self.dilation, strict=True)
+        return set(self.stride) == {1} and all(2 * p == d * (k - 1) for k, p, d in axes)
+
     def coarse_per_site(self) -> int:
         """At most how many coarse sites have a window that holds one fine site."""
         periods = [s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]

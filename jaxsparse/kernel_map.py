@@ -23,13 +23,16 @@ class KernelMap:
       table: int32 `[K, N_out]`; `table[k, m]` is the input row under tap k of output m, -1 where there is none.
       masks: uint32 `[N_out, ceil(K / 32)]`; bit `k % 32` of word `k // 32` says whether tap k is there.
       in_counts: int32 `[1]`, real input rows.
-      out_counts: int32 `[1]`, real output rows.
+      out_counts: int32 `[1]`, real output rows. Columns of the table and rows of the masks from there on hold anything.
+      is_symmetric: whether `table[k, m] = n` means `table[K - 1 - k, n] = m`, as in a submanifold convolution of odd
+        kernel size: the map is then its own reverse.
     """
 
     table: jax.Array
     masks: jax.Array
     in_counts: jax.Array
     out_counts: jax.Array
+    is_symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def kernel_map(
@@ -40,6 +43,7 @@ def kernel_map(
     padding: AxisInts | None = None,
     dilation: AxisInts = 1,
     *,
+    builder: str = "auto",
     implementation: str = "auto",
 ) -> KernelMap:
     """The map of a convolution from `in_sites` (the fine grid) to `out_sites` (the coarse grid).
@@ -52,18 +56,35 @@ def kernel_map(
       out_sites: sites of its output; the same object for a submanifold convolution.
       kernel_size, strides, padding, dilation: integers, or one an axis. Padding is `dilation * ((kernel - 1) // 2)`
         by default.
-      implementation: "auto" for the custom call of the platform, "xla" for plain JAX.
+      builder: how the custom call finds input rows; every builder gives the same map. "hash" looks every tap up in a
+        hash map of sites; "blocks" looks up the blocks of 64 sites under each window, whose masks answer for all their
+        taps, and needs sites in Morton order. "auto" takes blocks where the order allows it.
+      implementation: "auto" for the custom call of the platform, "xla" for plain JAX, which has no builders.
+
+    Raises:
+      ValueError: where the grids do not fit each other, or the builder not the sites.
     """
     for name, sites in (("in_sites", in_sites), ("out_sites", out_sites)):
         if not isinstance(sites, Sites):
             raise TypeError(f"`{name}` must be a Sites, got {type(sites).__name__}; pass x.sites of a tensor.")
     geometry = Geometry.create(in_sites.dims, kernel_size, strides, padding, dilation)
-    return map_between(in_sites, out_sites, geometry, implementation)
+    return map_between(in_sites, out_sites, geometry, implementation, builder)
 
 
-def map_between(fine: Sites, coarse: Sites, geometry: Geometry, implementation: str = "auto") -> KernelMap:
+def map_between(
+    fine: Sites, coarse: Sites, geometry: Geometry, implementation: str = "auto", builder: str = "auto"
+) -> KernelMap:
     """`kernel_map` for a geometry that has been checked."""
     check_implementation(implementation)
+    if builder not in ("auto", *_coords.BUILDERS):
+        raise ValueError(f"`builder` (={builder!r}) must be one of {('auto', *_coords.BUILDERS)}.")
+    if builder == "blocks" and fine.order != "morton":
+        raise ValueError(
+            f'`builder` (="blocks") needs input sites in Morton order, but they have order {fine.order!r}; take '
+            'builder="hash", or sites made by jaxsparse.voxelize.'
+        )
+    if builder == "auto":
+        builder = "blocks" if fine.order == "morton" else "hash"
     if fine.dims != coarse.dims:
         raise ValueError(f"the fine sites have {fine.dims} spatial axes but the coarse sites have {coarse.dims}.")
     expected = tuple(f * s for f, s in zip(fine.stride, geometry.stride, strict=True))
@@ -75,11 +96,17 @@ def map_between(fine: Sites, coarse: Sites, geometry: Geometry, implementation: 
 
     def make() -> KernelMap:
         table, masks = _coords.kernel_map(
-            fine.coords, fine.counts, coarse.coords, coarse.counts, geometry=geometry, implementation=implementation
+            fine.coords,
+            fine.counts,
+            coarse.coords,
+            coarse.counts,
+            geometry=geometry,
+            builder=builder,
+            implementation=implementation,
         )
-        return KernelMap(table, masks, fine.counts, coarse.counts)
+        return KernelMap(table, masks, fine.counts, coarse.counts, fine.same_as(coarse) and geometry.is_symmetric)
 
-    return fine.memo(("map", geometry, coarse._memo, implementation), make)
+    return fine.memo(("map", geometry, coarse._memo, implementation, builder), make)
 
 
 def check_implementation(implementation: str) -> None:

@@ -210,6 +210,7 @@ class Sites:
                 geometry=window,
                 capacity=capacity,
                 bounds=bounds,
+                is_sorted=self.order == "morton",
                 implementation=implementation,
             )
             self.capacities.hear(stride, found[0])
@@ -287,7 +288,7 @@ def _check_values(coords, count, batch_size, bounds) -> jax.Array:
 
     wrong_batch = rows_where((coords[:, 0] < 0) | (coords[:, 0] > batches - 1))
     wrong_range = rows_where(((coords[:, 1:] < -limit) | (coords[:, 1:] >= limit)).any(1))
-    _, distinct, _ = _coords.unique_sites(coords, count[None], capacity=1)
+    _, distinct, *_ = _coords.unique_sites(coords, count[None], capacity=1)
     duplicates = count - distinct[0]
     problems = [
         status.report(Problem.BATCH_INDEX, wrong_batch > 0, wrong_batch, min(batches, 2**31 - 1)),

@@ -173,7 +173,7 @@ class SparseTensor:
         needed = occupied.sum(dtype=jnp.int32)
         at = jnp.stack(jnp.nonzero(occupied, size=min(capacity, occupied.size)), 1).astype(jnp.int32)
         count = jnp.minimum(needed, at.shape[0])
-        coords, _, _ = _coords.unique_sites(at, count[None], capacity=capacity)
+        coords, *_ = _coords.unique_sites(at, count[None], capacity=capacity)
         too_many = status.report(Problem.DENSE_CAPACITY, needed > capacity, needed, capacity)
         stride = (1,) * len(bounds)
         sites = Sites(coords, count, too_many, stride, capacities or Capacities(), batch_size, tuple(bounds), "morton")

@@ -108,7 +108,7 @@ def voxelize(
     coords = jnp.concatenate([batch[:, None], cell], 1)
     coords = jnp.where(kept[:, None], coords, _keys.PADDING_COORD)
 
-    sites, found, row_of = _coords.unique_sites(
+    sites, found, row_of, *grouped = _coords.unique_sites(
         coords, jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
     )
     problems = [
@@ -128,7 +128,7 @@ def voxelize(
         grid,
         "morton",
     )
-    return on_sites(made, _reduce(feats, row_of, capacity, reduce, implementation)), row_of[:rows]
+    return on_sites(made, _reduce(feats, row_of, grouped, capacity, reduce, implementation)), row_of[:rows]
 
 
 def _count_rows(problem: Problem, wrong: jax.Array, limit: int) -> jax.Array:
@@ -137,21 +137,22 @@ def _count_rows(problem: Problem, wrong: jax.Array, limit: int) -> jax.Array:
     return status.report(problem, number > 0, number, limit)
 
 
-def _reduce(feats, row_of, capacity, reduce, implementation):
+def _reduce(feats, row_of, grouped, capacity, reduce, implementation):
     """Features of each voxel `[capacity, C]`, zero where it has no point."""
-    target = jnp.where(row_of >= 0, row_of, capacity)  # past the end: dropped
-    position = jnp.arange(row_of.shape[0], dtype=jnp.int32)
+    order, offsets = grouped
+    points_in = offsets[1:] - offsets[:-1]
     if reduce in ("mean", "sum"):
         dtype = accumulation_dtype(feats.dtype)
-        total = sum_rows(feats.astype(dtype), row_of, capacity, implementation=implementation)
+        total = sum_rows(feats.astype(dtype), row_of, capacity, grouped=grouped, implementation=implementation)
         if reduce == "mean":
-            points_in = jax.ops.segment_sum(jnp.ones_like(position), target, capacity)
             total = total / jnp.maximum(points_in, 1)[:, None].astype(dtype)
         return total.astype(feats.dtype)
     none = row_of.shape[0]
     if reduce == "first":
-        first = jnp.full(capacity, none, jnp.int32).at[target].min(position, mode="drop")
+        first = jnp.where(points_in > 0, order[jnp.minimum(offsets[:-1], none - 1)], -1)
         return gather_rows(feats, first, implementation=implementation)
+    target = jnp.where(row_of >= 0, row_of, capacity)  # past the end: dropped
+    position = jnp.arange(none, dtype=jnp.int32)
     # Of equal maxima the lowest point wins, which makes the gradient unique.
     masked = jax.lax.stop_gradient(jnp.where(row_of[:, None] >= 0, feats, -jnp.inf))
     highest = jnp.full((capacity, feats.shape[1]), -jnp.inf, feats.dtype).at[target].max(masked, mode="drop")

@@ -45,6 +45,13 @@ def unique_sites(coords, count, capacity):
     return padded(found[:capacity], capacity, np.shape(coords)[1]), len(found), np.array(row_of)
 
 
+def grouped(row_of, capacity):
+    """(inputs by row, where each row's begin), from the row of each input."""
+    order = [p for row in range(capacity) for p in np.flatnonzero(row_of == row)]
+    offsets = [int(np.sum((row_of >= 0) & (row_of < row))) for row in range(capacity + 1)]
+    return np.array(order + [-1] * (len(row_of) - len(order)), np.int32), np.array(offsets, np.int32)
+
+
 def coarse_sites(coords, count, g: Geometry, capacity, bounds=None):
     """(rows kept, number found, candidates without a key), trying every tap of every site."""
     found, outside = set(), 0

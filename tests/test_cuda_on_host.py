@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _workspace
 
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
@@ -51,7 +52,7 @@ def taps(kernel):
 
 
 def fine(site, tap, geometry):
-    rest = [s * c - p + d * t for c, t, s, p, d in zip(site[1:], tap, *geometry[1:], strict=True)]
+    rest = [s * int(c) - p + d * t for c, t, s, p, d in zip(site[1:], tap, *geometry[1:], strict=True)]
     return (int(site[0]), *(int(v) for v in rest))
 
 
@@ -102,11 +103,38 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     sites = {k: tuple(c) for k, c in zip(keys, coords, strict=True) if k is not None}
     ordered = sorted(sites)
     row_of_key = {k: r if r < capacity else -1 for r, k in enumerate(ordered)}
-    results = [((capacity, 1 + dims), I32), ((1,), I32), ((points,), I32), ((_workspace.unique_sites(points),), U8)]
-    got, found, row_of, _ = call("unique_sites", results, coords, np.array([count], I32))
+    results = [((capacity, 1 + dims), I32), ((1,), I32), ((points,), I32), ((points,), I32), ((capacity + 1,), I32)]
+    results.append(((_workspace.unique_sites(points),), U8))
+    got, found, row_of, order, offsets, _ = call("unique_sites", results, coords, np.array([count], I32))
     np.testing.assert_array_equal(found, [len(ordered)])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in ordered], capacity, dims))
     np.testing.assert_array_equal(row_of, [-1 if k is None else row_of_key[k] for k in keys])
+    grouped = np.argsort(np.where(row_of >= 0, row_of, capacity), kind="stable")
+    np.testing.assert_array_equal(order, np.where(row_of[grouped] >= 0, grouped, -1))
+    np.testing.assert_array_equal(offsets, np.searchsorted(np.sort(row_of[row_of >= 0]), np.arange(capacity + 1)))
+
+
+@pytest.mark.parametrize("kind", ["one site", "one axis", "far ends", "one bit a digit", "batches"])
+def test_unique_sites_sorts_whatever_the_keys_share(kind):
+    rng = np.random.default_rng(1)
+    coords = np.zeros((3000, 4), I32)
+    half = 2**17
+    if kind == "one axis":
+        coords[:, 2] = rng.permutation(3000) - 1500
+    elif kind == "far ends":
+        coords[:, 1:] = rng.choice([-half, -1, 0, half - 1], (3000, 3))
+    elif kind == "one bit a digit":
+        coords[:, 1:] = rng.choice(2 ** np.arange(17), (3000, 3))
+    elif kind == "batches":
+        coords[:, 0] = rng.integers(0, 1023, 3000)
+    keys = [key(c) for c in coords]
+    ordered = sorted(set(keys))
+    results = [((3000, 4), I32), ((1,), I32), ((3000,), I32), ((3000,), I32), ((3001,), I32)]
+    results.append(((_workspace.unique_sites(3000),), U8))
+    got, found, row_of, *_ = call("unique_sites", results, coords, np.array([3000], I32))
+    assert found[0] == len(ordered)
+    assert [key(c) for c in got[: len(ordered)]] == ordered
+    np.testing.assert_array_equal(row_of, np.searchsorted(np.array(ordered, np.uint64), np.array(keys, np.uint64)))
 
 
 GEOMETRIES = [  # kernel, stride, padding, dilation
@@ -144,22 +172,52 @@ def test_coarse_sites_are_all_sites_whose_window_holds_a_site(geometry, bounded,
             outside += k is None
             if k is not None:
                 sites[k] = (int(site[0]), *coarse)
-    windows = np.prod([-(-k // (s // np.gcd(s, d))) for k, s, d in zip(kernel, stride, dilation, strict=True)])
-    results = [
-        ((capacity, 1 + dims), I32),
-        ((1,), I32),
-        ((1,), I32),
-        ((_workspace.unique_sites(rows * int(windows)),), U8),
-    ]
-    got, found, lost, _ = call(
-        "coarse_sites", results, coords, np.array([count], I32), **attributes(geometry, bounds=np.array(bounds, I32))
-    )
+    size = _workspace.coarse_sites(rows, Geometry(kernel, stride, padding, dilation))
+    results = [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), ((size,), U8)]
+    attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=0)
+    got, found, lost, _ = call("coarse_sites", results, coords, np.array([count], I32), **attrs)
     np.testing.assert_array_equal(found, [len(sites)])
     np.testing.assert_array_equal(lost, [outside])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in sorted(sites)], capacity, dims))
 
 
+def sorted_sites(rng, rows, dims, spread):
+    """Distinct sites in key order, int32 [rows or fewer, 1 + D]."""
+    return np.array(sorted({tuple(c) for c in random_coords(rng, rows, dims, spread)}, key=key), I32)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+@pytest.mark.parametrize("bounded", [False, True])
+def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
+    coords = sorted_sites(np.random.default_rng(dims), 1500, dims, {1: 2000, 2: 40, 3: 10, 4: 5}[dims])
+    bounds = [3] * dims if bounded else []
+    coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
+    expected = sorted((c for c in coarse if not bounded or all(0 <= v < 3 for v in c[1:])), key=key)
+    geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
+    results = [((1500, 1 + dims), I32), ((1,), I32), ((1,), I32)]
+    results.append(((_workspace.coarse_sites(len(coords), Geometry(*geometry)),), U8))
+    attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=1)
+    got, found, outside, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
+    assert (found[0], outside[0]) == (len(expected), 0)
+    np.testing.assert_array_equal(got, sites_array(expected, 1500, dims))
+
+
 # --- maps ---
+
+
+def kernel_map(coords, count, out_coords, out_count, geometry, builder):
+    """Table and masks of the real outputs."""
+    volume, out_rows = len(taps(geometry[0])), len(out_coords)
+    results = [((volume, out_rows), I32), ((out_rows, -(-volume // 32)), U32)]
+    results.append(((_workspace.kernel_map(len(coords)),), U8))
+    operands = coords, np.array([count], I32), out_coords, np.array([out_count], I32)
+    table, masks, _ = call("kernel_map", results, *operands, **attributes(geometry, builder=builder))
+    row_of = {tuple(map(int, c)): r for r, c in reversed(list(enumerate(coords[:count])))}
+    expected = np.full((volume, out_count), -1, I32)
+    for (k, tap), m in itertools.product(enumerate(taps(geometry[0])), range(out_count)):
+        expected[k, m] = row_of.get(fine(out_coords[m], tap, geometry), -1)
+    np.testing.assert_array_equal(table[:, :out_count], expected)
+    np.testing.assert_array_equal(masks[:out_count], masks_of(expected))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -172,20 +230,18 @@ def test_kernel_map_finds_the_first_row_of_each_site(geometry, rows, count, out_
     coords = random_coords(rng, rows, dims, 4)  # dense enough that sites repeat
     out_coords = random_coords(rng, out_rows, dims, 4)
     out_coords[0, 0] = -1  # no key
-    slots = 1 << (2 * rows - 1).bit_length()
-    keys, hash_rows = call("hash_build", [((slots, 2), U32), ((slots,), I32)], coords, np.array([count], I32))
-    volume = len(taps(geometry[0]))
-    results = [((volume, out_rows), I32), ((out_rows, -(-volume // 32)), U32)]
-    table, masks = call(
-        "kernel_map", results, keys, hash_rows, out_coords, np.array([out_count], I32), **attributes(geometry)
-    )
-    row_of = {tuple(map(int, c)): r for r, c in reversed(list(enumerate(coords[:count])))}
-    expected = np.full((volume, out_rows), -1, I32)
-    for (k, tap), m in itertools.product(enumerate(taps(geometry[0])), range(out_count)):
-        expected[k, m] = row_of.get(fine(out_coords[m], tap, geometry), -1)
-    np.testing.assert_array_equal(table, expected)
-    np.testing.assert_array_equal(masks, masks_of(expected))
-    assert (np.sort(hash_rows[hash_rows >= 0]) == np.sort(list(row_of.values()))).all()
+    kernel_map(coords, count, out_coords, out_count, geometry, builder=0)
+
+
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)), ((40,), (1,), (9,), (9,))])
+def test_kernel_map_by_blocks_finds_the_same(geometry):
+    dims = len(geometry[0])
+    rng = np.random.default_rng(dims)
+    coords = sorted_sites(rng, 400, dims, {1: 300, 2: 14, 3: 6, 4: 4}[dims])
+    coords[:, 1] += 2 ** (BITS[dims] - 1) - 1 - coords[:, 1].max()  # windows end at the edge of the grid
+    coords = np.array(sorted(coords, key=key), I32)
+    out_coords = rng.permutation(np.concatenate([coords[:120], random_coords(rng, 80, dims, 4)]))
+    kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=1)
 
 
 def random_table(rng, volume, in_rows, out_rows, density, centre=False):
@@ -366,10 +422,11 @@ def test_segment_sum_adds_the_listed_rows(dtype, channels):
 
 def test_errors_name_the_call_and_the_shapes():
     coords, count = np.zeros((8, 4), I32), np.array([8], I32)
-    with pytest.raises(Exception, match=r"hash_build_v1.*at least twice.*coords int32 \[8, 4\]"):
-        call("hash_build", [((8, 2), U32), ((8,), I32)], coords, count)
+    results = [((8, 4), I32), ((1,), I32), ((8,), I32), ((8,), I32), ((9,), I32), ((64,), U8)]
+    with pytest.raises(Exception, match=r"unique_sites_v1: offsets must have size 10 on axis 0.*coords int32 \[8, 4\]"):
+        call("unique_sites", [((9, 4), I32), *results[1:]], coords, count)
     with pytest.raises(Exception, match=r"unique_sites_v1: workspace has 64 bytes, needs \d+"):
-        call("unique_sites", [((8, 4), I32), ((1,), I32), ((8,), I32), ((64,), U8)], coords, count)
+        call("unique_sites", results, coords, count)
     x, w, table = np.zeros((8, 4), F32), np.zeros((3, 5, 2), F32), np.zeros((3, 8), I32)
     with pytest.raises(Exception, match=r"conv_forward_v1: w must have size 4 on axis 1.*w float32 \[3, 5, 2\]"):
         forward(x, w, table, [8], F32)

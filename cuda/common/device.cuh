@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/types.h"
 
@@ -26,6 +27,18 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaS
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
+// Calls f(std::integral_constant<int, D>) for the run-time number of dimensions.
+template <typename F>
+cudaError_t for_dims(int dims, F&& f) {
+  switch (dims) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
 __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
   if (row >= segments.rows) return false;
   if (segments.number == 1) return row < segments.counts[0];
@@ -35,22 +48,31 @@ __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 // Sum of `value` over the threads before this one; *total is the sum over the block. All threads of the block call it.
 template <int kThreads, typename V>
 __device__ V block_exclusive_scan(V value, V* total) {
-  __shared__ V sums[kThreads];
-  const int t = threadIdx.x;
-  __syncthreads();  // a caller's earlier scan may still be read
-  sums[t] = value;
-  for (int step = 1; step < kThreads; step *= 2) {
-    __syncthreads();
-    const V before = t >= step ? sums[t - step] : V(0);
-    __syncthreads();
-    sums[t] += before;
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kThreads % kWarp == 0 && kWarps <= kWarp);
+  __shared__ V sums[kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  V before = value;  // inclusive within the warp
+  for (int step = 1; step < kWarp; step *= 2) {
+    const V below = __shfl_up_sync(kAllLanes, before, step);
+    if (lane >= step) before += below;
   }
+  __syncthreads();  // a caller's earlier scan may still be read
+  if (lane == kWarp - 1) sums[warp] = before;
   __syncthreads();
-  *total = sums[kThreads - 1];
-  return sums[t] - value;
+  V earlier = 0, all = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) earlier += sums[w];
+    all += sums[w];
+  }
+  *total = all;
+  return earlier + before - value;
 }
 
 }  // namespace jaxsparse::cuda

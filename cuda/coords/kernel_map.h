@@ -1,4 +1,4 @@
-// The hash table of sites, the kernel map looked up in it, and the map's reverse.
+// The kernel map: which input row lies under each tap of each output; and its reverse.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,29 +8,30 @@
 
 namespace jaxsparse::cuda {
 
-// Open addressing with linear probing from first_slot(), 2^log2_slots slots, at most half of them full.
-struct HashTable {
-  Key* keys;      // [slots], kNoKey where empty
-  int32_t* rows;  // [slots], -1 where empty
-  int log2_slots;
+// How a map is built. Every builder gives the same map.
+enum class MapBuilder {
+  kHash = 0,    // a hash map of sites, a search for each tap: any order of sites
+  kBlocks = 1,  // a hash map of 64-site blocks with occupancy masks, a search for each block under a window: sorted sites
 };
 
-// Enters the first count[0] rows of coords [rows, 1 + dims]. Rows whose site has no key are skipped; of rows with equal
-// sites the smallest wins. Where a key lies depends on which thread came first; what a lookup finds does not.
-cudaError_t hash_build(const int32_t* coords, const int32_t* count, int dims, int32_t rows, const HashTable& hash,
-                       cudaStream_t stream);
+// Bytes of workspace for so many input rows: keys, and masks and rows of blocks, or rows of sites.
+inline int64_t kernel_map_workspace(int64_t in_rows) { return padded(20 * hash_slots(in_rows)) + 3 * kWorkspaceAlign; }
 
 struct KernelMapArgs {
-  HashTable hash;             // of the input (fine) sites
+  const int32_t* in_coords;   // [in_rows, 1 + dims], sorted by key for kBlocks
+  const int32_t* in_count;    // [1]
   const int32_t* out_coords;  // [out_rows, 1 + dims]
   const int32_t* out_count;   // [1]
   Geometry geometry;
-  int32_t out_rows, taps, mask_words;
+  MapBuilder builder;
+  int32_t in_rows, out_rows, taps, mask_words;
   int32_t* table;   // [taps, out_rows]
   uint32_t* masks;  // [out_rows, mask_words]
+  void* workspace;  // kernel_map_workspace(in_rows)
 };
 
-// table[k, m] = row of site stride * out[m] - padding + dilation * tap_k, -1 where there is none; masks say where.
+// table[k, m] = row of site stride * out[m] - padding + dilation * tap_k, -1 where there is none; masks say where. Of
+// equal input sites the first counts. Columns from out_count on are left as they are.
 cudaError_t kernel_map(const KernelMapArgs& args, cudaStream_t stream);
 
 struct ReverseTableArgs {

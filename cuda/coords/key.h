@@ -10,19 +10,19 @@
 //     3        18        +- 131,072           0 .. 1,022
 //     4        14        +- 8,192             0 .. 254
 //
-// The all-ones key is never a site: it marks empty slots and rows that do not count.
+// The all-ones key, kNoKey, is never a site.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/common/host_device.h"
+#include "cuda/hash/hash.h"
 
 namespace jaxsparse {
 
 using Key = uint64_t;
 
 constexpr int kMaxDims = 4;
-constexpr Key kNoKey = ~Key{0};
 constexpr int32_t kPaddingCoord = INT32_MIN;  // every entry of a padding row
 
 JAXSPARSE_HD constexpr int axis_bits(int dims) { return dims == 1 ? 31 : dims == 2 ? 24 : dims == 3 ? 18 : 14; }
@@ -111,6 +111,13 @@ JAXSPARSE_HD Key make_key(int64_t batch, const int64_t (&coord)[D]) {
 }
 
 template <int D>
+JAXSPARSE_HD bool has_key(const int32_t* site) {
+  bool fits = site[0] >= 0 && site[0] <= max_batch(D);
+  for (int a = 0; a < D; ++a) fits = fits && axis_fits(site[1 + a], D);
+  return fits;
+}
+
+template <int D>
 JAXSPARSE_HD Key key_of_row(const int32_t* site) {
   int64_t coord[D];
   for (int a = 0; a < D; ++a) coord[a] = site[1 + a];
@@ -133,6 +140,54 @@ template <int D>
 JAXSPARSE_HD void write_padding(int32_t* site) {
   for (int a = 0; a < 1 + D; ++a) site[a] = kPaddingCoord;
 }
+
+// Blocks: the 64 sites whose keys agree in all but the last six bits. They are 64 long in one dimension, 8^2, 4^3, and
+// 2 x 2 x 4 x 4; sorted sites of a block lie one after the other, in the order of those bits. So a 64-bit mask of a block's
+// sites and the row of its first one say which of them exist, and where.
+constexpr int kBlockBits = 6;
+constexpr uint64_t kInBlock = (uint64_t{1} << kBlockBits) - 1;
+
+JAXSPARSE_HD constexpr int block_axis_bits(int dims, int axis) {
+  return kBlockBits / dims + (dims - 1 - axis < kBlockBits % dims ? 1 : 0);
+}
+
+// The bits in which a set of keys can differ. Coordinates far from the ends of their range leave the bits above them
+// equal to the sign's complement, and those need no sorting: a scan has about 36 bits of the 64.
+template <int D>
+class KeySpan {
+ public:
+  // Bits of one key; the OR over a set of keys makes its span.
+  static JAXSPARSE_HD uint64_t bits_of(Key key) {
+    const Key top = key >> kLowBits;                 // batch, then a group of sign bits
+    const Key signs = (~top & kGroup) * kEachGroup;  // what the groups below hold where they say nothing
+    return (top >> D) << kLowBits | ((key & kLow) ^ signs);
+  }
+
+  // `has_no_key`: whether kNoKey is among the keys; it sorts last.
+  JAXSPARSE_HD KeySpan(uint64_t bits_of_all, bool has_no_key) {
+    const uint64_t low = bits_of_all & kLow;
+    groups_ = (kBlockBits + D - 1) / D;  // so that a block's bits are always low ones
+    while (groups_ < axis_bits(D) - 1 && low >> (groups_ * D) != 0) ++groups_;
+    bits_ = groups_ * D + D + (has_no_key ? 1 : 0);
+    for (uint64_t batches = bits_of_all >> kLowBits; batches != 0; batches >>= 1) ++bits_;
+  }
+
+  // The key without the bits that say nothing: the same order in bits() bits.
+  JAXSPARSE_HD uint64_t code(Key key) const {
+    if (key == kNoKey) return ~uint64_t{0};
+    return key >> kLowBits << (groups_ * D) | (key & ((Key{1} << (groups_ * D)) - 1));
+  }
+
+  JAXSPARSE_HD int bits() const { return bits_; }
+
+ private:
+  static constexpr int kLowBits = D * (axis_bits(D) - 1);  // below the sign bits
+  static constexpr Key kLow = (Key{1} << kLowBits) - 1;
+  static constexpr Key kGroup = (Key{1} << D) - 1;
+  static constexpr Key kEachGroup = kLow / kGroup;  // the lowest bit of each group
+
+  int groups_, bits_;
+};
 
 // The kernel's geometry, an entry an axis. One relation serves every op:
 //     fine = stride * coarse - padding + dilation * tap,   tap = 0 .. kernel - 1
@@ -171,11 +226,34 @@ struct Geometry {
   }
 };
 
-// The i-th coarse coordinate, on one axis, whose window holds `fine`, i = 0 .. coarse_per_axis() - 1. False where
-// there is no i-th one.
-struct CoarseAxis {
-  int64_t kernel, stride, padding, dilation;
+// The coarse coordinates, on one axis, whose windows hold a fine one.
+class CoarseAxis {
+ public:
+  CoarseAxis() = default;
+  JAXSPARSE_HD CoarseAxis(const Geometry& g, int axis)
+      : kernel_(g.kernel[axis]), stride_(g.stride[axis]), padding_(g.padding[axis]), dilation_(g.dilation[axis]) {
+    period_ = stride_ / gcd(stride_, dilation_);
+    most_ = (kernel_ + period_ - 1) / period_;
+    shift_ = 0;
+    while (int64_t{1} << shift_ < stride_) ++shift_;
+    if (int64_t{1} << shift_ != stride_) shift_ = -1;
+  }
 
+  // At most this many windows hold one fine coordinate.
+  JAXSPARSE_HD int64_t most() const { return most_; }
+
+  // The i-th of them, i = 0 .. most() - 1. False where there is no i-th one.
+  JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
+    for (int64_t first = 0; first < period_ && first < kernel_; ++first) {
+      if (!divides(fine + padding_ - dilation_ * first)) continue;
+      const int64_t tap = first + i * period_;
+      *out = quotient(fine + padding_ - dilation_ * tap);
+      return tap < kernel_;
+    }
+    return false;
+  }
+
+ private:
   JAXSPARSE_HD static int64_t gcd(int64_t a, int64_t b) {
     while (b) {
       const int64_t t = a % b;
@@ -185,35 +263,13 @@ struct CoarseAxis {
     return a;
   }
 
-  // At most this many taps of one fine coordinate give a whole coarse coordinate.
-  JAXSPARSE_HD int64_t coarse_per_axis() const {
-    const int64_t period = stride / gcd(stride, dilation);  // taps that give a whole coordinate are this far apart
-    return (kernel + period - 1) / period;
-  }
+  // Division by a power of two is much quicker on a GPU, and most strides are one.
+  JAXSPARSE_HD bool divides(int64_t v) const { return shift_ >= 0 ? (v & (stride_ - 1)) == 0 : v % stride_ == 0; }
+  JAXSPARSE_HD int64_t quotient(int64_t v) const { return shift_ >= 0 ? v >> shift_ : v / stride_; }
 
-  JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
-    const int64_t period = stride / gcd(stride, dilation);
-    for (int64_t first = 0; first < period && first < kernel; ++first) {
-      const int64_t scaled = fine + padding - dilation * first;
-      if (scaled % stride != 0) continue;
-      const int64_t tap = first + i * period;
-      if (tap >= kernel) return false;
-      *out = (fine + padding - dilation * tap) / stride;
-      return true;
-    }
-    return false;
-  }
+  int64_t kernel_, stride_, padding_, dilation_;
+  int64_t period_, most_;  // taps that give a whole coarse coordinate are `period_` apart
+  int shift_;              // log2 of the stride, -1 where it is no power of two
 };
-
-// Slot at which the probe sequence of a key starts, in a table of 2^log2_slots slots: the finaliser of MurmurHash3
-// (Appleby, public domain), which mixes every bit of the key into every bit of the slot.
-JAXSPARSE_HD uint64_t first_slot(Key key, int log2_slots) {
-  key ^= key >> 33;
-  key *= 0xff51afd7ed558ccdull;
-  key ^= key >> 33;
-  key *= 0xc4ceb9fe1a85ec53ull;
-  key ^= key >> 33;
-  return key & ((uint64_t{1} << log2_slots) - 1);
-}
 
 }  // namespace jaxsparse

@@ -1,42 +1,39 @@
-// invert_index: (value, position) packed into 64-bit keys, one stable sort of the value bits, a binary search for each
-// value's start. segment_sum: one thread for each (value, channel), rows in order, so no atomics and no race; bound by
-// reading x once.
+// invert_index: one stable sort by value, a binary search for each value's start. segment_sum: one thread for each
+// (value, channel), rows in order, so no atomics and no race; bound by reading x once.
 #include "cuda/rows/rows.h"
 
-#include "cuda/common/device.cuh"
 #include "cuda/common/numbers.cuh"
+#include "cuda/sort/radix_sort.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-// Positions outside 0 .. values - 1 get the value `values`, which sorts behind the others.
-__global__ void pack_kernel(InvertIndexArgs a, uint64_t* keys) {
-  const int64_t p = global_thread();
-  if (p >= a.positions) return;
-  const int32_t value = a.index[p];
-  const uint64_t bucket = value >= 0 && value < a.values ? value : a.values;
-  keys[p] = bucket << 32 | static_cast<uint64_t>(p);
-}
-
-__global__ void unpack_kernel(InvertIndexArgs a, const uint64_t* keys) {
-  const int64_t i = global_thread();
-  if (i < a.positions) {
-    const bool inside = (keys[i] >> 32) < static_cast<uint64_t>(a.values);
-    a.order[i] = inside ? static_cast<int32_t>(keys[i] & 0xffffffffu) : -1;
+__global__ void __launch_bounds__(kGridThreads, 2) invert_index_kernel(InvertIndexArgs a, SortBuffers buffers, int bits) {
+  __shared__ SortShared shared;
+  const Grid grid = cooperative_groups::this_grid();
+  for (int64_t p = global_thread(); p < a.positions; p += grid_threads()) {
+    const int32_t value = a.index[p];
+    buffers.keys[p] = value >= 0 && value < a.values ? value : a.values;  // what is outside sorts behind the others
   }
-  if (i <= a.values) {
-    int32_t low = 0, high = a.positions;  // the first position of value i or above
+  grid.sync();
+  radix_sort(grid, buffers, a.positions, bits, shared, [](uint64_t key) { return key; });
+  const uint64_t* keys = buffers.keys;
+  for (int64_t i = global_thread(); i < a.positions; i += grid_threads()) {
+    a.order[i] = keys[i] < static_cast<uint64_t>(a.values) ? static_cast<int32_t>(buffers.values[i]) : -1;
+  }
+  for (int64_t value = global_thread(); value <= a.values; value += grid_threads()) {
+    int32_t low = 0, high = a.positions;  // the first position of this value or a larger one
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
-      if ((keys[middle] >> 32) < static_cast<uint64_t>(i)) {
+      if (keys[middle] < static_cast<uint64_t>(value)) {
         low = middle + 1;
       } else {
         high = middle;
       }
     }
-    a.offsets[i] = low;
+    a.offsets[value] = low;
   }
 }
 
@@ -58,16 +55,10 @@ __global__ void segment_sum_kernel(SegmentSumArgs a) {
 
 cudaError_t invert_index(const InvertIndexArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
-  uint64_t* keys = workspace.take<uint64_t>(a.positions);
-  uint64_t* spare = workspace.take<uint64_t>(a.positions);
-  const int64_t temp_bytes = sort_temp_bound(a.positions);
-  int value_bits = 1;
-  while (a.values >> value_bits != 0) ++value_bits;
-  JAXSPARSE_TRY(launch(pack_kernel, div_up(a.positions, kThreads), kThreads, stream, a, keys));
-  JAXSPARSE_TRY(sort_keys(&keys, &spare, a.positions, 32, 32 + value_bits, workspace.take<char>(temp_bytes),
-                          temp_bytes, stream));
-  const int64_t longest = a.positions > a.values ? a.positions : a.values + int64_t{1};
-  return launch(unpack_kernel, div_up(longest, kThreads), kThreads, stream, a, keys);
+  int bits = 1;
+  while (a.values >> bits != 0) ++bits;
+  return launch_grid(invert_index_kernel, div_up(a.positions, kGridThreads), stream, a,
+                     take_sort_buffers(workspace, a.positions), bits);
 }
 
 cudaError_t segment_sum(const SegmentSumArgs& a, cudaStream_t stream) {

@@ -3,13 +3,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/common/sort.h"
 #include "cuda/common/types.h"
+#include "cuda/sort/workspace.h"
 
 namespace jaxsparse::cuda {
 
-// Bytes of workspace for n positions: two key buffers and what the sort takes.
-constexpr int64_t invert_index_workspace(int64_t n) { return 2 * padded(8 * n) + sort_temp_bound(n); }
+// Bytes of workspace for n positions.
+constexpr int64_t invert_index_workspace(int64_t n) { return sort_workspace(n); }
 
 struct InvertIndexArgs {
   const int32_t* index;  // [positions]

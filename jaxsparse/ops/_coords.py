@@ -28,7 +28,10 @@ def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _distinct(high, low, coords, capacity):
-    """Sorts by key and keeps the first of equal ones: sites [capacity, 1 + D], found [1], row of each input [P]."""
+    """Sorts by key and keeps the first of equal ones.
+
+    Returns sites [capacity, 1 + D], found [1], row of each input [P], and the inputs grouped by row, see `unique_sites`.
+    """
     rows = high.shape[0]
     high, low, position = lax.sort((high, low, jnp.arange(rows, dtype=jnp.int32)), num_keys=2, is_stable=True)
     valid = (high != _keys.NO_KEY) | (low != _keys.NO_KEY)
@@ -38,8 +41,11 @@ def _distinct(high, low, coords, capacity):
     target = jnp.where(is_new, row, capacity)
     sites = jnp.full((capacity, coords.shape[1]), _keys.PADDING_COORD, jnp.int32)
     sites = sites.at[target].set(coords[position], mode="drop", unique_indices=False)
-    row_of = jnp.full(rows, -1, jnp.int32).at[position].set(jnp.where(valid & (row < capacity), row, -1))
-    return sites, found[None], row_of
+    row = jnp.where(valid & (row < capacity), row, -1)
+    row_of = jnp.full(rows, -1, jnp.int32).at[position].set(row)
+    order = jnp.where(row >= 0, position, -1)
+    points_in = jnp.zeros(capacity + 1, jnp.int32).at[row + 1].add((row >= 0).astype(jnp.int32), mode="drop")
+    return sites, found[None], row_of, order, jnp.cumsum(points_in).astype(jnp.int32)
 
 
 def _unique_sites_reference(coords, count, *, capacity):
@@ -54,9 +60,11 @@ def _unique_sites_call(platform, coords, count, *, capacity):
         _int32(capacity, columns),
         _int32(1),
         _int32(rows),
+        _int32(rows),
+        _int32(capacity + 1),
         _workspace.struct(platform, _workspace.unique_sites(rows)),
     ]
-    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:3]
+    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:5]
 
 
 unique_sites = Op(
@@ -65,21 +73,24 @@ unique_sites = Op(
         ((capacity, coords.shape[1]), jnp.int32),
         ((1,), jnp.int32),
         ((coords.shape[0],), jnp.int32),
+        ((coords.shape[0],), jnp.int32),
+        ((capacity + 1,), jnp.int32),
     ],
     _unique_sites_call,
     _unique_sites_reference,
 )
-"""`unique_sites(coords [P, 1 + D], count [1], capacity=M) -> sites [M, 1 + D], found [1], row_of [P]`.
+"""`unique_sites(coords [P, 1 + D], count [1], capacity=M) -> sites [M, 1 + D], found [1], row_of [P], order, offsets`.
 
 The distinct sites among the first `count` rows, sorted by (batch, Morton code); the first M are kept and `found` counts
-all. `row_of` is the row of each input's site, -1 for rows past `count`, without a key, or not kept.
+all. `row_of` is the row of each input's site, -1 for rows past `count`, without a key, or not kept. `order` `[P]` and
+`offsets` `[M + 1]` say the same by site: the inputs of row r are `order[offsets[r] : offsets[r + 1]]`, increasing.
 """
 
 
 # --- coarse sites ---
 
 
-def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds):
+def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sorted):
     real = _keys.real_rows(count, coords.shape[0]) & _keys.has_key(coords)
     fine = jnp.where(real[:, None], coords[:, 1:], 0)[None]  # (1, N, D)
     padding, dilation, stride = (np.int32([[v]]) for v in (geometry.padding, geometry.dilation, geometry.stride))
@@ -92,22 +103,21 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds):
     coarse, exists = jnp.concatenate([batch, coarse], -1).reshape(-1, coords.shape[1]), exists.reshape(-1)
     outside = (exists & ~_keys.has_key(coarse)).sum(dtype=jnp.int32)
     coarse = jnp.where(exists[:, None], coarse, _keys.PADDING_COORD)
-    sites, found, _ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
+    sites, found, *_ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
     return sites, found, outside[None]
 
 
-def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds):
+def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds, is_sorted):
     rows, columns = coords.shape
     size = _workspace.coarse_sites(rows, geometry)
     results = [_int32(capacity, columns), _int32(1), _int32(1), _workspace.struct(platform, size)]
-    return _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **geometry.attributes(), bounds=bounds or ())[
-        :3
-    ]
+    attributes = {**geometry.attributes(), "bounds": bounds or (), "is_sorted": int(is_sorted)}
+    return _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)[:3]
 
 
 coarse_sites = Op(
     "coarse_sites",
-    lambda coords, count, *, geometry, capacity, bounds, implementation: [
+    lambda coords, count, *, geometry, capacity, bounds, is_sorted, implementation: [
         ((capacity, coords.shape[1]), jnp.int32),
         ((1,), jnp.int32),
         ((1,), jnp.int32),
@@ -115,11 +125,11 @@ coarse_sites = Op(
     _coarse_sites_call,
     _coarse_sites_reference,
 )
-"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=) -> sites, found [1], outside [1]`.
+"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=, is_sorted=) -> sites, found, outside`.
 
 The distinct coarse sites whose window holds a real fine site, sorted by (batch, Morton code); the first M are kept and
 `found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has
-no key.
+no key. `is_sorted` promises that real rows are distinct sites in that order already.
 """
 
 
@@ -155,7 +165,10 @@ def _find(sorted_keys, query):
     return at, is_key & (begin < size) & (high[at] == query[0]) & (low[at] == query[1])
 
 
-def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry):
+BUILDERS = ("hash", "blocks")  # numbered for the custom calls
+
+
+def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry, builder):
     in_real = _keys.real_rows(in_count, in_coords.shape[0])
     out_real = _keys.real_rows(out_count, out_coords.shape[0])
     high, low = _keys.keys_of(jnp.where(in_real[:, None], in_coords, _keys.PADDING_COORD))
@@ -182,25 +195,30 @@ def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometr
     return table, tap_masks(table)
 
 
-def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry):
-    slots = 1 << (2 * in_coords.shape[0] - 1).bit_length()
-    keys, rows = _ffi.call("jaxsparse_hash_build_v1", [_uint32(slots, 2), _int32(slots)], in_coords, in_count)
+def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry, builder):
     taps, out_rows = geometry.volume, out_coords.shape[0]
-    results = [_int32(taps, out_rows), _uint32(out_rows, -(-taps // 32))]
-    return _ffi.call("jaxsparse_kernel_map_v1", results, keys, rows, out_coords, out_count, **geometry.attributes())
+    results = [
+        _int32(taps, out_rows),
+        _uint32(out_rows, -(-taps // 32)),
+        _workspace.struct(platform, _workspace.kernel_map(in_coords.shape[0])),
+    ]
+    attributes = {**geometry.attributes(), "builder": BUILDERS.index(builder)}
+    return _ffi.call("jaxsparse_kernel_map_v1", results, in_coords, in_count, out_coords, out_count, **attributes)[:2]
 
 
 kernel_map = Op(
     "kernel_map",
-    lambda in_coords, in_count, out_coords, out_count, *, geometry, implementation: [
+    lambda in_coords, in_count, out_coords, out_count, *, geometry, builder, implementation: [
         ((geometry.volume, out_coords.shape[0]), jnp.int32),
         ((out_coords.shape[0], -(-geometry.volume // 32)), jnp.uint32),
     ],
     _kernel_map_call,
     _kernel_map_reference,
 )
-"""`kernel_map(in_coords, in_count [1], out_coords, out_count [1], geometry=) -> table [K, N_out], masks [N_out, W]`.
+"""`kernel_map(in_coords, in_count [1], out_coords, out_count [1], geometry=, builder=) -> table, masks`.
 
-`table[k, m]` is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1. Of equal input sites the first
-row is taken.
+`table[k, m]`, int32 `[K, N_out]`, is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1; masks,
+uint32 `[N_out, W]`, say where one is. Of equal input sites the first row is taken. Columns from `out_count` on hold
+anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; "blocks" wants the real input rows to be
+distinct sites sorted by (batch, Morton code).
 """

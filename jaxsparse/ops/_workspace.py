@@ -26,18 +26,25 @@ def _padded(size: int) -> int:
 
 
 def _sort(keys: int) -> int:
-    """`sort_temp_bound` in cuda/common/sort.h."""
-    return keys + 2**18
+    """`sort_workspace` in cuda/sort/workspace.h."""
+    return 2 * _padded(8 * keys) + 2 * _padded(4 * keys) + 4 * 512 * 256
 
 
 def unique_sites(points: int) -> int:
-    """`distinct_workspace` in cuda/coords/sites.h."""
-    return 2 * _padded(8 * points) + _padded(4 * (_ceil_div(points, 2048) + 1)) + _sort(points)
+    """`unique_sites_workspace` in cuda/coords/unique_sites.h."""
+    return _sort(points) + 16 * 512
 
 
 def coarse_sites(rows: int, geometry: Geometry) -> int:
-    """`distinct_workspace` of every coarse site that a fine row can reach."""
-    return unique_sites(rows * geometry.coarse_per_site())
+    """`coarse_sites_workspace` in cuda/coords/coarse_sites.h, of every coarse site that a fine row can reach."""
+    candidates = rows * geometry.coarse_per_site()
+    return _sort(candidates) + _padded(8 * candidates) + 16 * 512
+
+
+def kernel_map(in_rows: int) -> int:
+    """`kernel_map_workspace` in cuda/coords/kernel_map.h."""
+    slots = max(2, 1 << (2 * in_rows - 1).bit_length())
+    return _padded(20 * slots) + 3 * 256
 
 
 def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:
@@ -49,4 +56,4 @@ def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int
 
 def invert_index(positions: int) -> int:
     """`invert_index_workspace` in cuda/rows/rows.h."""
-    return 2 * _padded(8 * positions) + _sort(positions)
+    return _sort(positions)

@@ -23,20 +23,30 @@ def _gather_reference(x, index, *, groups):
     return [jnp.where(valid[:, None], x[jnp.clip(index, 0, groups - 1)], 0)]
 
 
-def _sum_reference(x, index, *, groups):
-    dtype = accumulation_dtype(x.dtype)
-    index = jnp.where(index >= 0, index, groups)  # past the end: dropped
-    return [jax.ops.segment_sum(x.astype(dtype), index, groups).astype(x.dtype)]
+def _group_reference(index, *, groups):
+    index = jnp.where((index >= 0) & (index < groups), index, groups)  # what is outside sorts behind the others
+    order = jnp.argsort(index, stable=True).astype(jnp.int32)
+    offsets = jnp.searchsorted(index[order], jnp.arange(groups + 1, dtype=jnp.int32)).astype(jnp.int32)
+    return [jnp.where(index[order] < groups, order, -1), offsets]
 
 
-def _sum_call(platform, x, index, *, groups):
+def _group_call(platform, index, *, groups):
     positions = index.shape[0]
     structs = [
         jax.ShapeDtypeStruct((positions,), jnp.int32),
         jax.ShapeDtypeStruct((groups + 1,), jnp.int32),
         _workspace.struct(platform, _workspace.invert_index(positions)),
     ]
-    order, offsets, _ = _ffi.call("jaxsparse_invert_index_v1", structs, index)
+    return _ffi.call("jaxsparse_invert_index_v1", structs, index)[:2]
+
+
+def _sum_reference(x, index, order, offsets, *, groups):
+    dtype = accumulation_dtype(x.dtype)
+    index = jnp.where(index >= 0, index, groups)  # past the end: dropped
+    return [jax.ops.segment_sum(x.astype(dtype), index, groups).astype(x.dtype)]
+
+
+def _sum_call(platform, x, index, order, offsets, *, groups):
     dtype = accumulation_dtype(x.dtype) if platform == "cpu" else x.dtype
     struct = jax.ShapeDtypeStruct((groups, x.shape[1]), dtype)
     (y,) = _ffi.call("jaxsparse_segment_sum_v1", [struct], x.astype(dtype), order, offsets)
@@ -49,29 +59,36 @@ _gather = Op(
     lambda platform, x, index, *, groups: _gather_reference(x, index, groups=groups),
     _gather_reference,
 )
+_group = Op(
+    "group_rows",
+    lambda index, *, groups, implementation: [((index.shape[0],), jnp.int32), ((groups + 1,), jnp.int32)],
+    _group_call,
+    _group_reference,
+)
 _sum = Op(
     "sum_rows",
-    lambda x, index, *, groups, implementation: [((groups, x.shape[1]), x.dtype)],
+    lambda x, index, order, offsets, *, groups, implementation: [((groups, x.shape[1]), x.dtype)],
     _sum_call,
     _sum_reference,
 )
 
 
-def _set_linear(op: Op, transposed: Op) -> None:
+def _set_linear(op: Op, transposed) -> None:
     def jvp(primals, tangents, **params):
         out = op(*primals, **params)
         dot = tangents[0]
-        return out, [zero_tangent(out[0]) if type(dot) is ad.Zero else op(dot, primals[1], **params)[0]]
+        return out, [zero_tangent(out[0]) if type(dot) is ad.Zero else op(dot, *primals[1:], **params)[0]]
 
-    def transpose(cotangents, x, index, **params):
+    def transpose(cotangents, x, *rest, **params):
         (ct,) = cotangents
-        return [ad.Zero(x.aval) if type(ct) is ad.Zero else transposed(ct, index, **params)[0], None]
+        none = [None] * len(rest)
+        return [ad.Zero(x.aval) if type(ct) is ad.Zero else transposed(ct, *rest, **params), *none]
 
     op.set_linear(jvp, transpose)
 
 
-_set_linear(_gather, _sum)
-_set_linear(_sum, _gather)
+_set_linear(_gather, lambda ct, index, **params: _sum(ct, index, *_group(index, **params), **params)[0])
+_set_linear(_sum, lambda ct, index, order, offsets, **params: _gather(ct, index, **params)[0])
 
 
 def _check_rows(op: str, x: jax.Array, index: jax.Array) -> None:
@@ -97,13 +114,22 @@ def gather_rows(x: jax.Array, index: jax.Array, *, implementation: str = "auto")
     return _gather(x, index, groups=x.shape[0], implementation=implementation)[0]
 
 
-def sum_rows(x: jax.Array, index: jax.Array, groups: int, *, implementation: str = "auto") -> jax.Array:
+def sum_rows(
+    x: jax.Array,
+    index: jax.Array,
+    groups: int,
+    *,
+    grouped: tuple[jax.Array, jax.Array] | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
     """`y[v] = sum of x[p] over all p with index[p] = v`, in increasing p, accumulated in float32 or wider.
 
     Args:
       x: `[P, C]`.
       index: int32 `[P]`; rows whose index is outside [0, groups) are left out, whatever they hold.
       groups: rows of the result.
+      grouped: where it is known already, the index by group: int32 `order` `[P]` and `offsets` `[groups + 1]`, such that
+        the rows of group v are `order[offsets[v] : offsets[v + 1]]`. It must agree with `index`.
       implementation: "auto" or "xla".
 
     Returns:
@@ -115,4 +141,5 @@ def sum_rows(x: jax.Array, index: jax.Array, groups: int, *, implementation: str
         raise ValueError(
             f"sum_rows: `x` has {x.shape[0]} rows but `index` has {index.shape[0]}; it needs one for each."
         )
-    return _sum(x, index, groups=groups, implementation=implementation)[0]
+    params = {"groups": groups, "implementation": implementation}
+    return _sum(x, index, *(grouped or _group(index, **params)), **params)[0]

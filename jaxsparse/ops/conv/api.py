@@ -147,8 +147,8 @@ def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
 
 
 def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementation):
-    spec = primitives.Spec(rows.dtype, canonical_precision(precision), in_rows, config or ConvConfig())
     m = kernel_map
+    spec = primitives.Spec(rows.dtype, canonical_precision(precision), in_rows, config or ConvConfig(), m.is_symmetric)
     return op(
         rows,
         kernel,

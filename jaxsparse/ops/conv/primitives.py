@@ -20,6 +20,7 @@ from jax import lax
 
 from jaxsparse import _ffi
 from jaxsparse._compat import ad, batching, zero_tangent
+from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv import reference
@@ -37,12 +38,14 @@ class Spec:
       precision: of float32 products, as jax spells it.
       in_rows: rows of the input, N_in.
       config: choice of kernel.
+      is_symmetric: whether the map is its own reverse, see `KernelMap`.
     """
 
     dtype: jnp.dtype
     precision: lax.Precision
     in_rows: int
     config: ConvConfig
+    is_symmetric: bool
 
     def attributes(self) -> dict[str, int]:
         """As custom-call attributes."""
@@ -68,6 +71,9 @@ def _forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, 
 
 
 def _dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    if spec.is_symmetric:
+        w = jnp.swapaxes(w[::-1], 1, 2)
+        return _forward_call(platform, g, w, table, masks, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
     taps, rows = table.shape[0], spec.in_rows
     structs = [jax.ShapeDtypeStruct((taps, rows), jnp.int32), jax.ShapeDtypeStruct((rows, masks.shape[1]), jnp.uint32)]
     reverse, reverse_masks = _ffi.call("jaxsparse_reverse_table_v1", structs, table, out_counts)
@@ -88,18 +94,25 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     return [dw.astype(out_dtype)]
 
 
+def _real_entries(table, out_counts):
+    """The table with -1 in the columns that may hold anything."""
+    return jnp.where(real_rows(out_counts, table.shape[1])[None], table, -1)
+
+
 def _forward_reference(x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    table = _real_entries(table, out_counts)
     y = reference.forward(x.astype(spec.dtype), w.astype(spec.dtype), table, precision=spec.precision)
     return [y.astype(out_dtype)]
 
 
 def _dgrad_reference(g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
-    reverse = reference.reverse(table, spec.in_rows)
+    reverse = reference.reverse(_real_entries(table, out_counts), spec.in_rows)
     w = jnp.swapaxes(w, 1, 2)
     return _forward_reference(g, w, reverse, None, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
 
 
 def _wgrad_reference(x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    table = _real_entries(table, out_counts)
     dw = reference.wgrad(x.astype(spec.dtype), g.astype(spec.dtype), table, precision=spec.precision)
     return [dw.astype(out_dtype)]
 

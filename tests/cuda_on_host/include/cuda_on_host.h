@@ -1,9 +1,10 @@
 // CUDA's names on a plain C++ compiler, so that tests run the kernels' own source where there is no GPU.
 //
-// Blocks run one after the other; the threads of a block are coroutines that run in turn from barrier to barrier. What
-// this shows: indexing, bounds, the protocol of barriers and asynchronous copies (copies land as late as CUDA allows),
-// and, by running threads and blocks backwards (cuda_on_host_backwards), results that depend on an order CUDA does not
-// promise. What it cannot show: speed, and the exact order in which tensor cores add.
+// Blocks run one after the other; the threads of a block are coroutines that run in turn from barrier to barrier, the
+// lanes of a warp from one warp collective to the next. What this shows: indexing, bounds, the protocol of barriers and
+// asynchronous copies (copies land as late as CUDA allows), and, by running threads and blocks backwards
+// (cuda_on_host_backwards), results that depend on an order CUDA does not promise. What it cannot show: speed, the exact
+// order in which tensor cores add, and blocks that wait for each other: a cooperative launch has one block here.
 #pragma once
 
 #include <math.h>
@@ -24,7 +25,7 @@
 #define __device__
 #define __host__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using std::max;
 using std::min;
@@ -40,11 +41,34 @@ struct dim3 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+// The device has one multiprocessor that holds one block.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+template <typename F>
+cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+template <typename F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline bool cuda_on_host_backwards = false;
@@ -63,7 +87,8 @@ struct Thread {
   std::unique_ptr<char[]> stack;  // made when first run, then kept from block to block
   jmp_buf here;
   bool done = false;
-  int barrier = 0;  // line of the barrier it waits at
+  int barrier = 0;       // line of the barrier it waits at
+  bool in_warp = false;  // a barrier of its warp's, not of the block's
   std::vector<std::vector<std::function<void()>>> copies{1};  // asynchronous ones by group, the last still open
 };
 
@@ -73,6 +98,14 @@ inline Thread* running = nullptr;
 inline std::function<void()> body;
 inline int votes[2];  // of __syncthreads_count, for this and the next barrier
 inline int barriers = 0;
+
+constexpr int kLanes = 32;
+struct Warp {
+  uint64_t values[2][kLanes];  // what its lanes show each other, in this and the next collective
+  int collectives = 0;
+};
+inline std::vector<Warp> warps(1024 / kLanes);
+inline std::vector<char> dynamic_shared;
 
 // Contexts start a thread on its own stack; from then on setjmp and longjmp switch, without a system call.
 [[gnu::noinline]] inline void wait() {
@@ -99,24 +132,49 @@ inline void thread_main() {
   setcontext(&start);
 }
 
+// Runs a thread to its next barrier, to its warp's next collective, or to its end.
+inline void run_thread(int t) {
+  running = &threads[t];
+  threadIdx.x = t;
+  resume();
+}
+
+// Runs a warp until each lane is done or waits at a barrier of the block; returns how many wait, and at which line.
+inline int run_warp(int first, int count, int* line) {
+  for (;;) {
+    int waiting = 0, in_warp = 0;
+    for (int i = 0; i < count; ++i) {
+      const int t = first + (cuda_on_host_backwards ? count - 1 - i : i);
+      if (threads[t].done) continue;
+      run_thread(t);
+      if (threads[t].done) continue;
+      if (waiting++ > 0 && threads[t].barrier != *line) die("threads of a warp wait at different barriers");
+      *line = threads[t].barrier;
+      in_warp += threads[t].in_warp;
+    }
+    if (in_warp == 0) return waiting;
+    if (in_warp != kLanes) die("a warp's collective without all of its lanes");
+    ++warps[first / kLanes].collectives;
+  }
+}
+
 inline void run_block(int count) {
   for (int t = 0; t < count; ++t) {
     threads[t].done = false;
     threads[t].copies.resize(1);
     threads[t].copies.back().clear();
   }
+  const int warps_in_block = (count + kLanes - 1) / kLanes;
   for (int alive = count; alive > 0;) {
     int line = 0;
     alive = 0;
-    for (int i = 0; i < count; ++i) {
-      const int t = cuda_on_host_backwards ? count - 1 - i : i;
-      running = &threads[t];
-      if (running->done) continue;
-      threadIdx.x = t;
-      resume();
-      if (running->done) continue;
-      if (alive++ > 0 && running->barrier != line) die("threads of a block wait at different barriers");
-      line = running->barrier;
+    for (int i = 0; i < warps_in_block; ++i) {
+      const int first = kLanes * (cuda_on_host_backwards ? warps_in_block - 1 - i : i);
+      int warp_line = 0;
+      const int waiting = run_warp(first, std::min(kLanes, count - first), &warp_line);
+      if (waiting > 0 && alive > 0 && warp_line != line) die("threads of a block wait at different barriers");
+      if (waiting > 0) line = warp_line;
+      alive += waiting;
     }
     ++barriers;
     votes[barriers % 2] = 0;
@@ -127,8 +185,57 @@ inline int barrier(int line, bool vote) {
   int& ballot = votes[barriers % 2];
   ballot += vote;
   running->barrier = line;
+  running->in_warp = false;
   wait();
   return ballot;
+}
+
+// What every lane of the warp shows, once all lanes have come; valid until the lane's next collective but one.
+inline const uint64_t* show(int line, uint64_t value) {
+  const unsigned thread = threadIdx.x;
+  Warp& warp = warps[thread / kLanes];
+  const int buffer = warp.collectives % 2;
+  warp.values[buffer][thread % kLanes] = value;
+  running->barrier = line;
+  running->in_warp = true;
+  wait();
+  return warp.values[buffer];
+}
+inline unsigned lane() { return threadIdx.x % kLanes; }
+
+template <typename T>
+uint64_t to_bits(T value) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <typename T>
+T from_bits(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+template <typename T>
+T shuffle(int line, T value, unsigned from) {
+  const uint64_t* shown = show(line, to_bits(value));
+  return from < kLanes ? from_bits<T>(shown[from]) : value;
+}
+
+inline unsigned ballot(int line, bool vote) {
+  const uint64_t* shown = show(line, vote);
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(shown[i]) << i;
+  return bits;
+}
+
+template <typename T>
+unsigned match(int line, T value) {
+  const uint64_t* shown = show(line, to_bits(value));
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(shown[i] == to_bits(value)) << i;
+  return bits;
 }
 
 }  // namespace cuda_on_host
@@ -136,11 +243,22 @@ inline int barrier(int line, bool vote) {
 #define __syncthreads() cuda_on_host::barrier(__LINE__, false)
 #define __syncthreads_count(vote) cuda_on_host::barrier(__LINE__, vote)
 
+// Collectives of a whole warp only: the mask must name all lanes.
+#define __shfl_sync(mask, value, from) cuda_on_host::shuffle(__LINE__, value, from)
+#define __shfl_up_sync(mask, value, by) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() - (by))
+#define __shfl_down_sync(mask, value, by) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() + (by))
+#define __shfl_xor_sync(mask, value, bits) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() ^ (bits))
+#define __ballot_sync(mask, vote) cuda_on_host::ballot(__LINE__, vote)
+#define __match_any_sync(mask, value) cuda_on_host::match(__LINE__, value)
+#define __syncwarp() cuda_on_host::show(__LINE__, 0)
+
 template <typename... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Params... args) {
   const std::lock_guard<std::mutex> lock(cuda_on_host::one_launch_at_a_time);
   blockDim = config->blockDim;
   gridDim = config->gridDim;
+  cuda_on_host::dynamic_shared.assign(config->dynamicSmemBytes, static_cast<char>(0xa5));
+  if (config->numAttrs > 0 && gridDim.x > 1) cuda_on_host::die("a cooperative launch of more than one block");
   cuda_on_host::body = [&] { kernel(args...); };
   for (unsigned b = 0; b < gridDim.x; ++b) {
     blockIdx.x = cuda_on_host_backwards ? gridDim.x - 1 - b : b;
@@ -172,11 +290,16 @@ T atomicOr(T* at, T value) {
   *at |= value;
   return before;
 }
-inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long expected, unsigned long long value) {
-  const unsigned long long before = *at;
+template <typename T>
+T atomicCAS(T* at, T expected, T value) {
+  const T before = *at;
   if (before == expected) *at = value;
   return before;
 }
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
+inline int __clz(unsigned v) { return v == 0 ? 32 : __builtin_clz(v); }
+inline int __clzll(unsigned long long v) { return v == 0 ? 64 : __builtin_clzll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __ffsll(unsigned long long v) { return __builtin_ffsll(v); }

@@ -1,0 +1,32 @@
+// Kernel maps on the CPU. Plain C++ over raw pointers; the arguments are those of the custom calls of the same names (see
+// jaxsparse/ops/_coords.py).
+#pragma once
+
+#include <cstdint>
+
+#include "bindings/cpu/parallel.h"
+#include "bindings/cpu/segments.h"
+#include "cuda/coords/key.h"
+
+namespace jaxsparse::cpu {
+
+struct KernelMapArgs {
+  Geometry geometry;
+  bool by_blocks;  // look up blocks of sites, not sites; the input's must be sorted by key
+  const int32_t* in_coords;
+  int64_t in_count;
+  const int32_t* out_coords;
+  int64_t out_rows, out_count;
+  int32_t* table;   // [taps, out_rows]
+  uint32_t* masks;  // [out_rows, ceil(taps / 32)]
+};
+
+// table[k, m] = row of the fine site under output m and tap k, or -1; masks hold the taps present, 32 a word. Of equal
+// input sites the first counts. Columns from out_count on are left as they are.
+void kernel_map(const ParallelFor&, const KernelMapArgs&);
+
+// reverse[k, table[k, m]] = m, -1 elsewhere, with the tap masks of the input rows.
+void reverse_table(const ParallelFor&, int64_t volume, const int32_t* table, const Segments& out, int64_t in_rows,
+                   int32_t* reverse, uint32_t* masks);
+
+}  // namespace jaxsparse::cpu

@@ -1,0 +1,88 @@
+// Cooperative kernels: one launch whose blocks go through several phases together and wait for each other in between.
+//
+// Coordinates want this form. A phase reads counts that the phase before it found, so the work follows them without the
+// host; and a barrier of the grid costs less than one more kernel. The launch holds as many blocks as fit the device at
+// once, whatever the capacity.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "cuda/common/device.cuh"
+
+namespace jaxsparse::cuda {
+
+using Grid = cooperative_groups::grid_group;
+
+constexpr int kGridThreads = 512;
+constexpr int kMostBlocks = kGridThreads;  // so that one thread can look at each block's result
+
+// Launches kGridThreads threads in `blocks` blocks, or in as many as the device holds at once.
+template <typename... Params, typename... Args>
+cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
+  int device = 0, processors = 0, per_processor = 0;
+  JAXSPARSE_TRY(cudaGetDevice(&device));
+  JAXSPARSE_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kGridThreads, 0));
+  int64_t most = int64_t{processors} * per_processor;
+  if (most > kMostBlocks) most = kMostBlocks;
+  if (blocks > most) blocks = most;
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
+  config.blockDim = dim3(kGridThreads);
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+__device__ inline int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * kGridThreads; }
+
+struct Range {
+  int32_t begin, end;
+};
+
+// This block's share of 0 .. n - 1, n < 2^31: consecutive, in multiples of `unit`, spread over the first `blocks` blocks.
+__device__ inline Range share(int64_t n, int32_t unit, int32_t blocks) {
+  const int64_t each = div_up(div_up(n, unit), blocks) * unit;
+  const int64_t begin = each * blockIdx.x, end = begin + each;
+  return {static_cast<int32_t>(begin < n ? begin : n), static_cast<int32_t>(end < n ? end : n)};
+}
+
+template <typename V>
+__device__ V block_sum(V value) {
+  V total;
+  block_exclusive_scan<kGridThreads>(value, &total);
+  return total;
+}
+
+__device__ inline uint64_t block_or(uint64_t value) {
+  constexpr int kWarps = kGridThreads / kWarp;
+  __shared__ uint64_t words[kWarps];
+  for (int step = 1; step < kWarp; step *= 2) value |= __shfl_xor_sync(kAllLanes, value, step);
+  __syncthreads();  // an earlier result may still be read
+  if (threadIdx.x % kWarp == 0) words[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  uint64_t all = 0;
+  for (int w = 0; w < kWarps; ++w) all |= words[w];
+  return all;
+}
+
+// From one value a block, written before the last barrier of the grid: the sum over the blocks before this one, and
+// over all.
+struct BlockSums {
+  int32_t before, all;
+};
+__device__ inline BlockSums sum_blocks(const int32_t* of_block) {
+  const unsigned t = threadIdx.x;
+  const int32_t value = t < gridDim.x ? of_block[t] : 0;
+  return {block_sum(t < blockIdx.x ? value : 0), block_sum(value)};
+}
+
+__device__ inline uint64_t or_blocks(const uint64_t* of_block) {
+  return block_or(threadIdx.x < gridDim.x ? of_block[threadIdx.x] : 0);
+}
+
+}  // namespace jaxsparse::cuda

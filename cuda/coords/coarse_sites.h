@@ -1,0 +1,55 @@
+// The sites of the coarse grid that a strided kernel reaches.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/coords/key.h"
+#include "cuda/sort/workspace.h"
+
+namespace jaxsparse::cuda {
+
+// How many coarse sites can have one fine site in their window, at most.
+inline int64_t windows_per_site(const Geometry& geometry) {
+  int64_t windows = 1;
+  for (int a = 0; a < geometry.dims; ++a) windows *= CoarseAxis(geometry, a).most();
+  return windows;
+}
+
+// How far each axis is shifted right where coarse sites are the fine ones without their last bits, as in a kernel 2
+// with stride 2; 0 where they are not. Sorted fine sites then give sorted coarse ones.
+inline int coarse_shift(const Geometry& geometry) {
+  int shift = 0;
+  while (shift < 30 && (int64_t{1} << shift) < geometry.stride[0]) ++shift;
+  for (int a = 0; a < geometry.dims; ++a) {
+    const int64_t size = int64_t{1} << shift;
+    const bool shifts = geometry.kernel[a] == size && geometry.stride[a] == size && geometry.padding[a] == 0 &&
+                        geometry.dilation[a] == 1;
+    if (!shifts) return 0;
+  }
+  return shift;
+}
+
+// Bytes of workspace for so many candidates, rows times windows.
+constexpr int64_t coarse_sites_workspace(int64_t candidates) {
+  return sort_workspace(candidates) + padded(8 * candidates) + padded(16 * 512);
+}
+
+struct CoarseSitesArgs {
+  const int32_t* coords;  // [rows, 1 + dims]
+  const int32_t* count;   // [1]
+  Geometry geometry;
+  bool bounded;
+  int64_t bounds[kMaxDims];
+  bool sorted;  // the real rows of coords are sites, sorted by key
+  int32_t rows, capacity;
+  int32_t* sites;    // [capacity, 1 + dims]
+  int32_t* found;    // [1]
+  int32_t* outside;  // [1]
+  void* workspace;   // coarse_sites_workspace(rows * windows_per_site(geometry))
+};
+
+// Distinct coarse sites whose window holds a real fine site, sorted by key, the first `capacity` kept; `found` counts
+// them all, `outside` the (fine site, tap) pairs within bounds whose coarse coordinate has no key.
+cudaError_t coarse_sites(const CoarseSitesArgs& args, cudaStream_t stream);
+
+}  // namespace jaxsparse::cuda

@@ -1,0 +1,54 @@
+// Which blocks of 64 sites lie under the window of an output: the arithmetic of the builder "blocks", for CPU and GPU.
+#pragma once
+
+#include "cuda/coords/key.h"
+
+namespace jaxsparse {
+
+// On one axis a window lies over `blocks` blocks, and its first tap is `offset` sites into the first of them.
+struct WindowAxis {
+  int64_t first_block;  // counted from the lower end of the coordinate range
+  int32_t offset, blocks;
+
+  // The lowest coordinate of the i-th block under the window; it may be out of range.
+  template <int D>
+  JAXSPARSE_HD int64_t first_site(int axis, int32_t i) const {
+    return ((first_block + i) << block_axis_bits(D, axis)) - (int64_t{1} << (axis_bits(D) - 1));
+  }
+};
+
+template <int D>
+JAXSPARSE_HD WindowAxis window_axis(const Geometry& g, int axis, int32_t coarse) {
+  const int bits = block_axis_bits(D, axis);
+  const int64_t first = g.fine(axis, coarse, 0) + (int64_t{1} << (axis_bits(D) - 1));
+  const int64_t offset = first & ((int64_t{1} << bits) - 1);
+  const int64_t last = offset + g.dilation[axis] * (g.kernel[axis] - 1);
+  return {first >> bits, static_cast<int32_t>(offset), static_cast<int32_t>((last >> bits) + 1)};
+}
+
+// The bits, among a key's last six, of a coordinate on one axis.
+template <int D>
+JAXSPARSE_HD uint64_t bits_in_block(int axis, int32_t coord) {
+  return spread_bits<D>(coord & ((1 << block_axis_bits(D, axis)) - 1)) << (D - 1 - axis);
+}
+
+constexpr int kMostUnderWindow = 27;  // blocks: 3 on each of three axes, for kernels up to 9^3
+
+// The most blocks that a window can lie over on each axis, and in all: a number over kMostUnderWindow if too many.
+template <int D>
+JAXSPARSE_HD int blocks_under_window(const Geometry& g, int32_t (&across)[D]) {
+  int64_t blocks = 1;
+  for (int a = 0; a < D; ++a) {
+    const int bits = block_axis_bits(D, a);
+    const int64_t reach = g.dilation[a] * (g.kernel[a] - 1);
+    const bool aligned = g.stride[a] % (int64_t{1} << bits) == 0 && g.padding[a] % (int64_t{1} << bits) == 0;
+    const int64_t worst = aligned ? 0 : (int64_t{1} << bits) - 1;  // offset of a window's first tap
+    const int64_t most = ((worst + reach) >> bits) + 1;
+    across[a] = static_cast<int32_t>(most <= kMostUnderWindow ? most : kMostUnderWindow + 1);
+    blocks *= across[a];
+    if (blocks > kMostUnderWindow) return kMostUnderWindow + 1;
+  }
+  return static_cast<int>(blocks);
+}
+
+}  // namespace jaxsparse

@@ -1,0 +1,29 @@
+// The hash function of site keys and the size of a table, shared by CPU and GPU code.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/host_device.h"
+
+namespace jaxsparse {
+
+constexpr uint64_t kNoKey = ~uint64_t{0};  // marks empty slots and rows that do not count
+
+// The finaliser of MurmurHash3 (Appleby, public domain), which mixes every bit of the key into every bit of the result.
+JAXSPARSE_HD uint64_t hash(uint64_t key) {
+  key ^= key >> 33;
+  key *= 0xff51afd7ed558ccdull;
+  key ^= key >> 33;
+  key *= 0xc4ceb9fe1a85ec53ull;
+  key ^= key >> 33;
+  return key;
+}
+
+// Slots for so many keys: the least power of two that leaves half of them empty.
+JAXSPARSE_HD int64_t hash_slots(int64_t keys) {
+  int64_t slots = 2;
+  while (slots < 2 * keys) slots *= 2;
+  return slots;
+}
+
+}  // namespace jaxsparse

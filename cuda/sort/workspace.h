@@ -1,0 +1,16 @@
+// What the radix sort needs besides its keys, known without a device.
+#pragma once
+
+#include "cuda/common/types.h"
+
+namespace jaxsparse::cuda {
+
+constexpr int kDigitBits = 8;
+constexpr int kDigits = 1 << kDigitBits;
+
+// Bytes of two buffers of n keys and n values, and of the counts of up to kMostBlocks blocks.
+constexpr int64_t sort_workspace(int64_t n) {
+  return 2 * padded(8 * n) + 2 * padded(4 * n) + padded(int64_t{4} * 512 * kDigits);
+}
+
+}  // namespace jaxsparse::cuda
