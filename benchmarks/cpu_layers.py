@@ -59,7 +59,7 @@ def spconv_programs(voxels, kernels):
         from spconv.pytorch import ops
     except ImportError:
         return None
-    from spconv_seg import to_spconv
+    from spconv_peer import to_spconv
 
     torch.set_grad_enabled(False)
     coords = torch.from_numpy(voxels.coords)
@@ -100,7 +100,7 @@ def main():
         c: (rng.standard_normal((len(voxels.coords), c), np.float32), rng.standard_normal((27, c, c), np.float32))
         for c in args.channels
     }
-    table = reference.table(voxels.coords, voxels.coords, 3, 1)
+    table = reference.table(voxels.coords, voxels.coords, reference.THREE, reference.ONE)
     expected = {c: reference.conv_output(*pair, table) for c, pair in kernels.items()}
 
     cores = len(os.sched_getaffinity(0))

@@ -4,6 +4,7 @@
     python benchmarks/networks.py --data SCANS --workload seg-nuscenes --dtype float32 --steps 3 --share 0.25   # a CPU
 
 Where torch and spconv are installed, spconv runs the same network with the same weights on the same voxels beside it.
+seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its last stage's output.
 
 - Every step gets another input: a ring of 8 batches, the scans turned and mirrored. Inputs and weights lie on the
   device; all maps are built anew in each step. Weights are stored in the compute dtype in both libraries.
@@ -18,8 +19,10 @@ Where torch and spconv are installed, spconv runs the same network with the same
 """
 
 import argparse
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to the library beside it
@@ -34,27 +37,49 @@ import scans
 from flax import nnx
 
 import jaxsparse as js
+from jaxsparse.models import blocks
 
 IN_FEATURES = 4
 LOSS_SCALE = {"float16": 2.0**16, "bfloat16": 1.0, "float32": 1.0}
 
 
 @dataclass(frozen=True)
-class Workload:
-    """A network on scans: one scan a batch entry, voxel edge in metres."""
+class Network:
+    """A model of this library, and its description for a given width, from which reference and peer are made."""
 
+    model: type
+    stages: Callable[[float], tuple[reference.Stage, ...]]
+
+
+SEG = Network(js.models.SparseResUNet42, reference.seg_stages)
+DET = Network(js.models.SparseResNet21D, reference.det_stages)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network on scans: one scan a batch entry, voxel edge in metres, or one an axis."""
+
+    network: Network
     scans: tuple[str, ...]
-    voxel_size: float
+    voxel_size: float | tuple[float, float, float]
     width: float = 1.0
     training: bool = False
 
+    @property
+    def stages(self):
+        """Description of the network at its width."""
+        return self.network.stages(self.width)
+
 
 WORKLOADS = {
-    "seg-kitti": Workload(("semkitti_00_000000",), 0.05),
-    "seg-kitti-half": Workload(("semkitti_00_000000",), 0.05, width=0.5),
-    "seg-nuscenes": Workload(("nusc_key00",), 0.1),
-    "seg-room": Workload(("pcl_room_scan1",), 0.02),
-    "seg-kitti-train": Workload(("semkitti_00_000000", "semkitti_00_000001"), 0.05, training=True),
+    "seg-kitti": Workload(SEG, ("semkitti_00_000000",), 0.05),
+    "seg-kitti-half": Workload(SEG, ("semkitti_00_000000",), 0.05, width=0.5),
+    "seg-nuscenes": Workload(SEG, ("nusc_key00",), 0.1),
+    "seg-room": Workload(SEG, ("pcl_room_scan1",), 0.02),
+    "det-nuscenes10": Workload(DET, ("nusc_10sweep",), (0.1, 0.1, 0.2)),
+    "det-pandaset": Workload(DET, ("pandaset_002_01",), (0.1, 0.1, 0.15)),
+    "seg-kitti-train": Workload(SEG, ("semkitti_00_000000", "semkitti_00_000001"), 0.05, training=True),
+    "det-pandaset-train": Workload(DET, ("pandaset_002_01", "pandaset_002_40"), (0.1, 0.1, 0.15), training=True),
 }
 
 
@@ -74,10 +99,17 @@ def error_limit(dtype, training):
 
 
 def error(found, expected):
-    """|found - expected| / |expected| in the 2-norm over all leaves."""
+    """|found - expected| / |expected| in the 2-norm over all leaves; infinite where the numbers of sites differ."""
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+    if any(np.shape(f) != e.shape for f, e in pairs):
+        return float("inf")
     difference = sum(float(np.sum((np.asarray(f, np.float64) - e) ** 2)) for f, e in pairs)
     return float(np.sqrt(difference / sum(float(np.sum(e**2)) for _, e in pairs)))
+
+
+def by_site(sites, feats):
+    """The features in an order that depends on their sites alone."""
+    return feats[np.argsort(reference.keys(sites))]
 
 
 def figures(step, ring, sync, gpu_ms, steps):
@@ -93,24 +125,30 @@ def figures(step, ring, sync, gpu_ms, steps):
 # --- jaxsparse ---
 
 
-def layers_in_order(model):
-    """Convolutions and norms of a SparseResUNet42 in running order, a block's shortcut after its second norm."""
+def layers_in_order(module):
+    """Convolutions and norms of a network, or of a part, in running order: a block's shortcut after its second norm."""
+    match module:
+        case js.models.SparseResUNet42():
+            encoder = zip(module.down, module.encoder, strict=True)
+            decoder = zip(module.up, module.decoder, strict=True)
+            parts = [module.stem, *itertools.chain(*encoder), *itertools.chain(*decoder)]
+        case js.models.SparseResNet21D():
+            parts = module.stages
+        case nnx.Sequential():
+            parts = module.layers
+        case blocks.ConvBlock():
+            parts = [module.conv, module.norm]
+        case blocks.ResidualBlock():
+            parts = [module.conv1, module.norm1, module.conv2, module.norm2]
+            parts += [] if module.shortcut is None else [module.shortcut]
+        case _:
+            return [module]
+    return [layer for part in parts for layer in layers_in_order(part)]
 
-    def of_block(block):
-        shortcut = [] if block.shortcut is None else block.shortcut.layers
-        return [block.conv1, block.norm1, block.conv2, block.norm2, *shortcut]
 
-    def of_stage(conv_block, residual_blocks):
-        return [conv_block.conv, conv_block.norm, *(layer for b in residual_blocks.layers for layer in of_block(b))]
-
-    stages = [*zip(model.down, model.encoder, strict=True), *zip(model.up, model.decoder, strict=True)]
-    stem = [layer for block in model.stem.layers for layer in (block.conv, block.norm)]
-    return stem + [layer for stage in stages for layer in of_stage(*stage)]
-
-
-def jaxsparse_model(weights, width, dtype):
-    """SparseResUNet42 with the given weights, computing in `dtype` and with its parameters stored so."""
-    model = js.models.SparseResUNet42(IN_FEATURES, width=width, dtype=dtype, rngs=nnx.Rngs(0))
+def jaxsparse_model(workload, weights, dtype):
+    """The network with the given weights, computing in `dtype` and with its parameters stored so."""
+    model = workload.network.model(IN_FEATURES, width=workload.width, dtype=dtype, rngs=nnx.Rngs(0))
     for layer, values in zip(layers_in_order(model), weights, strict=True):
         if isinstance(values, tuple):
             for variable, value in zip((layer.scale, layer.bias, layer.mean, layer.var), values, strict=True):
@@ -119,6 +157,12 @@ def jaxsparse_model(weights, width, dtype):
             layer.kernel[...] = jnp.asarray(values)
     nnx.update(model, jax.tree.map(lambda a: a.astype(dtype), nnx.state(model, nnx.Param)))
     return model
+
+
+def last_output(model, x):
+    """The output of the last stage."""
+    y = model(x)
+    return y[-1] if isinstance(y, list) else y
 
 
 def jaxsparse_tensor(voxels, dtype, capacity, capacities=None):
@@ -147,36 +191,32 @@ def jaxsparse_ring(ring, model, dtype):
     return [jaxsparse_tensor(v, dtype, capacity, capacities) for v in ring]
 
 
-def row_order(x, voxels):
-    """Position in `x` of each voxel."""
-    ours, theirs = reference.keys(np.asarray(x.coords)[: int(x.count)]), reference.keys(voxels.coords)
-    order = np.argsort(ours)
-    return order[np.searchsorted(ours, theirs, sorter=order)]
-
-
 def jaxsparse_inference(workload, weights, ring, dtype):
     """The compiled step, its weights, the ring, and a function that gives the first batch's output for comparison."""
-    model = jaxsparse_model(weights, workload.width, dtype)
+    model = jaxsparse_model(workload, weights, dtype)
     model.eval()
     inputs = jaxsparse_ring(ring, model, dtype)
     graph, state = nnx.split(model)
 
     def run(state, x):
-        y = nnx.merge(graph, state)(x)
+        y = last_output(nnx.merge(graph, state), x)
         return y.feats, y.status
 
     compiled = jax.jit(run).lower(state, inputs[0]).compile()
 
     def first_output():
-        js.status.check(compiled(state, inputs[0])[1])
-        return np.asarray(compiled(state, inputs[0])[0], np.float64)[row_order(inputs[0], ring[0])]
+        feats, status = compiled(state, inputs[0])
+        js.status.check(status)
+        sites = jax.jit(lambda state, x: last_output(nnx.merge(graph, state), x).sites)(state, inputs[0])
+        real = slice(int(sites.count))
+        return by_site(np.asarray(sites.coords)[real], np.asarray(feats, np.float64)[real])
 
     return compiled, state, inputs, first_output
 
 
 def jaxsparse_training(workload, weights, ring, dtype):
-    """The same for loss and gradients; the first batch's gradients come as `reference.seg_gradients` gives them."""
-    model = jaxsparse_model(weights, workload.width, dtype)
+    """The same for loss and gradients; the first batch's gradients come as `reference.gradients` gives them."""
+    model = jaxsparse_model(workload, weights, dtype)
     model.train()
     inputs = jaxsparse_ring(ring, model, dtype)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -184,7 +224,7 @@ def jaxsparse_training(workload, weights, ring, dtype):
 
     def loss(params, rest, x):
         model = nnx.merge(graph, params, rest, copy=True)  # norms update their own copy of the running statistics
-        y = model(x)
+        y = last_output(model, x)
         mean = jnp.sum(jnp.square(y.feats.astype(jnp.float32))) / (y.count * y.feats.shape[1])
         return scale * mean, (y.status, nnx.state(model, nnx.BatchStat))
 
@@ -229,31 +269,32 @@ def run_spconv(workload, weights, ring, dtype, steps, expected):
     if jax.default_backend() == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"  # with more threads its scatter adds race, and rows lose taps
     try:
-        import spconv_seg
+        import spconv_peer
         import torch
     except ImportError:
         return None
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
     if device == "cpu" and (workload.training or dtype != "float32"):
         return None  # spconv's CPU path has neither gradients nor 16-bit floats
-    net = spconv_seg.build(weights, IN_FEATURES, workload.width, dtype, device).train(workload.training)
-    inputs = spconv_seg.inputs(ring, dtype, device)
+    net = spconv_peer.build(workload.stages, weights, IN_FEATURES, dtype, device).train(workload.training)
+    inputs = spconv_peer.inputs(ring, dtype, device)
 
     def infer(x):
         with torch.no_grad():
-            return net(spconv_seg.tensor(x)).features
+            return net(spconv_peer.tensor(x))
 
     def train(x):
         net.zero_grad(set_to_none=True)
-        loss = net(spconv_seg.tensor(x)).features.float().square().mean() * LOSS_SCALE[dtype]
+        loss = net(spconv_peer.tensor(x)).features.float().square().mean() * LOSS_SCALE[dtype]
         loss.backward()
         return loss
 
     def first_output():
         if not workload.training:
-            return infer(inputs[0]).double().cpu().numpy()
+            y = infer(inputs[0])
+            return by_site(y.indices.cpu().numpy(), y.features.double().cpu().numpy())
         train(inputs[0])
-        return jax.tree.map(lambda g: g.astype(np.float64) / LOSS_SCALE[dtype], spconv_seg.gradients(net))
+        return jax.tree.map(lambda g: g.astype(np.float64) / LOSS_SCALE[dtype], spconv_peer.gradients(net))
 
     step = train if workload.training else infer
     sync = (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
@@ -277,17 +318,18 @@ def run_workload(name, args):
         print(f"skipped {name}: {reason}")
         return []
     ring = scans.ring([scans.read(args.data, s, workload.voxel_size, args.share) for s in workload.scans])
-    weights = reference.random_weights(reference.seg_layers(IN_FEATURES, workload.width))
-    _, statistics = reference.seg_output(weights, ring[0], training=True)
+    weights = reference.random_weights(reference.layers(workload.stages, IN_FEATURES))
+    *_, statistics = reference.output(workload.stages, weights, ring[0], training=True)
     weights = reference.with_statistics(weights, statistics)
     # All get numbers that their dtype holds exactly, the reference too.
     weights = jax.tree.map(lambda w: np.asarray(jnp.asarray(w, args.dtype), np.float32), weights)
     ring = [scans.Voxels(v.coords, np.asarray(jnp.asarray(v.feats, args.dtype), np.float32)) for v in ring]
     if workload.training:
-        grads = reference.seg_gradients(weights, ring[0])
+        grads = reference.gradients(workload.stages, weights, ring[0])
         expected = [g[:2] if isinstance(g, tuple) else g for g in grads]
     else:
-        expected, _ = reference.seg_output(weights, ring[0])
+        sites, feats, _ = reference.output(workload.stages, weights, ring[0])
+        expected = by_site(sites, feats)
 
     rows = []
     for library, run in {"jaxsparse": run_jaxsparse, "spconv": run_spconv}.items():
@@ -348,7 +390,7 @@ def main():
     rows = [row for name in args.workload for row in run_workload(name, args)]
     if rows:
         peers = ["spconv-cu126", "spconv", "torch"]
-        report.write(args.out, "networks", "SparseResUNet42 on real scans", COLUMNS, rows, peers)
+        report.write(args.out, "networks", "Networks on real scans", COLUMNS, rows, peers)
 
 
 if __name__ == "__main__":

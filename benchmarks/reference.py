@@ -1,11 +1,12 @@
-"""SparseResUNet42 in float64, written from its description alone: the benchmarks check timed programs against it.
+"""The networks as data, and in float64: the benchmarks check timed programs against it.
 
 It shares no code with the library: kernel maps come from a binary search over sorted keys on the host, layers are a
-loop over taps in `jax.numpy`. Weights are a plain list in the order in which the layers run (`seg_layers`), so that
-the same list can be poured into any implementation.
+loop over taps in `jax.numpy`. Weights are a plain list in the order in which the layers run (`layers`), so that the
+same list can be poured into any implementation.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +14,104 @@ import jax.numpy as jnp
 import numpy as np
 
 EPSILON = 1e-5  # of every batch norm
-LEVELS = 5
+
+
+# --- the networks ---
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Convolution, norm and ReLU, then residual blocks.
+
+    kind: "submanifold"; "strided", onto every site reached; or "transposed", which undoes the last strided convolution
+        that is not undone yet and appends the features that went into that: a U-Net's skip.
+    kernel, strides: of the convolution, one an axis; padding is `(kernel - 1) // 2`: 3 taps are -1 to 1, 2 are 0 to 1.
+    features: output channels of the convolution.
+    blocks: output channels of each residual block of 3^3 submanifold convolutions.
+    """
+
+    kind: str
+    kernel: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    features: int
+    blocks: tuple[int, ...] = ()
+
+
+THREE, TWO, ONE = (3, 3, 3), (2, 2, 2), (1, 1, 1)
+
+
+def seg_stages(width):
+    """SparseResUNet42: stem, encoder, decoder."""
+    stem, *encoder = (int(width * c) for c in (32, 32, 64, 128, 256))
+    decoder = [int(width * c) for c in (256, 128, 96, 96)]
+    return (
+        *2 * [Stage("submanifold", THREE, ONE, stem)],
+        *(Stage("strided", TWO, TWO, c_in, (c, c)) for c_in, c in itertools.pairwise([stem, *encoder])),
+        *(Stage("transposed", TWO, TWO, c, (c, c)) for c in decoder),
+    )
+
+
+def det_stages(width):
+    """SparseResNet21D."""
+    first, *others = (int(width * c) for c in (16, 32, 64, 128))
+    return (
+        Stage("submanifold", THREE, ONE, first, (first, first)),
+        *(Stage("strided", THREE, TWO, c, (c, c)) for c in others),
+        Stage("strided", (1, 3, 1), (1, 2, 1), others[-1]),
+    )
+
+
+def layers(stages, in_features):
+    """("conv", taps, in, out) and ("norm", features) in the order in which they run.
+
+    A block's shortcut, where it has one, runs after the block's second norm.
+    """
+    found, skips, c_in = [], [], in_features
+
+    def conv_norm(taps, c_in, c_out):
+        found.extend([("conv", taps, c_in, c_out), ("norm", c_out)])
+
+    for stage in stages:
+        if stage.kind == "strided":
+            skips.append(c_in)
+        conv_norm(math.prod(stage.kernel), c_in, stage.features)
+        c_in = stage.features + (skips.pop() if stage.kind == "transposed" else 0)
+        for c in stage.blocks:
+            conv_norm(27, c_in, c)
+            conv_norm(27, c, c)
+            if c_in != c:
+                conv_norm(1, c_in, c)
+            c_in = c
+    return found
+
+
+def random_weights(layers, seed=0):
+    """Kernels [taps, in, out] and norms (scale, bias, mean, var), float32, one entry a layer."""
+    rng = np.random.default_rng(seed)
+    weights = []
+    for kind, *shape in layers:
+        if kind == "conv":
+            taps, c_in, _ = shape
+            weights.append((rng.standard_normal(shape) / np.sqrt(taps * c_in)).astype(np.float32))
+        else:
+            scale, bias = rng.uniform(0.5, 1.5, shape), rng.uniform(-0.2, 0.2, shape)
+            weights.append(tuple(a.astype(np.float32) for a in (scale, bias, np.zeros(shape), np.ones(shape))))
+    return weights
+
+
+def with_statistics(weights, statistics):
+    """The weights with each norm's stored statistics replaced: activations then have the scale that training gives."""
+    left = iter(statistics)
+
+    def replace(entry):
+        if not isinstance(entry, tuple):
+            return entry
+        return (*entry[:2], *(np.asarray(s, np.float32) for s in next(left)))
+
+    return [replace(entry) for entry in weights]
+
+
+# --- sites and tables, on the host ---
 
 
 def keys(sites):
@@ -22,40 +120,58 @@ def keys(sites):
     return ((b << 16 | x) << 16 | y) << 16 | z
 
 
-def table(fine, coarse, kernel, stride):
-    """Rows of `fine` at `stride * coarse - padding + tap`, int32 [taps, coarse sites], -1 where there is no such site.
+def reachable(fine, kernel, strides):
+    """Every site whose window holds a site of `fine`, sorted."""
+    padding, found = (np.array(kernel) - 1) // 2, []
+    for tap in np.ndindex(*kernel):
+        scaled = fine[:, 1:] + padding - tap  # strides * coarse
+        whole = (scaled % strides == 0).all(axis=1)
+        found.append(np.column_stack([fine[whole, 0], scaled[whole] // strides]))
+    return np.unique(np.concatenate(found), axis=0)
 
-    Padding is `(kernel - 1) // 2`: taps of kernel 3 reach -1, 0, 1, taps of kernel 2 reach 0, 1.
-    """
-    fine_keys = keys(fine)
+
+def table(fine, coarse, kernel, strides):
+    """Rows of `fine` at `strides * coarse - padding + tap`, int32 [taps, coarse sites], -1 where there is no site."""
+    fine_keys, padding = keys(fine), (np.array(kernel) - 1) // 2
     order = np.argsort(fine_keys)
     rows = []
-    for tap in np.ndindex(kernel, kernel, kernel):
-        wanted = coarse.copy()
-        wanted[:, 1:] = stride * coarse[:, 1:] - (kernel - 1) // 2 + np.array(tap)
-        wanted = keys(wanted)
+    for tap in np.ndindex(*kernel):
+        wanted = keys(np.column_stack([coarse[:, 0], coarse[:, 1:] * strides - padding + tap]))
         at = order[np.searchsorted(fine_keys, wanted, sorter=order).clip(max=len(fine) - 1)]
         rows.append(np.where(fine_keys[at] == wanted, at, -1).astype(np.int32))
     return np.stack(rows)
 
 
-@dataclass(frozen=True)
-class Pyramid:
-    """Sites of the five levels, the submanifold table of each and the 2^3 stride 2 table between neighbours."""
+def transpose(rows, n_fine):
+    """The table of the transposed layer: table[k, f] = coarse site that reads fine site f through tap k."""
+    flipped = np.full((len(rows), n_fine), -1, np.int32)
+    for k, row in enumerate(rows):
+        real = np.flatnonzero(row >= 0)
+        flipped[k, row[real]] = real
+    return flipped
 
-    sites: list
-    subm: list
-    down: list
+
+def tables(stages, coords):
+    """Sites of the output for one batch of voxels, and for each stage the tables of its convolution and its blocks."""
+    sites, around, strided, found = [coords], [None], [], []  # of each level, `around` being the table of its blocks
+    for stage in stages:
+        if stage.kind == "strided":
+            sites.append(reachable(sites[-1], stage.kernel, stage.strides))
+            around.append(None)
+            rows = table(*sites[-2:], stage.kernel, stage.strides)
+            strided.append(rows)
+        elif stage.kind == "transposed":
+            sites.pop(), around.pop()
+            rows = transpose(strided.pop(), len(sites[-1]))
+        else:
+            rows = table(sites[-1], sites[-1], stage.kernel, stage.strides)
+        if stage.blocks and around[-1] is None:
+            around[-1] = table(sites[-1], sites[-1], THREE, ONE)
+        found.append((rows, around[-1]))
+    return sites[-1], found
 
 
-def pyramid(coords):
-    """The sites and tables of one batch of voxels, int32 [N, 4]."""
-    sites = [np.asarray(coords)]
-    for _ in range(LEVELS - 1):
-        sites.append(np.unique(np.column_stack([sites[-1][:, 0], sites[-1][:, 1:] // 2]), axis=0))
-    subm = [table(s, s, 3, 1) for s in sites]
-    down = [table(f, c, 2, 2) for f, c in itertools.pairwise(sites)]
-    return Pyramid(sites, subm, down)
+# --- the computation ---
 
 
 @jax.custom_vjp
@@ -85,71 +201,16 @@ def _conv_backward(saved, g):
 conv.defvjp(lambda x, w, rows: (conv(x, w, rows), (x, w, rows)), _conv_backward)
 
 
-def transpose(rows, n_fine):
-    """The table of the transposed layer: table[k, f] = coarse site that reads fine site f through tap k."""
-    flipped = np.full((len(rows), n_fine), -1, np.int32)
-    for k, row in enumerate(rows):
-        real = np.flatnonzero(row >= 0)
-        flipped[k, row[real]] = real
-    return flipped
-
-
-def seg_layers(in_features, width):
-    """("conv", taps, in, out) and ("norm", features) of SparseResUNet42 in the order in which they run.
-
-    A block's shortcut, where it has one, runs after the block's second norm.
-    """
-
-    def conv_norm(taps, c_in, c_out):
-        return [("conv", taps, c_in, c_out), ("norm", c_out)]
-
-    def blocks(c_in, c_out):
-        first = conv_norm(27, c_in, c_out) + conv_norm(27, c_out, c_out)
-        return first + (conv_norm(1, c_in, c_out) if c_in != c_out else []) + 2 * conv_norm(27, c_out, c_out)
-
-    stem, encoder, decoder = seg_widths(width)
-    layers = conv_norm(27, in_features, stem) + conv_norm(27, stem, stem)
-    channels = [stem]
-    for c in encoder:
-        layers += conv_norm(8, channels[-1], channels[-1]) + blocks(channels[-1], c)
-        channels.append(c)
-    c_in = channels.pop()
-    for c in decoder:
-        layers += conv_norm(8, c_in, c) + blocks(c + channels.pop(), c)
-        c_in = c
-    return layers
-
-
-def seg_widths(width):
-    """Channels of the stem, the encoder's stages and the decoder's stages."""
-    scaled = [int(width * c) for c in (32, 32, 64, 128, 256, 256, 128, 96, 96)]
-    return scaled[0], scaled[1:5], scaled[5:]
-
-
-def random_weights(layers, seed=0):
-    """Kernels [taps, in, out] and norms (scale, bias, mean, var), float32, one entry a layer."""
-    rng = np.random.default_rng(seed)
-    weights = []
-    for kind, *shape in layers:
-        if kind == "conv":
-            taps, c_in, _ = shape
-            weights.append((rng.standard_normal(shape) / np.sqrt(taps * c_in)).astype(np.float32))
-        else:
-            scale, bias = rng.uniform(0.5, 1.5, shape), rng.uniform(-0.2, 0.2, shape)
-            weights.append(tuple(a.astype(np.float32) for a in (scale, bias, np.zeros(shape), np.ones(shape))))
-    return weights
-
-
-def seg_forward(weights, tables, feats, training):
+def forward(stages, weights, tables, feats, training):
     """Features of the last layer, and the mean and variance of each norm's input in running order.
 
     Args:
+        stages: The network.
         weights: As `random_weights` makes them.
-        tables: (submanifold tables, strided tables, transposed tables), one a level.
+        tables: For each stage those of its convolution and of its blocks.
         feats: [N, in_features].
         training: Normalise by the batch's statistics rather than the stored ones.
     """
-    subm, down, up = tables
     left = iter(weights)
     statistics = []
 
@@ -170,35 +231,17 @@ def seg_forward(weights, tables, feats, training):
         shortcut = x if x.shape[1] == c_out else norm(x @ next(left)[0])
         return jax.nn.relu(y + shortcut)
 
-    convs = [w for w in weights if not isinstance(w, tuple)]
-    encoder, decoder = seg_stages(convs)
-    x = jax.nn.relu(conv_norm(feats, subm[0]))
-    x = jax.nn.relu(conv_norm(x, subm[0]))
-    skips = []
-    for level, c in enumerate(encoder):
-        skips.append(x)
-        x = jax.nn.relu(conv_norm(x, down[level]))
-        x = block(block(x, subm[level + 1], c), subm[level + 1], c)
-    for level, c in zip(reversed(range(LEVELS - 1)), decoder, strict=True):
-        x = jax.nn.relu(conv_norm(x, up[level]))
-        x = jnp.concatenate([x, skips.pop()], axis=1)
-        x = block(block(x, subm[level], c), subm[level], c)
+    x, skips = feats, []
+    for stage, (rows, around) in zip(stages, tables, strict=True):
+        if stage.kind == "strided":
+            skips.append(x)
+        x = jax.nn.relu(conv_norm(x, rows))
+        if stage.kind == "transposed":
+            x = jnp.concatenate([x, skips.pop()], axis=1)
+        for c in stage.blocks:
+            x = block(x, around, c)
     assert next(left, None) is None
     return x, statistics
-
-
-def seg_stages(convs):
-    """Output channels of the encoder's and the decoder's stages, read off the kernels: a stage starts at 8 taps."""
-    starts = [i for i, w in enumerate(convs) if w.shape[0] == 8]
-    stages = [convs[i + 1].shape[2] for i in starts]
-    return stages[: LEVELS - 1], stages[LEVELS - 1 :]
-
-
-def seg_tables(coords):
-    """The tables that `seg_forward` wants, for one batch of voxels."""
-    p = pyramid(coords)
-    up = [transpose(rows, len(sites)) for rows, sites in zip(p.down, p.sites, strict=False)]
-    return p.subm, p.down, up
 
 
 def in_float64(tree):
@@ -212,35 +255,23 @@ def conv_output(feats, kernel, rows):
         return np.asarray(jax.jit(conv)(np.asarray(feats, np.float64), np.asarray(kernel, np.float64), rows))
 
 
-def seg_output(weights, voxels, training=False):
-    """Output features and norm statistics in float64, as numpy arrays. Rows are those of `voxels`."""
+def output(stages, weights, voxels, training=False):
+    """Sites of the output, its features and the norms' statistics, in float64, as numpy arrays."""
+    sites, rows = tables(stages, voxels.coords)
     with jax.enable_x64(True):
-        out = jax.jit(seg_forward, static_argnums=3)(
-            in_float64(weights), seg_tables(voxels.coords), np.asarray(voxels.feats, np.float64), training
+        out = jax.jit(forward, static_argnums=(0, 4))(
+            stages, in_float64(weights), rows, np.asarray(voxels.feats, np.float64), training
         )
-        return jax.tree.map(np.asarray, out)
+        return sites, *jax.tree.map(np.asarray, out)
 
 
-def seg_gradients(weights, voxels):
+def gradients(stages, weights, voxels):
     """Gradients of the mean squared output (batch statistics) for all weights, float64, as numpy arrays."""
+    _, rows = tables(stages, voxels.coords)
 
-    def loss(weights, tables, feats):
-        return jnp.mean(seg_forward(weights, tables, feats, True)[0] ** 2)
+    def loss(weights, rows, feats):
+        return jnp.mean(forward(stages, weights, rows, feats, True)[0] ** 2)
 
     with jax.enable_x64(True):
-        grads = jax.jit(jax.grad(loss))(
-            in_float64(weights), seg_tables(voxels.coords), np.asarray(voxels.feats, np.float64)
-        )
+        grads = jax.jit(jax.grad(loss))(in_float64(weights), rows, np.asarray(voxels.feats, np.float64))
         return jax.tree.map(np.asarray, grads)
-
-
-def with_statistics(weights, statistics):
-    """The weights with each norm's stored statistics replaced: activations then have the scale that training gives."""
-    left = iter(statistics)
-
-    def replace(entry):
-        if not isinstance(entry, tuple):
-            return entry
-        return (*entry[:2], *(np.asarray(s, np.float32) for s in next(left)))
-
-    return [replace(entry) for entry in weights]

@@ -38,7 +38,7 @@ def read(folder, name, voxel_size, share=1.0):
     Args:
         folder: Folder of the scans.
         name: The scan's name, without `.npz`.
-        voxel_size: Edge in metres.
+        voxel_size: Edge in metres, or one an axis.
         share: Keeps this share of the scan, a sector of directions around the origin, for a quick look.
     """
     with np.load(pathlib.Path(folder) / f"{name}.npz") as arrays:
@@ -46,7 +46,7 @@ def read(folder, name, voxel_size, share=1.0):
         intensity = arrays["intensity"] if "intensity" in arrays.files else np.zeros(len(xyz))
     keep = np.arctan2(xyz[:, 1], xyz[:, 0]) <= np.pi * (2 * share - 1)
     feats = np.column_stack([xyz, intensity]).astype(np.float32)[keep]
-    index = np.floor(xyz[keep] / np.float32(voxel_size)).astype(np.int32)
+    index = np.floor(xyz[keep] / np.asarray(voxel_size, np.float32)).astype(np.int32)
     index -= index.min(axis=0) - 1
     _, first = np.unique(index, axis=0, return_index=True)
     first.sort()

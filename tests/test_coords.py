@@ -209,7 +209,7 @@ def test_every_pair_obeys_the_index_relation_and_none_is_missing(geometry, seed)
     y = x.sites.coarse(geometry, "reachable", capacity=64 * len(fine)).check()
     coarse = np.asarray(y.coords)[: int(y.count)]
     kernel_map = js.kernel_map(x.sites, y, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation)
-    table = np.asarray(kernel_map.table)
+    table, _ = real_map(y.count, kernel_map.table, kernel_map.masks)
     k, m = np.nonzero(table >= 0)
     taps = np.array(geometry.taps)
     reached = np.array(geometry.stride) * coarse[m, 1:] - geometry.padding + np.array(geometry.dilation) * taps[k]

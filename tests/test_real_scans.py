@@ -26,7 +26,7 @@ def test_sites_and_neighbours_are_those_published(real_scan, name, size, voxels,
     x.check()
     assert int(x.count) == pytest.approx(voxels, rel=0.003)
     assert (index >= 0).all()
-    pairs = (js.kernel_map(x.sites, x.sites, 3).table >= 0).sum()
+    pairs = (js.kernel_map(x.sites, x.sites, 3).table[:, : int(x.count)] >= 0).sum()
     assert float(pairs) / int(x.count) == pytest.approx(neighbours, rel=0.03)
 
 
@@ -35,7 +35,7 @@ def test_every_pair_of_a_map_obeys_the_index_relation(real_scan):
     x, _ = js.voxelize(xyz, xyz, 0.05, capacity=98_304)
     for geometry, mode in ((Geometry.create(3, 3), None), (Geometry.create(3, 2, 2), "reachable")):
         out = x.sites if mode is None else x.sites.coarse(geometry, mode)
-        table = np.asarray(js.kernel_map(x.sites, out, geometry.kernel, geometry.stride).table)
+        table = np.asarray(js.kernel_map(x.sites, out, geometry.kernel, geometry.stride).table)[:, : int(out.count)]
         fine, coarse = np.asarray(x.coords), np.asarray(out.coords)
         present = set(map(tuple, fine[: int(x.count)].tolist()))
         for k, tap in enumerate(geometry.taps):

@@ -1,5 +1,6 @@
 """Whole networks."""
 
+from jaxsparse.models.resnet import SparseResNet21D
 from jaxsparse.models.resunet import SparseResUNet42
 
-__all__ = ["SparseResUNet42"]
+__all__ = ["SparseResNet21D", "SparseResUNet42"]

@@ -1,4 +1,4 @@
-"""SparseResUNet42 as a user of spconv writes it, with the weights of `reference.py`. Imports torch and spconv."""
+"""The networks as a user of spconv writes them, with the weights of `reference.py`. Imports torch and spconv."""
 
 import numpy as np
 import reference
@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 
+def padding(kernel):
+    """3 taps reach -1 to 1, 2 taps 0 to 1."""
+    return [(k - 1) // 2 for k in kernel]
+
+
 def subm(c_in, c_out, kernel, key):
     """A submanifold convolution; layers with the same key share their map."""
-    return spconv.SubMConv3d(c_in, c_out, kernel, padding=kernel // 2, bias=False, indice_key=key)
+    return spconv.SubMConv3d(c_in, c_out, kernel, padding=padding(kernel), bias=False, indice_key=key)
 
 
 def conv_norm_relu(conv):
@@ -22,11 +27,11 @@ class Block(spconv.SparseModule):
 
     def __init__(self, c_in, c_out, key):
         super().__init__()
-        self.conv1 = conv_norm_relu(subm(c_in, c_out, 3, key))
-        self.conv2 = spconv.SparseSequential(subm(c_out, c_out, 3, key), nn.BatchNorm1d(c_out))
+        self.conv1 = conv_norm_relu(subm(c_in, c_out, reference.THREE, key))
+        self.conv2 = spconv.SparseSequential(subm(c_out, c_out, reference.THREE, key), nn.BatchNorm1d(c_out))
         self.shortcut = spconv.SparseSequential()
         if c_in != c_out:
-            self.shortcut = spconv.SparseSequential(subm(c_in, c_out, 1, None), nn.BatchNorm1d(c_out))
+            self.shortcut = spconv.SparseSequential(subm(c_in, c_out, reference.ONE, None), nn.BatchNorm1d(c_out))
 
     def forward(self, x):
         """The block's output on the sites of its input."""
@@ -34,51 +39,56 @@ class Block(spconv.SparseModule):
         return y.replace_feature(torch.relu(y.features + self.shortcut(x).features))
 
 
-class SparseResUNet42(nn.Module):
-    """Stem, four encoder stages, four decoder stages with skips; maps shared by `indice_key`."""
+class Network(nn.Module):
+    """The stages of `reference.py` one after another; maps shared by `indice_key`."""
 
-    def __init__(self, in_features, width):
+    def __init__(self, stages, in_features):
         super().__init__()
-        stem, encoder, decoder = reference.seg_widths(width)
-        self.stem = spconv.SparseSequential(
-            conv_norm_relu(subm(in_features, stem, 3, "subm0")), conv_norm_relu(subm(stem, stem, 3, "subm0"))
-        )
-        channels = [stem]
-        self.encoder = nn.ModuleList()
-        for level, c in enumerate(encoder):
-            down = spconv.SparseConv3d(channels[-1], channels[-1], 2, 2, bias=False, indice_key=f"down{level}")
-            key = f"subm{level + 1}"
-            self.encoder.append(
-                spconv.SparseSequential(conv_norm_relu(down), Block(channels[-1], c, key), Block(c, c, key))
-            )
-            channels.append(c)
-        self.decoder = nn.ModuleList()
-        c_in = channels.pop()
-        for level, c in zip(reversed(range(len(encoder))), decoder, strict=True):
-            up = spconv.SparseInverseConv3d(c_in, c, 2, indice_key=f"down{level}", bias=False)
-            key = f"subm{level}"
-            self.decoder.append(
-                nn.ModuleList(
-                    [conv_norm_relu(up), spconv.SparseSequential(Block(c + channels.pop(), c, key), Block(c, c, key))]
+        self.kinds = [stage.kind for stage in stages]
+        self.stages = nn.ModuleList()
+        level, c_in, skips = 0, in_features, []
+        for stage in stages:
+            if stage.kind == "strided":
+                skips.append(c_in)
+                level += 1
+                conv = spconv.SparseConv3d(
+                    c_in,
+                    stage.features,
+                    stage.kernel,
+                    stage.strides,
+                    padding(stage.kernel),
+                    bias=False,
+                    indice_key=f"strided{level}",
                 )
-            )
-            c_in = c
+            elif stage.kind == "transposed":
+                conv = spconv.SparseInverseConv3d(
+                    c_in, stage.features, stage.kernel, indice_key=f"strided{level}", bias=False
+                )
+                level -= 1
+            else:
+                conv = subm(c_in, stage.features, stage.kernel, f"subm{level}")
+            c_in = stage.features + (skips.pop() if stage.kind == "transposed" else 0)
+            blocks = []
+            for c in stage.blocks:
+                blocks.append(Block(c_in, c, f"subm{level}"))
+                c_in = c
+            self.stages.append(nn.ModuleList([conv_norm_relu(conv), spconv.SparseSequential(*blocks)]))
 
     def forward(self, x):
-        """Features on the sites of the input."""
-        x = self.stem(x)
+        """The output of the last stage."""
         skips = []
-        for stage in self.encoder:
-            skips.append(x)
-            x = stage(x)
-        for up, blocks in self.decoder:
-            x = up(x)
-            x = blocks(x.replace_feature(torch.cat([x.features, skips.pop().features], dim=1)))
+        for kind, (conv, blocks) in zip(self.kinds, self.stages, strict=True):
+            if kind == "strided" and "transposed" in self.kinds:
+                skips.append(x)
+            x = conv(x)
+            if kind == "transposed":
+                x = x.replace_feature(torch.cat([x.features, skips.pop().features], dim=1))
+            x = blocks(x)
         return x
 
 
 def to_spconv(kernel, size):
-    """A kernel [taps, in, out] in spconv's layout [out, z, y, x, in].
+    """A kernel [taps, in, out] in spconv's layout [out, *size, in]; its axes are those of the coordinates, in order.
 
     Its 1x1 convolutions are the exception: spconv 2.3.8 declares [out, 1, 1, 1, in] and multiplies by the same memory
     read as [in, out].
@@ -98,9 +108,9 @@ def from_spconv(weight):
     return np.moveaxis(weight, 0, -1).reshape(-1, c_in, c_out)
 
 
-def build(weights, in_features, width, dtype, device):
+def build(stages, weights, in_features, dtype, device):
     """The network with the given weights, which lie in the order of its modules."""
-    net = SparseResUNet42(in_features, width)
+    net = Network(stages, in_features)
     left = iter(weights)
     with torch.no_grad():
         for module in net.modules():
@@ -128,10 +138,10 @@ def gradients(net):
 def inputs(ring, dtype, device):
     """Resident tensors of each batch: (features, coordinates, sizes of the box, batch size).
 
-    The box is the same for the whole ring and a multiple of 16, so that no stride cuts voxels off.
+    The box is the same for the whole ring, a multiple of 16 with 16 cells to spare, so that no stride cuts sites off.
     """
-    top = max(v.coords[:, 1:].max() for v in ring)
-    box = [int(-(-(top + 1) // 16) * 16)] * 3
+    top = np.max([v.coords[:, 1:].max(axis=0) for v in ring], axis=0)
+    box = [int(t) // 16 * 16 + 32 for t in top]
     return [
         (
             torch.tensor(v.feats).to(device, getattr(torch, dtype)),
