@@ -27,6 +27,7 @@ OPS = [
     primitives.dgrad,
     primitives.wgrad,
     rows._gather,
+    rows._group,
     rows._sum,
 ]
 

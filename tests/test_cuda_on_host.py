@@ -233,7 +233,9 @@ def test_kernel_map_finds_the_first_row_of_each_site(geometry, rows, count, out_
     kernel_map(coords, count, out_coords, out_count, geometry, builder=0)
 
 
-@pytest.mark.parametrize("geometry", [*GEOMETRIES, ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)), ((40,), (1,), (9,), (9,))])
+@pytest.mark.parametrize(
+    "geometry", [*GEOMETRIES, ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)), ((40,), (1,), (9,), (9,))]
+)
 def test_kernel_map_by_blocks_finds_the_same(geometry):
     dims = len(geometry[0])
     rng = np.random.default_rng(dims)

@@ -30,7 +30,7 @@ def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
 def _distinct(high, low, coords, capacity):
     """Sorts by key and keeps the first of equal ones.
 
-    Returns sites [capacity, 1 + D], found [1], row of each input [P], and the inputs grouped by row, see `unique_sites`.
+    Returns sites [capacity, 1 + D], found [1], row of each input [P], and the inputs by row as in `unique_sites`.
     """
     rows = high.shape[0]
     high, low, position = lax.sort((high, low, jnp.arange(rows, dtype=jnp.int32)), num_keys=2, is_stable=True)
@@ -219,6 +219,6 @@ kernel_map = Op(
 
 `table[k, m]`, int32 `[K, N_out]`, is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1; masks,
 uint32 `[N_out, W]`, say where one is. Of equal input sites the first row is taken. Columns from `out_count` on hold
-anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; "blocks" wants the real input rows to be
-distinct sites sorted by (batch, Morton code).
+anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; "blocks" wants the real input rows to
+be distinct sites sorted by (batch, Morton code).
 """

@@ -128,8 +128,8 @@ def sum_rows(
       x: `[P, C]`.
       index: int32 `[P]`; rows whose index is outside [0, groups) are left out, whatever they hold.
       groups: rows of the result.
-      grouped: where it is known already, the index by group: int32 `order` `[P]` and `offsets` `[groups + 1]`, such that
-        the rows of group v are `order[offsets[v] : offsets[v + 1]]`. It must agree with `index`.
+      grouped: where it is known already, the index by group, int32 `order` `[P]` and `offsets` `[groups + 1]`: the rows
+        of group v are `order[offsets[v] : offsets[v + 1]]`. It must agree with `index`.
       implementation: "auto" or "xla".
 
     Returns:
