@@ -158,7 +158,7 @@ void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
   for (int d = 0; d < D; ++d) places += a.geometry.kernel[d];
   struct Place {  // of a tap on one axis: its share of the block's number under the window, and of the site's in it
     int32_t block;
-    uint64_t site;
+    int32_t site;
   };
   write_outputs(parallel_for, a, [&] {
     return [&, keys = std::vector<Key>(under), held = std::vector<Block>(under),
@@ -192,7 +192,7 @@ void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
       }
       for (size_t k = 0; k < entries.size(); ++k) {
         int32_t which = 0;
-        uint64_t in_block = 0;
+        int32_t in_block = 0;
         for (int d = 0; d < D; ++d) {
           which += places[entries[k][d]].block;
           in_block |= places[entries[k][d]].site;

@@ -48,6 +48,25 @@ __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
+// Reads a row of coordinates, int32 [1 + D], in one access where its size allows it.
+template <int D>
+struct Site {
+  int32_t batch, coord[D];
+
+  __device__ Site(const int32_t* coords, int64_t row) {
+    if constexpr (D == 3) {
+      const int4 site = reinterpret_cast<const int4*>(coords)[row];
+      batch = site.x;
+      coord[0] = site.y;
+      coord[1] = site.z;
+      coord[2] = site.w;
+    } else {
+      batch = coords[row * (1 + D)];
+      for (int d = 0; d < D; ++d) coord[d] = coords[row * (1 + D) + 1 + d];
+    }
+  }
+};
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 

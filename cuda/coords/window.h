@@ -28,8 +28,10 @@ JAXSPARSE_HD WindowAxis window_axis(const Geometry& g, int axis, int32_t coarse)
 
 // The bits, among a key's last six, of a coordinate on one axis.
 template <int D>
-JAXSPARSE_HD uint64_t bits_in_block(int axis, int32_t coord) {
-  return spread_bits<D>(coord & ((1 << block_axis_bits(D, axis)) - 1)) << (D - 1 - axis);
+JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
+  int32_t bits = 0;
+  for (int b = 0; b < block_axis_bits(D, axis); ++b) bits |= (coord >> b & 1) << (b * D + D - 1 - axis);
+  return bits;
 }
 
 constexpr int kMostUnderWindow = 27;  // blocks: 3 on each of three axes, for kernels up to 9^3

@@ -41,6 +41,9 @@ struct dim3 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
