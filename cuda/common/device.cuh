@@ -15,14 +15,20 @@
 
 namespace jaxsparse::cuda {
 
-// Launches blocks of `threads`, at least one block; returns this launch's own status, not an error that an earlier
-// launch left behind.
+struct Block {
+  int threads;
+  int64_t shared_bytes = 0;  // dynamic, see dynamic_shared()
+};
+
+// Launches blocks of threads, at least one; returns this launch's own status, not an error that an earlier launch left
+// behind.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, cudaStream_t stream, Args... args) {
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, Block block, cudaStream_t stream, Args... args) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.blockDim = dim3(static_cast<unsigned>(block.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(block.shared_bytes);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
@@ -45,6 +51,26 @@ __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
   const int32_t segment_rows = segments.rows / segments.number;
   return row % segment_rows < segments.counts[row / segment_rows];
 }
+
+// The shared memory of the size that the launch gave, at most 48 KiB without asking the device.
+__device__ inline char* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) char bytes[];
+  return bytes;
+#else  // the tests on the host
+  return cuda_on_host::dynamic_shared.data();
+#endif
+}
+
+// Blocks for a kernel whose threads go round in strides of the grid over as many items as a device value says: enough
+// to fill any device, so that an item more of capacity costs nothing.
+constexpr int64_t kMostStridingBlocks = 4096;
+constexpr int64_t striding_blocks(int64_t items, int64_t items_a_block) {
+  const int64_t blocks = div_up(items, items_a_block);
+  return blocks < kMostStridingBlocks ? blocks : kMostStridingBlocks;
+}
+
+__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kTileThreads) conv_forward_kernel(ConvForwardA
 template <typename Tile>
 cudaError_t run(const ConvForwardArgs& a, cudaStream_t stream) {
   const int64_t blocks = div_up(a.out_rows.rows, Tile::kRows) * div_up(a.out_channels, kTileCols);
-  return launch(conv_forward_kernel<Tile>, blocks, kTileThreads, stream, a);
+  return launch(conv_forward_kernel<Tile>, blocks, {kTileThreads}, stream, a);
 }
 
 template <template <typename, int, LayoutA> class Tile, typename T>

@@ -230,13 +230,13 @@ cudaError_t run(const ConvWgradArgs& a, cudaStream_t stream) {
   const int64_t row_blocks = static_cast<int64_t>(a.taps) * plan.tiles;
   const int64_t pieces = div_up(a.in_channels, kTileCols) * div_up(a.out_channels, kTileCols);
   const int64_t weights = static_cast<int64_t>(a.taps) * a.in_channels * a.out_channels;
-  if (row_blocks > 0) JAXSPARSE_TRY(launch(count_pairs_kernel, row_blocks, kThreads, stream, a, plan));
-  JAXSPARSE_TRY(launch(scan_pairs_kernel, a.taps, kThreads, stream, plan));
-  JAXSPARSE_TRY(launch(plan_kernel, 1, kThreads, stream, plan, a.taps));
-  if (row_blocks > 0) JAXSPARSE_TRY(launch(write_pairs_kernel, row_blocks, kThreads, stream, a, plan));
+  if (row_blocks > 0) JAXSPARSE_TRY(launch(count_pairs_kernel, row_blocks, {kThreads}, stream, a, plan));
+  JAXSPARSE_TRY(launch(scan_pairs_kernel, a.taps, {kThreads}, stream, plan));
+  JAXSPARSE_TRY(launch(plan_kernel, 1, {kThreads}, stream, plan, a.taps));
+  if (row_blocks > 0) JAXSPARSE_TRY(launch(write_pairs_kernel, row_blocks, {kThreads}, stream, a, plan));
   using PieceTile = Tile<T, kTileCols, LayoutA::kDepthMajor>;
-  JAXSPARSE_TRY(launch(partial_kernel<PieceTile>, plan.slots * pieces, kTileThreads, stream, a, plan));
-  return launch(reduce_kernel<T>, div_up(weights, kThreads), kThreads, stream, a, plan);
+  JAXSPARSE_TRY(launch(partial_kernel<PieceTile>, plan.slots * pieces, {kTileThreads}, stream, a, plan));
+  return launch(reduce_kernel<T>, div_up(weights, kThreads), {kThreads}, stream, a, plan);
 }
 
 }  // namespace

@@ -1,19 +1,20 @@
-// Two cooperative kernels.
-//
-// shifted_sites, where the coarse sites are the sorted fine ones without their last bits:
+// shifted_sites, where the coarse sites are the sorted fine ones without their last bits; one cooperative kernel:
 //
 //     count   fine sites in each block's share whose coarse site differs from that of the one before
 //     write   those
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
-// there are few of them: fine sites of 32-lane neighbours reach the same blocks over and over.
+// there are few of them: neighbouring fine sites reach the same blocks over and over. A plain kernel marks:
 //
 //     mark    each block of threads gathers the masks that its rows reach in a hash map in shared memory, and lists them
+//
+// and a cooperative one turns the list into sites:
+//
 //     sort    the list by block
 //     merge   masks of the same block; how many sites each share has
 //     write   the sites of each mask
 //
-// On a LiDAR scan the 880,000 candidates of a 3^3 kernel with stride 2 become about 40,000 list entries. All of it is
+// On a LiDAR scan the 880,000 candidates of a 3^3 kernel with stride 2 become some 40,000 list entries. All of it is
 // bound by latency: barriers of the grid and of blocks, dependent loads.
 #include "cuda/coords/coarse_sites.h"
 
@@ -23,15 +24,6 @@
 namespace jaxsparse::cuda {
 namespace {
 
-template <int D>
-__device__ bool is_inside(const CoarseSitesArgs& a, const int64_t (&coarse)[D]) {
-  if (!a.bounded) return true;
-  for (int d = 0; d < D; ++d) {
-    if (coarse[d] < 0 || coarse[d] >= a.bounds[d]) return false;
-  }
-  return true;
-}
-
 __device__ int64_t real_rows(const CoarseSitesArgs& a) {
   const int32_t count = a.count[0];
   return count < 0 ? 0 : count < a.rows ? count : a.rows;
@@ -39,7 +31,7 @@ __device__ int64_t real_rows(const CoarseSitesArgs& a) {
 
 template <int D>
 __device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outside) {
-  for (int64_t row = found + global_thread(); row < a.capacity; row += grid_threads()) {
+  for (int64_t row = found + global_thread(); row < a.capacity; row += all_threads()) {
     write_padding<D>(a.sites + row * (1 + D));
   }
   if (global_thread() == 0) {
@@ -55,10 +47,13 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
   const Grid grid = cooperative_groups::this_grid();
   const int64_t n = real_rows(a);
   const auto coarse_key = [&](int64_t row) {
-    const int32_t* site = a.coords + row * (1 + D);
+    const Site<D> site(a.coords, row);
     int64_t coarse[D];
-    for (int d = 0; d < D; ++d) coarse[d] = site[1 + d] >> shift;
-    return is_inside(a, coarse) ? make_key<D>(site[0], coarse) : kNoKey;
+    for (int d = 0; d < D; ++d) {
+      coarse[d] = site.coord[d] >> shift;
+      if (a.bounded && (coarse[d] < 0 || coarse[d] >= a.bounds[d])) return kNoKey;
+    }
+    return make_key<D>(site.batch, coarse);
   };
   const Range own = share(n, kGridThreads, gridDim.x);
   const auto head = [&](int32_t i) {  // the key of a row that begins a coarse site, else kNoKey
@@ -94,66 +89,97 @@ struct Marks {
   uint32_t masks[2][kSlots];
 };
 
-struct Scratch {
-  SortBuffers sort;
-  uint64_t* masks;      // [candidates], of the list's entries; after the merge of the sorted ones
-  int32_t* entries;     // [1], in the list
-  uint64_t* bits_of;    // [blocks], of the keys in a block's list entries
-  int32_t* outside_of;  // [blocks]
-  int32_t* sites_of;    // [blocks], distinct sites in a block's share of the sorted list
+struct Found {
+  unsigned long long bits;  // in which the list's keys differ, see KeySpan
+  int32_t entries;          // in the list
+  int32_t outside;
 };
 
-// The coarse sites whose window holds a fine site, `windows` of them at most: the w-th, or kNoKey. `lost` is set where
-// it exists but has no key.
+struct Scratch {
+  SortBuffers sort;   // its keys are the list's blocks
+  uint64_t* masks;    // [candidates], of the list's entries
+  Found* found;       // [1]
+  int32_t* sites_of;  // [blocks], distinct sites in a block's share of the sorted list
+};
+
+// A thread's unit of work: one fine row, one choice of coarse coordinate on each axis but the last, and up to `each` of
+// those on the last.
+struct Units {
+  int32_t lines, chunks, each;
+};
+
 template <int D>
-__device__ Key coarse_key(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D], const int32_t* site, int32_t window,
-                          bool* lost) {
-  if (!has_key<D>(site)) return kNoKey;
-  int64_t coarse[D];
-  for (int d = D - 1; d >= 0; --d) {
+__device__ Units units_of(const CoarseAxis (&axes)[D]) {
+  const int32_t last = static_cast<int32_t>(axes[D - 1].most());
+  Units units{1, 1, last < 8 ? last : 8};
+  for (int d = 0; d < D - 1; ++d) units.lines *= static_cast<int32_t>(axes[d].most());
+  units.chunks = (last + units.each - 1) / units.each;
+  return units;
+}
+
+// Calls meet(key) for the coarse sites of a unit; kNoKey for those that exist but have no key.
+template <int D, typename Meet>
+__device__ void coarse_keys(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D], const Units& units, int32_t unit,
+                            Meet meet) {
+  const int32_t of_row = units.lines * units.chunks;
+  int32_t line = unit % of_row / units.chunks;
+  const Site<D> site(a.coords, unit / of_row);
+  bool exists = site.batch >= 0 && site.batch <= max_batch(D);
+  for (int d = 0; d < D; ++d) exists = exists && axis_fits(site.coord[d], D);
+  const auto is_inside = [&](int d, int64_t coarse) { return !a.bounded || (coarse >= 0 && coarse < a.bounds[d]); };
+  Key of_line = batch_part<D>(site.batch);
+  for (int d = D - 2; d >= 0; --d) {
     const int32_t most = static_cast<int32_t>(axes[d].most());
-    if (!axes[d].coarse(site[1 + d], window % most, &coarse[d])) return kNoKey;
-    window /= most;
+    int64_t coarse = 0;
+    exists = exists && axes[d].coarse(site.coord[d], line % most, &coarse) && is_inside(d, coarse);
+    of_line |= axis_part<D>(d, coarse);
+    line /= most;
   }
-  if (!is_inside(a, coarse)) return kNoKey;
-  const Key key = make_key<D>(site[0], coarse);
-  *lost = key == kNoKey;
-  return key;
+  if (!exists) return;
+  const int32_t first = unit % units.chunks * units.each;
+  for (int32_t i = first; i < first + units.each; ++i) {
+    int64_t coarse;
+    if (!axes[D - 1].coarse(site.coord[D - 1], i, &coarse)) return;
+    if (is_inside(D - 1, coarse)) meet(of_line | axis_part<D>(D - 1, coarse));
+  }
 }
 
 // Lists the blocks of coarse sites that the rows reach, each once a round, with the mask of the sites reached.
 template <int D>
-__device__ void mark(const CoarseSitesArgs& a, int32_t windows, const Scratch& s, Marks& marks) {
+__global__ void __launch_bounds__(kGridThreads) mark_kernel(CoarseSitesArgs a, Scratch s) {
+  __shared__ Marks marks;
   __shared__ CoarseAxis axes[D];
   __shared__ int32_t first_entry;
   if (threadIdx.x == 0) {
     for (int d = 0; d < D; ++d) axes[d] = CoarseAxis(a.geometry, d);
   }
+  __syncthreads();
+  const Units units = units_of(axes);
+  const int32_t round = kRound / units.each;
   HashMap map(marks.blocks, kSlots);
   uint64_t bits = 0;
   int32_t outside = 0;
-  const Range own = share(real_rows(a) * int64_t{windows}, kRound, gridDim.x);
-  for (int32_t begin = own.begin; begin < own.end; begin += kRound) {
+  const int64_t end = real_rows(a) * units.lines * units.chunks;
+  for (int64_t begin = int64_t{round} * blockIdx.x; begin < end; begin += int64_t{round} * gridDim.x) {
     for (int slot = threadIdx.x; slot < kSlots; slot += kGridThreads) {
       marks.blocks[slot] = kNoKey;
       marks.masks[0][slot] = marks.masks[1][slot] = 0;
     }
     __syncthreads();
-    for (int32_t i = begin + threadIdx.x; i < begin + kRound && i < own.end; i += kGridThreads) {
-      bool lost = false;
-      const int32_t row = i / windows, window = i % windows;
-      const Key key = coarse_key<D>(a, axes, a.coords + int64_t{row} * (1 + D), window, &lost);
-      outside += lost;
-      if (key == kNoKey) continue;
-      const int64_t slot = map.insert_if_absent(key & ~kInBlock);
-      const int site = static_cast<int>(key & kInBlock);
-      atomicOr(&marks.masks[site / 32][slot], 1u << (site % 32));
+    for (int64_t unit = begin + threadIdx.x; unit < begin + round && unit < end; unit += kGridThreads) {
+      coarse_keys(a, axes, units, static_cast<int32_t>(unit), [&](Key key) {
+        outside += key == kNoKey;
+        if (key == kNoKey) return;
+        const int32_t slot = map.insert_if_absent(key & ~kInBlock);
+        const int site = static_cast<int>(key & kInBlock);
+        atomicOr(&marks.masks[site / 32][slot], 1u << (site % 32));
+      });
     }
     __syncthreads();
     int32_t taken = 0, total;
     for (int slot = threadIdx.x; slot < kSlots; slot += kGridThreads) taken += marks.blocks[slot] != kNoKey;
     int32_t entry = block_exclusive_scan<kGridThreads>(taken, &total);
-    if (threadIdx.x == 0) first_entry = atomicAdd(s.entries, total);
+    if (threadIdx.x == 0) first_entry = atomicAdd(&s.found->entries, total);
     __syncthreads();
     entry += first_entry;
     for (int slot = threadIdx.x; slot < kSlots; slot += kGridThreads) {
@@ -162,12 +188,13 @@ __device__ void mark(const CoarseSitesArgs& a, int32_t windows, const Scratch& s
       s.sort.keys[entry] = marks.blocks[slot];
       s.masks[entry++] = static_cast<uint64_t>(marks.masks[1][slot]) << 32 | marks.masks[0][slot];
     }
+    __syncthreads();
   }
   bits = block_or(bits);
   outside = block_sum(outside);
   if (threadIdx.x == 0) {
-    s.bits_of[blockIdx.x] = bits;
-    s.outside_of[blockIdx.x] = outside;
+    atomicOr(&s.found->bits, static_cast<unsigned long long>(bits));
+    atomicAdd(&s.found->outside, outside);
   }
 }
 
@@ -186,9 +213,8 @@ __device__ int nth_bit(uint64_t mask, int n) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 2) coarse_sites_kernel(CoarseSitesArgs a, int32_t windows, Scratch s) {
+__global__ void __launch_bounds__(kGridThreads, 2) coarse_sites_kernel(CoarseSitesArgs a, Scratch s) {
   __shared__ union {
-    Marks marks;
     SortShared sort;
     struct {
       int32_t first[kGridThreads];  // sites of the tile's masks before each
@@ -196,14 +222,8 @@ __global__ void __launch_bounds__(kGridThreads, 2) coarse_sites_kernel(CoarseSit
     } tile;
   } shared;
   const Grid grid = cooperative_groups::this_grid();
-  if (global_thread() == 0) *s.entries = 0;
-  grid.sync();
-  mark<D>(a, windows, s, shared.marks);
-  grid.sync();
-
-  const int32_t n = *s.entries;
-  const int32_t outside = sum_blocks(s.outside_of).all;
-  const KeySpan<D> span(or_blocks(s.bits_of), false);
+  const int32_t n = s.found->entries;
+  const KeySpan<D> span(s.found->bits, false);
   radix_sort(grid, s.sort, n, span.bits() - kBlockBits, shared.sort,
              [&](Key key) { return span.code(key) >> kBlockBits; });
   const Key* blocks = s.sort.keys;
@@ -250,7 +270,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) coarse_sites_kernel(CoarseSit
     next += total;
     __syncthreads();
   }
-  write_end<D>(a, rows.all, outside);
+  write_end<D>(a, rows.all, s.found->outside);
 }
 
 template <int D>
@@ -265,11 +285,11 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   Scratch s;
   s.sort = take_sort_buffers(workspace, candidates);
   s.masks = workspace.take<uint64_t>(candidates);
-  s.bits_of = workspace.take<uint64_t>(kMostBlocks);
-  s.outside_of = workspace.take<int32_t>(kMostBlocks);
-  s.sites_of = workspace.take<int32_t>(kMostBlocks - 1);
-  s.entries = s.sites_of + kMostBlocks - 1;
-  return launch_grid(coarse_sites_kernel<D>, div_up(candidates, kRound), stream, a, windows, s);
+  s.found = workspace.take<Found>(1);
+  s.sites_of = workspace.take<int32_t>(kMostBlocks);
+  JAXSPARSE_TRY(cudaMemsetAsync(s.found, 0, sizeof(Found), stream));
+  JAXSPARSE_TRY(launch(mark_kernel<D>, striding_blocks(candidates, kRound), {kGridThreads}, stream, a, s));
+  return launch_grid(coarse_sites_kernel<D>, div_up(candidates, kRound), stream, a, s);
 }
 
 }  // namespace

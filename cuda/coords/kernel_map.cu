@@ -1,21 +1,30 @@
-// One cooperative kernel a builder, in three phases: clear the hash map, enter the input sites, look taps up.
+// Three kernels a map: clear a hash map, enter the input sites, look taps up.
 //
-// The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. Searches hit
-// L2; what bounds them is its latency and the arithmetic of keys, some 60 instructions each, so the builders differ in
-// how many they make:
+// The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. What bounds the
+// look-up is the arithmetic of keys, some 60 instructions each, and the latency of L2, so the builders differ in how
+// many keys they look up:
 //
 //     hash     one a tap. Sites may have any order.
 //     blocks   one a block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, where the hash map
 //              has a third of the entries. A block's mask then answers for all taps in it, and the number of its sites
 //              before one says which row that is.
+//
+// A warp has 32 outputs, a lane each, and walks their taps together: table writes are whole lines, masks stay in a
+// register, and nothing waits for another warp. Tried before: one cooperative kernel with barriers of the grid in between,
+// a block of threads for 64 outputs: 38 us for a scan where this takes TIME; every warp repeated what an output needs once.
 #include "cuda/coords/kernel_map.h"
 
-#include "cuda/common/grid.cuh"
+#include "cuda/common/device.cuh"
 #include "cuda/coords/window.h"
 #include "cuda/hash/hash_map.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMapWarps = 2;  // a block of the look-up; their shared memory must fit 48 KiB
+constexpr int kMapThreads = kMapWarps * kWarp;
+constexpr int kAtOnce = 4;  // keys that a thread looks up together
 
 __device__ int32_t real_rows(const int32_t* count, int32_t rows) {
   return count[0] < 0 ? 0 : count[0] < rows ? count[0] : rows;
@@ -28,120 +37,55 @@ __device__ Key key_of(const Site<D>& site) {
   return make_key<D>(site.batch, coord);
 }
 
-constexpr int kMapRows = 64;   // outputs a tile: two warps side by side, so that table writes are whole lines
-constexpr int kMapWords = 16;  // mask words that a block of threads gathers at a time
-constexpr int kTilesAcross = kMapRows / kWarp;
-constexpr int kMapBlocks = 2;
-constexpr int kTapShares = kGridThreads / kMapRows;  // warps that share the taps of 32 outputs
-
-using TileMasks = uint32_t[kMapWords][kMapRows];
-
-// The tile's row that this thread looks up taps for.
-__device__ int own_row() { return threadIdx.x % kWarp + threadIdx.x / kWarp % kTilesAcross * kWarp; }
-
-// Looks up taps 32 * word .. of kMapWords words for the tile of outputs at `first`, and writes table and masks.
-// line(tap) is told all but the last axis of a tap, tap[D]; find(last) is then the input row under the tap, or -1.
-template <int D, typename Line, typename Find>
-__device__ void write_tile(const KernelMapArgs& a, int32_t first, int32_t rows, int32_t word, TileMasks& masks,
-                           Line line, Find find) {
-  for (int i = threadIdx.x; i < kMapWords * kMapRows; i += kGridThreads) masks[i / kMapRows][i % kMapRows] = 0;
-  __syncthreads();
-  const int r = own_row();
-  const int32_t taps = min(a.taps, (word + kMapWords) * 32) - word * 32, my_share = threadIdx.x / kMapRows;
-  const int32_t begin = word * 32 + taps * my_share / kTapShares, end = word * 32 + taps * (my_share + 1) / kTapShares;
-  if (first + r < rows && begin < end) {
-    int32_t tap[D];
-    int32_t rest = begin;
-    for (int d = D - 1; d >= 0; --d) {
-      const int32_t size = static_cast<int32_t>(a.geometry.kernel[d]);
-      tap[d] = rest % size;
-      rest /= size;
-    }
-    line(tap);
-    int32_t* entry = a.table + static_cast<int64_t>(begin) * a.out_rows + first + r;
-    for (int32_t k = begin; k < end; ++k) {
-      const int32_t row = find(tap[D - 1]);
-      *entry = row;
-      entry += a.out_rows;
-      if (row >= 0) atomicOr(&masks[k / 32 - word][r], 1u << (k % 32));
-      if (++tap[D - 1] < static_cast<int32_t>(a.geometry.kernel[D - 1])) continue;
-      tap[D - 1] = 0;
-      for (int d = D - 2; d >= 0; --d) {
-        if (++tap[d] < static_cast<int32_t>(a.geometry.kernel[d])) break;
-        tap[d] = 0;
-      }
-      line(tap);
-    }
-  }
-  __syncthreads();
-  const int32_t words = min(kMapWords, a.mask_words - word);
-  for (int i = threadIdx.x; i < words * kMapRows; i += kGridThreads) {
-    const int32_t m = first + i / words;
-    if (m < rows) a.masks[static_cast<int64_t>(m) * a.mask_words + word + i % words] = masks[i % words][i / words];
-  }
-}
-
-// --- hash ---
-
+// What the hash map's keys stand for: a site's row, or a block of sites.
 struct SiteTable {
   uint64_t* keys;
   int32_t* rows;
 };
+struct alignas(16) SiteBlock {
+  uint64_t mask;  // which of its 64 sites exist
+  int32_t row;    // of the first that does
+};
+struct BlockTable {
+  uint64_t* keys;  // of a block: that of its first site
+  SiteBlock* blocks;
+};
+
+__device__ void clear(const SiteTable& sites, int64_t slot) {
+  sites.keys[slot] = kNoKey;
+  sites.rows[slot] = -1;
+}
+__device__ void clear(const BlockTable& table, int64_t slot) {
+  table.keys[slot] = kNoKey;
+  table.blocks[slot] = {0, 0};
+}
+
+template <typename Table>
+__global__ void clear_kernel(KernelMapArgs a, Table table) {
+  const int64_t slots = hash_slots(real_rows(a.in_count, a.in_rows));
+  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) clear(table, slot);
+}
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 2) hash_map_kernel(KernelMapArgs a, SiteTable sites) {
-  __shared__ TileMasks masks;
-  const Grid grid = cooperative_groups::this_grid();
-  const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const int64_t slots = hash_slots(in_rows);
-  HashMap map(sites.keys, slots);
-  map.clear(global_thread(), grid_threads());
-  for (int64_t slot = global_thread(); slot < slots; slot += grid_threads()) sites.rows[slot] = -1;
-  grid.sync();
-  for (int64_t row = global_thread(); row < in_rows; row += grid_threads()) {
+__global__ void enter_kernel(KernelMapArgs a, SiteTable sites) {
+  const int32_t in_rows = real_rows(a.in_count, a.in_rows);
+  HashMap map(sites.keys, hash_slots(in_rows));
+  for (int64_t row = global_thread(); row < in_rows; row += all_threads()) {
     const Key key = key_of(Site<D>(a.in_coords, row));
     if (key == kNoKey) continue;
-    const int64_t slot = map.insert_if_absent(key);
+    const int32_t slot = map.insert_if_absent(key);
     // -1 is the largest unsigned number, so of equal sites the first row wins
     atomicMin(reinterpret_cast<unsigned*>(sites.rows + slot), static_cast<unsigned>(row));
   }
-  grid.sync();
-  const int32_t pieces = static_cast<int32_t>(div_up(a.mask_words, kMapWords));
-  const int64_t tiles = div_up(out_rows, kMapRows);
-  for (int64_t i = blockIdx.x; i < tiles * pieces; i += gridDim.x) {
-    const int32_t first = static_cast<int32_t>(i / pieces) * kMapRows;
-    const int32_t word = static_cast<int32_t>(i % pieces) * kMapWords;
-    const Site<D> out(a.out_coords, min(first + own_row(), out_rows - 1));
-    Key of_line = kNoKey;
-    write_tile<D>(
-        a, first, out_rows, word, masks,
-        [&](const int32_t (&tap)[D]) {
-          of_line = batch_part<D>(out.batch);
-          for (int d = 0; d < D - 1; ++d) of_line |= axis_part<D>(d, a.geometry.fine(d, out.coord[d], tap[d]));
-        },
-        [&](int32_t last) {
-          const Key key = of_line | axis_part<D>(D - 1, a.geometry.fine(D - 1, out.coord[D - 1], last));
-          const int64_t slot = key == kNoKey ? -1 : map.find(key);
-          return slot < 0 ? -1 : sites.rows[slot];
-        });
-    __syncthreads();
-  }
 }
 
-// --- blocks ---
-
-struct BlockTable {
-  uint64_t* keys;   // of a block: that of its first site
-  uint64_t* masks;  // which of its 64 sites exist
-  int32_t* rows;    // row of the first that does
-};
-
-// Enters the blocks of sorted sites. The lanes of a warp that hold one block's are neighbours, and enter their bits
-// together.
+// Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
 template <int D>
-__device__ void enter_blocks(const KernelMapArgs& a, int32_t in_rows, HashMap map, const BlockTable& blocks) {
+__global__ void enter_kernel(KernelMapArgs a, BlockTable table) {
+  const int32_t in_rows = real_rows(a.in_count, a.in_rows);
+  HashMap map(table.keys, hash_slots(in_rows));
   const int lane = threadIdx.x % kWarp;
-  for (int64_t begin = global_thread() - lane; begin < in_rows; begin += grid_threads()) {
+  for (int64_t begin = global_thread() - lane; begin < in_rows; begin += all_threads()) {
     const int64_t row = begin + lane;
     const Key key = row < in_rows ? key_of(Site<D>(a.in_coords, row)) : kNoKey;
     const Key block = key | kInBlock;
@@ -157,113 +101,209 @@ __device__ void enter_blocks(const KernelMapArgs& a, int32_t in_rows, HashMap ma
       if (lane + step < kWarp && leader_above == leader) bits |= above;
     }
     if (key == kNoKey || !leads) continue;
-    const int64_t slot = map.insert_if_absent(key & ~kInBlock);
-    atomicOr(reinterpret_cast<unsigned long long*>(blocks.masks + slot), static_cast<unsigned long long>(bits));
+    SiteBlock* const entry = table.blocks + map.insert_if_absent(key & ~kInBlock);
+    atomicOr(reinterpret_cast<unsigned long long*>(&entry->mask), static_cast<unsigned long long>(bits));
     if (lane == 0 && row > 0) block_below = key_of(Site<D>(a.in_coords, row - 1)) | kInBlock;
-    if (row == 0 || block_below != block) blocks.rows[slot] = static_cast<int32_t>(row);
+    if (row == 0 || block_below != block) entry->row = static_cast<int32_t>(row);
   }
 }
 
-constexpr int kMostParts = kMostUnderWindow + 2;  // the sum over the axes of as many numbers with a product of 27
+// A tap, one number an axis, that moves on in the order of taps.
+template <int D>
+struct Tap {
+  int32_t at[D];
 
-struct UnderWindows {  // of a tile's outputs
-  uint64_t parts[kMostParts][kMapRows];        // of the blocks' keys, an axis after the other
-  uint64_t masks[kMostUnderWindow][kMapRows];  // of the blocks
-  int32_t rows[kMostUnderWindow][kMapRows];
+  __device__ Tap(const int32_t (&sizes)[D], int32_t flat) {
+    for (int d = D - 1; d >= 0; --d) {
+      at[d] = flat % sizes[d];
+      flat /= sizes[d];
+    }
+  }
+
+  // Whether only the last axis has moved.
+  __device__ bool next(const int32_t (&sizes)[D]) {
+    for (int d = D - 1; d >= 0; --d) {
+      if (++at[d] < sizes[d]) return d == D - 1;
+      at[d] = 0;
+    }
+    return false;
+  }
 };
 
-// Finds the blocks under the windows of the tile of outputs at `first`.
-template <int D>
-__device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_rows, const int32_t (&across)[D],
-                           int most_under, const HashMap& map, const BlockTable& blocks, UnderWindows& under) {
-  int parts = 0;
-  for (int d = 0; d < D; ++d) parts += across[d];
-  for (int i = threadIdx.x; i < parts * kMapRows; i += kGridThreads) {
-    const int r = i % kMapRows;
-    if (first + r >= out_rows) continue;
-    int axis = 0;
-    int32_t block = i / kMapRows;
-    for (int d = 0; d < D - 1; ++d) {
-      if (axis < d || block < across[d]) break;
-      block -= across[d];
-      axis = d + 1;
+// Which outputs and which words of their masks a warp has: as many words at a time as leave work for every warp.
+struct Piece {
+  int32_t first, word, words;
+};
+
+__device__ Piece piece_of(int64_t i, int32_t words_each, int32_t mask_words) {
+  const int32_t pieces = static_cast<int32_t>(div_up(mask_words, words_each));
+  const int32_t word = static_cast<int32_t>(i % pieces) * words_each;
+  return {static_cast<int32_t>(i / pieces) * kWarp, word, min(words_each, mask_words - word)};
+}
+
+__device__ int32_t words_each(int64_t tiles, int32_t mask_words) {
+  const int64_t words = tiles * mask_words / 4096;
+  return static_cast<int32_t>(words < 1 ? 1 : words < mask_words ? words : mask_words);
+}
+
+// Writes table and masks of an output for the piece's taps, kAtOnce at a time: find(rows, n) says the input rows of the
+// next n <= kAtOnce taps.
+template <typename Find>
+__device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t output, bool is_real, Find find) {
+  const int32_t end = min(a.taps, (piece.word + piece.words) * 32);
+  int32_t* entry = a.table + static_cast<int64_t>(piece.word) * 32 * a.out_rows + output;
+  uint32_t* masks = a.masks + static_cast<int64_t>(output) * a.mask_words;
+  uint32_t mask = 0;
+  for (int32_t k = piece.word * 32; k < end; k += kAtOnce) {
+    int32_t rows[kAtOnce];
+    find(rows, min(kAtOnce, end - k));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (k + i >= end) break;
+      if (is_real) *entry = rows[i];
+      entry += a.out_rows;
+      mask |= (rows[i] >= 0 ? 1u : 0u) << ((k + i) % 32);
     }
-    const int32_t coarse = a.out_coords[static_cast<int64_t>(first + r) * (1 + D) + 1 + axis];
-    const WindowAxis window = window_axis<D>(a.geometry, axis, coarse);
-    const bool is_under = block < window.blocks;
-    under.parts[i / kMapRows][r] = is_under ? axis_part<D>(axis, window.first_site<D>(axis, block)) : kNoKey;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < most_under * kMapRows; i += kGridThreads) {
-    const int r = i % kMapRows;
-    if (first + r >= out_rows) continue;
-    Key key = batch_part<D>(a.out_coords[static_cast<int64_t>(first + r) * (1 + D)]);
-    int32_t which = i / kMapRows, part = parts;
-    for (int d = D - 1; d >= 0; --d) {
-      part -= across[d];
-      key |= under.parts[part + which % across[d]][r];
-      which /= across[d];
-    }
-    const int64_t slot = key == kNoKey ? -1 : map.find(key);
-    under.masks[i / kMapRows][r] = slot < 0 ? 0 : blocks.masks[slot];
-    under.rows[i / kMapRows][r] = slot < 0 ? 0 : blocks.rows[slot];
+    if ((k + kAtOnce) % 32 != 0 && k + kAtOnce < end) continue;
+    if (is_real) masks[k / 32] = mask;
+    mask = 0;
   }
 }
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, kMapBlocks) block_map_kernel(KernelMapArgs a, BlockTable blocks) {
-  __shared__ TileMasks masks;
-  __shared__ UnderWindows under;
-  const Grid grid = cooperative_groups::this_grid();
+__global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, SiteTable sites) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const int64_t slots = hash_slots(in_rows);
-  HashMap map(blocks.keys, slots);
-  map.clear(global_thread(), grid_threads());
-  for (int64_t slot = global_thread(); slot < slots; slot += grid_threads()) blocks.masks[slot] = 0;
-  grid.sync();
-  enter_blocks<D>(a, in_rows, map, blocks);
-  grid.sync();
+  const HashMap map(sites.keys, hash_slots(in_rows));
+  int32_t sizes[D];
+  for (int d = 0; d < D; ++d) sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
+  const int64_t tiles = div_up(out_rows, kWarp);
+  const int32_t each = words_each(tiles, a.mask_words);
+  for (int64_t i = global_thread() / kWarp; i < tiles * div_up(a.mask_words, each); i += all_threads() / kWarp) {
+    const Piece piece = piece_of(i, each, a.mask_words);
+    const int32_t output = piece.first + static_cast<int32_t>(threadIdx.x % kWarp);
+    const bool is_real = output < out_rows;
+    const Site<D> out(a.out_coords, is_real ? output : out_rows - 1);
+    Tap<D> tap(sizes, piece.word * 32);
+    const auto key_of_line = [&] {
+      Key key = batch_part<D>(out.batch);
+      for (int d = 0; d < D - 1; ++d) key |= axis_part<D>(d, a.geometry.fine(d, out.coord[d], tap.at[d]));
+      return key;
+    };
+    Key line = key_of_line();
+    write_output(a, piece, output, is_real, [&](int32_t (&rows)[kAtOnce], int n) {
+      Key keys[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        keys[i] = kNoKey;
+        if (i >= n) continue;
+        keys[i] = line | axis_part<D>(D - 1, a.geometry.fine(D - 1, out.coord[D - 1], tap.at[D - 1]));
+        if (!tap.next(sizes)) line = key_of_line();
+      }
+      map.find(keys, rows);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) rows[i] = rows[i] < 0 ? -1 : sites.rows[rows[i]];
+    });
+  }
+}
 
-  int32_t across[D], dilation[D];
+// A warp's shared memory: for each of its outputs the parts of the keys of the blocks under the window, an axis after the
+// other, and the blocks.
+__host__ __device__ constexpr int64_t under_bytes(int parts, int blocks) {
+  return kWarp * (int64_t{8} * parts + 12 * blocks);
+}
+
+template <int D>
+__global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, BlockTable table) {
+  const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
+  const HashMap map(table.keys, hash_slots(in_rows));
+  int32_t across[D], sizes[D], dilation[D];
   const int most_under = blocks_under_window<D>(a.geometry, across);
-  for (int d = 0; d < D; ++d) dilation[d] = static_cast<int32_t>(a.geometry.dilation[d]);
-  const int32_t tiles = static_cast<int32_t>(div_up(out_rows, kMapRows));
-  for (int32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int32_t first = tile * kMapRows;
-    look_under<D>(a, first, out_rows, across, most_under, map, blocks, under);
-    const Site<D> out(a.out_coords, min(first + own_row(), out_rows - 1));
-    int32_t offset[D];
-    for (int d = 0; d < D; ++d) offset[d] = window_axis<D>(a.geometry, d, out.coord[d]).offset;
-    int32_t which_of_line = 0, site_of_line = 0;
-    for (int32_t word = 0; word < a.mask_words; word += kMapWords) {
-      write_tile<D>(
-          a, first, out_rows, word, masks,
-          [&](const int32_t (&tap)[D]) {
-            which_of_line = site_of_line = 0;
-            for (int d = 0; d < D - 1; ++d) {
-              const int32_t at = offset[d] + dilation[d] * tap[d];
-              which_of_line = which_of_line * across[d] + (at >> block_axis_bits(D, d));
-              site_of_line |= bits_in_block<D>(d, at);
-            }
-            which_of_line *= across[D - 1];
-          },
-          [&](int32_t last) {
-            const int32_t at = offset[D - 1] + dilation[D - 1] * last;
-            const int32_t which = which_of_line + (at >> block_axis_bits(D, D - 1));
-            const uint64_t bit = uint64_t{1} << (site_of_line | bits_in_block<D>(D - 1, at));
-            const uint64_t mask = under.masks[which][own_row()];
-            if ((mask & bit) == 0) return -1;
-            const int32_t row = under.rows[which][own_row()] + __popcll(mask & (bit - 1));
-            return row < in_rows ? row : -1;  // false only where the sites are not sorted after all
-          });
-      __syncthreads();
+  int parts = 0;
+  for (int d = 0; d < D; ++d) {
+    parts += across[d];
+    sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
+    dilation[d] = static_cast<int32_t>(a.geometry.dilation[d]);
+  }
+  const int lane = threadIdx.x % kWarp;
+  char* const shared = dynamic_shared() + threadIdx.x / kWarp * under_bytes(parts, most_under);
+  Key* const under_parts = reinterpret_cast<Key*>(shared) + lane;  // stride kWarp, as the others
+  uint64_t* const under_masks = under_parts + parts * kWarp;
+  int32_t* const under_rows = reinterpret_cast<int32_t*>(shared + under_bytes(parts, most_under)) - most_under * kWarp + lane;
+
+  const int64_t tiles = div_up(out_rows, kWarp);
+  const int32_t each = words_each(tiles, a.mask_words);
+  for (int64_t i = global_thread() / kWarp; i < tiles * div_up(a.mask_words, each); i += all_threads() / kWarp) {
+    const Piece piece = piece_of(i, each, a.mask_words);
+    const int32_t output = piece.first + lane;
+    const bool is_real = output < out_rows;
+    const Site<D> out(a.out_coords, is_real ? output : out_rows - 1);
+
+    int32_t offset[D], part = 0;
+    for (int d = 0; d < D; ++d) {
+      const WindowAxis window = window_axis<D>(a.geometry, d, out.coord[d]);
+      offset[d] = window.offset;
+      for (int32_t block = 0; block < across[d]; ++block) {
+        const bool is_under = block < window.blocks;
+        under_parts[part++ * kWarp] = is_under ? axis_part<D>(d, window.first_site<D>(d, block)) : kNoKey;
+      }
     }
+    const Key batch = batch_part<D>(out.batch);
+    Tap<D> block(across, 0);  // a block under the window, numbered like a tap
+    for (int u = 0; u < most_under; u += kAtOnce) {
+      Key keys[kAtOnce];
+      int32_t slots[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        keys[j] = batch;
+        int32_t first_part = 0;
+        for (int d = 0; d < D; ++d) {
+          keys[j] |= under_parts[(first_part + block.at[d]) * kWarp];
+          first_part += across[d];
+        }
+        if (u + j >= most_under) keys[j] = kNoKey;
+        block.next(across);
+      }
+      map.find(keys, slots);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (u + j >= most_under) break;
+        const SiteBlock found = slots[j] < 0 ? SiteBlock{0, 0} : table.blocks[slots[j]];
+        under_masks[(u + j) * kWarp] = found.mask;
+        under_rows[(u + j) * kWarp] = found.row;
+      }
+    }
+
+    Tap<D> tap(sizes, piece.word * 32);
+    int32_t which_of_line = 0, site_of_line = 0;
+    const auto begin_line = [&] {
+      which_of_line = site_of_line = 0;
+      for (int d = 0; d < D - 1; ++d) {
+        const int32_t at = offset[d] + dilation[d] * tap.at[d];
+        which_of_line = (which_of_line + (at >> block_axis_bits(D, d))) * across[d + 1];
+        site_of_line |= bits_in_block<D>(d, at);
+      }
+    };
+    begin_line();
+    write_output(a, piece, output, is_real, [&](int32_t (&rows)[kAtOnce], int n) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i >= n) break;
+        const int32_t at = offset[D - 1] + dilation[D - 1] * tap.at[D - 1];
+        const int32_t which = which_of_line + (at >> block_axis_bits(D, D - 1));
+        const uint64_t bit = uint64_t{1} << (site_of_line | bits_in_block<D>(D - 1, at));
+        const uint64_t mask = under_masks[which * kWarp];
+        rows[i] = -1;
+        if ((mask & bit) != 0) {
+          const int32_t row = under_rows[which * kWarp] + __popcll(mask & (bit - 1));
+          rows[i] = row < in_rows ? row : -1;  // false only where the sites are not sorted after all
+        }
+        if (!tap.next(sizes)) begin_line();
+      }
+    });
   }
 }
 
 // --- reverse ---
-
-constexpr int kThreads = 256;
 
 __global__ void reverse_table_kernel(ReverseTableArgs a, int64_t entries) {
   const int64_t i = global_thread();
@@ -277,19 +317,31 @@ __global__ void reverse_table_kernel(ReverseTableArgs a, int64_t entries) {
   atomicOr(&a.masks[static_cast<int64_t>(row) * a.mask_words + k / 32], 1u << (k % 32));
 }
 
+// The three kernels of a builder.
+template <int D, typename Table>
+cudaError_t build(const KernelMapArgs& a, const Table& table, int64_t shared_bytes, cudaStream_t stream) {
+  void (*const enter)(KernelMapArgs, Table) = enter_kernel<D>;
+  void (*const look_up)(KernelMapArgs, Table) = look_up_kernel<D>;
+  const int64_t pieces = div_up(a.out_rows, kWarp) * a.mask_words;
+  JAXSPARSE_TRY(launch(clear_kernel<Table>, striding_blocks(hash_slots(a.in_rows), kThreads), {kThreads}, stream, a,
+                       table));
+  JAXSPARSE_TRY(launch(enter, striding_blocks(a.in_rows, kThreads), {kThreads}, stream, a, table));
+  return launch(look_up, striding_blocks(pieces, kMapWarps), {kMapThreads, shared_bytes}, stream, a, table);
+}
+
 template <int D>
 cudaError_t kernel_map_in(const KernelMapArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   const int64_t slots = hash_slots(a.in_rows);
-  const int64_t rows = a.in_rows > a.out_rows ? a.in_rows : a.out_rows;
   int32_t across[D];
-  if (a.builder == MapBuilder::kBlocks && blocks_under_window<D>(a.geometry, across) <= kMostUnderWindow) {
-    const BlockTable blocks{workspace.take<uint64_t>(slots), workspace.take<uint64_t>(slots),
-                            workspace.take<int32_t>(slots)};
-    return launch_grid(block_map_kernel<D>, div_up(rows, kMapRows), stream, a, blocks);
+  const int under = blocks_under_window<D>(a.geometry, across);
+  if (a.builder == MapBuilder::kBlocks && under <= kMostUnderWindow) {
+    int parts = 0;
+    for (int d = 0; d < D; ++d) parts += across[d];
+    const BlockTable table{workspace.take<uint64_t>(slots), workspace.take<SiteBlock>(slots)};
+    return build<D>(a, table, kMapWarps * under_bytes(parts, under), stream);
   }
-  const SiteTable sites{workspace.take<uint64_t>(slots), workspace.take<int32_t>(slots)};
-  return launch_grid(hash_map_kernel<D>, div_up(rows, kMapRows), stream, a, sites);
+  return build<D>(a, SiteTable{workspace.take<uint64_t>(slots), workspace.take<int32_t>(slots)}, 0, stream);
 }
 
 }  // namespace
@@ -304,7 +356,7 @@ cudaError_t reverse_table(const ReverseTableArgs& a, cudaStream_t stream) {
   const int64_t entries = static_cast<int64_t>(a.taps) * a.out_rows.rows;
   JAXSPARSE_TRY(cudaMemsetAsync(a.reverse, 0xff, reverse_bytes, stream));  // -1
   JAXSPARSE_TRY(cudaMemsetAsync(a.masks, 0, mask_bytes, stream));
-  return launch(reverse_table_kernel, div_up(entries, kThreads), kThreads, stream, a, entries);
+  return launch(reverse_table_kernel, div_up(entries, kThreads), {kThreads}, stream, a, entries);
 }
 
 }  // namespace jaxsparse::cuda

@@ -14,8 +14,8 @@ enum class MapBuilder {
   kBlocks = 1,  // a hash map of 64-site blocks with occupancy masks, a search for each block under a window: sorted sites
 };
 
-// Bytes of workspace for so many input rows: keys, and masks and rows of blocks, or rows of sites.
-inline int64_t kernel_map_workspace(int64_t in_rows) { return padded(20 * hash_slots(in_rows)) + 3 * kWorkspaceAlign; }
+// Bytes of workspace for so many input rows: a key and a block a slot.
+inline int64_t kernel_map_workspace(int64_t in_rows) { return padded(24 * hash_slots(in_rows)) + 2 * kWorkspaceAlign; }
 
 struct KernelMapArgs {
   const int32_t* in_coords;   // [in_rows, 1 + dims], sorted by key for kBlocks

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
 
   uint64_t bits = 0;
   int32_t no_keys = 0;
-  for (int64_t p = first_thread; p < n; p += grid_threads()) {
+  for (int64_t p = first_thread; p < n; p += all_threads()) {
     const Key key = key_of_row<D>(a.coords + p * (1 + D));
     s.sort.keys[p] = key;
     if (key != kNoKey) bits |= KeySpan<D>::bits_of(key);
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
     a.row_of[points[i]] = kept ? row : -1;
     a.order[i] = kept ? static_cast<int32_t>(points[i]) : -1;
   }
-  for (int64_t i = n + first_thread; i < a.points; i += grid_threads()) a.row_of[i] = a.order[i] = -1;
-  for (int64_t row = rows.all + first_thread; row <= a.capacity; row += grid_threads()) {
+  for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
+  for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) {
     a.offsets[row] = static_cast<int32_t>(with_key);
     if (row < a.capacity) write_padding<D>(a.sites + row * (1 + D));
   }

@@ -1,5 +1,5 @@
 // invert_index: one stable sort by value, a binary search for each value's start. segment_sum: one thread for each
-// (value, channel), rows in order, so no atomics and no race; bound by reading x once.
+// (value, channel), rows in a fixed order, so no float atomics and equal bits; bound by the latency of reading x by index.
 #include "cuda/rows/rows.h"
 
 #include "cuda/common/numbers.cuh"
@@ -13,17 +13,17 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kGridThreads, 2) invert_index_kernel(InvertIndexArgs a, SortBuffers buffers, int bits) {
   __shared__ SortShared shared;
   const Grid grid = cooperative_groups::this_grid();
-  for (int64_t p = global_thread(); p < a.positions; p += grid_threads()) {
+  for (int64_t p = global_thread(); p < a.positions; p += all_threads()) {
     const int32_t value = a.index[p];
     buffers.keys[p] = value >= 0 && value < a.values ? value : a.values;  // what is outside sorts behind the others
   }
   grid.sync();
   radix_sort(grid, buffers, a.positions, bits, shared, [](uint64_t key) { return key; });
   const uint64_t* keys = buffers.keys;
-  for (int64_t i = global_thread(); i < a.positions; i += grid_threads()) {
+  for (int64_t i = global_thread(); i < a.positions; i += all_threads()) {
     a.order[i] = keys[i] < static_cast<uint64_t>(a.values) ? static_cast<int32_t>(buffers.values[i]) : -1;
   }
-  for (int64_t value = global_thread(); value <= a.values; value += grid_threads()) {
+  for (int64_t value = global_thread(); value <= a.values; value += all_threads()) {
     int32_t low = 0, high = a.positions;  // the first position of this value or a larger one
     while (low < high) {
       const int32_t middle = low + (high - low) / 2;
@@ -37,18 +37,45 @@ __global__ void __launch_bounds__(kGridThreads, 2) invert_index_kernel(InvertInd
   }
 }
 
+constexpr int32_t kManyRows = 32;  // a group of more is left to a whole warp
+
+// A thread a (value, channel). Groups of many rows, such as the voxel that holds what a scanner sees of itself, are put
+// aside and summed by a warp each: lane l takes rows l, l + 32, ...
 template <typename T>
-__global__ void segment_sum_kernel(SegmentSumArgs a) {
-  const int64_t i = global_thread();
-  if (i >= static_cast<int64_t>(a.values) * a.channels) return;
-  const int32_t value = static_cast<int32_t>(i / a.channels);
-  const int32_t channel = static_cast<int32_t>(i % a.channels);
+__global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a) {
+  __shared__ int32_t aside[kThreads];
+  __shared__ int32_t number_aside;
+  if (threadIdx.x == 0) number_aside = 0;
+  __syncthreads();
   const T* x = static_cast<const T*>(a.x);
-  Accumulator<T> sum = 0;
-  for (int32_t j = a.offsets[value]; j < a.offsets[value + 1]; ++j) {
-    sum += widen(x[static_cast<int64_t>(a.order[j]) * a.channels + channel]);
+  T* y = static_cast<T*>(a.y);
+  const auto element = [&](int32_t j, int32_t channel) {
+    return widen(x[static_cast<int64_t>(a.order[j]) * a.channels + channel]);
+  };
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads, i = first + threadIdx.x;
+  if (i < static_cast<int64_t>(a.values) * a.channels) {
+    const int32_t value = static_cast<int32_t>(i / a.channels), channel = static_cast<int32_t>(i % a.channels);
+    const int32_t begin = a.offsets[value], end = a.offsets[value + 1];
+    if (end - begin > kManyRows) {
+      aside[atomicAdd(&number_aside, 1)] = threadIdx.x;
+    } else {
+      Accumulator<T> sum = 0;
+      for (int32_t j = begin; j < end; ++j) sum += element(j, channel);
+      y[i] = narrow<T>(sum);
+    }
   }
-  static_cast<T*>(a.y)[i] = narrow<T>(sum);
+  __syncthreads();
+  for (int n = threadIdx.x / kWarp; n < number_aside; n += kThreads / kWarp) {
+    const int64_t out = first + aside[n];
+    const int32_t value = static_cast<int32_t>(out / a.channels), channel = static_cast<int32_t>(out % a.channels);
+    Accumulator<T> sum = 0;
+#pragma unroll 4
+    for (int32_t j = a.offsets[value] + threadIdx.x % kWarp; j < a.offsets[value + 1]; j += kWarp) {
+      sum += element(j, channel);
+    }
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    if (threadIdx.x % kWarp == 0) y[out] = narrow<T>(sum);
+  }
 }
 
 }  // namespace
@@ -64,10 +91,10 @@ cudaError_t invert_index(const InvertIndexArgs& a, cudaStream_t stream) {
 cudaError_t segment_sum(const SegmentSumArgs& a, cudaStream_t stream) {
   const int64_t blocks = div_up(static_cast<int64_t>(a.values) * a.channels, kThreads);
   switch (a.dtype) {
-    case Dtype::kF16: return launch(segment_sum_kernel<__half>, blocks, kThreads, stream, a);
-    case Dtype::kBF16: return launch(segment_sum_kernel<__nv_bfloat16>, blocks, kThreads, stream, a);
-    case Dtype::kF32: return launch(segment_sum_kernel<float>, blocks, kThreads, stream, a);
-    case Dtype::kF64: return launch(segment_sum_kernel<double>, blocks, kThreads, stream, a);
+    case Dtype::kF16: return launch(segment_sum_kernel<__half>, blocks, {kThreads}, stream, a);
+    case Dtype::kBF16: return launch(segment_sum_kernel<__nv_bfloat16>, blocks, {kThreads}, stream, a);
+    case Dtype::kF32: return launch(segment_sum_kernel<float>, blocks, {kThreads}, stream, a);
+    case Dtype::kF64: return launch(segment_sum_kernel<double>, blocks, {kThreads}, stream, a);
   }
   return cudaErrorInvalidValue;
 }

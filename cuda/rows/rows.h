@@ -32,7 +32,7 @@ struct SegmentSumArgs {
   void* y;  // [values, channels]
 };
 
-// y[v] = sum of x[order[j]] over offsets[v] <= j < offsets[v + 1], in that order.
+// y[v] = sum of x[order[j]] over offsets[v] <= j < offsets[v + 1], in an order that depends on their number alone.
 cudaError_t segment_sum(const SegmentSumArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

@@ -5,8 +5,8 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kDigitBits = 8;
-constexpr int kDigits = 1 << kDigitBits;
+constexpr int kMostDigitBits = 9;
+constexpr int kDigits = 1 << kMostDigitBits;
 
 // Bytes of two buffers of n keys and n values, and of the counts of up to kMostBlocks blocks.
 constexpr int64_t sort_workspace(int64_t n) {

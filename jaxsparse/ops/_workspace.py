@@ -27,7 +27,7 @@ def _padded(size: int) -> int:
 
 def _sort(keys: int) -> int:
     """`sort_workspace` in cuda/sort/workspace.h."""
-    return 2 * _padded(8 * keys) + 2 * _padded(4 * keys) + 4 * 512 * 256
+    return 2 * _padded(8 * keys) + 2 * _padded(4 * keys) + 4 * 512 * 512
 
 
 def unique_sites(points: int) -> int:
@@ -44,7 +44,7 @@ def coarse_sites(rows: int, geometry: Geometry) -> int:
 def kernel_map(in_rows: int) -> int:
     """`kernel_map_workspace` in cuda/coords/kernel_map.h."""
     slots = max(2, 1 << (2 * in_rows - 1).bit_length())
-    return _padded(20 * slots) + 3 * 256
+    return _padded(24 * slots) + 2 * 256
 
 
 def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:

@@ -122,7 +122,7 @@ def sum_rows(
     grouped: tuple[jax.Array, jax.Array] | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
-    """`y[v] = sum of x[p] over all p with index[p] = v`, in increasing p, accumulated in float32 or wider.
+    """`y[v] = sum of x[p] over all p with index[p] = v`, in a fixed order, accumulated in float32 or wider.
 
     Args:
       x: `[P, C]`.
