@@ -166,7 +166,9 @@ __global__ void __launch_bounds__(kGridThreads) mark_kernel(CoarseSitesArgs a, S
       marks.masks[0][slot] = marks.masks[1][slot] = 0;
     }
     __syncthreads();
-    for (int64_t unit = begin + threadIdx.x; unit < begin + round && unit < end; unit += kGridThreads) {
+    // Neighbouring units often meet the same block: a warp takes distant ones, so that its lanes rarely want one slot.
+    const int scattered = threadIdx.x % kWarp * (kGridThreads / kWarp) + threadIdx.x / kWarp;
+    for (int64_t unit = begin + scattered; unit < begin + round && unit < end; unit += kGridThreads) {
       coarse_keys(a, axes, units, static_cast<int32_t>(unit), [&](Key key) {
         outside += key == kNoKey;
         if (key == kNoKey) return;

@@ -60,16 +60,23 @@ __device__ void clear(const BlockTable& table, int64_t slot) {
   table.blocks[slot] = {0, 0};
 }
 
+// Slots for so many sites. There are far fewer blocks, so a table of them may be small; were each site alone in its block
+// it would still leave a fifth empty.
+__host__ __device__ int64_t slots_for(const SiteTable&, int32_t in_rows) { return hash_slots(in_rows); }
+__host__ __device__ int64_t slots_for(const BlockTable&, int32_t in_rows) {
+  return hash_slots(int64_t{5} * in_rows / 8 + 1);
+}
+
 template <typename Table>
 __global__ void clear_kernel(KernelMapArgs a, Table table) {
-  const int64_t slots = hash_slots(real_rows(a.in_count, a.in_rows));
+  const int64_t slots = slots_for(table, real_rows(a.in_count, a.in_rows));
   for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) clear(table, slot);
 }
 
 template <int D>
 __global__ void enter_kernel(KernelMapArgs a, SiteTable sites) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows);
-  HashMap map(sites.keys, hash_slots(in_rows));
+  HashMap map(sites.keys, slots_for(sites, in_rows));
   for (int64_t row = global_thread(); row < in_rows; row += all_threads()) {
     const Key key = key_of(Site<D>(a.in_coords, row));
     if (key == kNoKey) continue;
@@ -83,7 +90,7 @@ __global__ void enter_kernel(KernelMapArgs a, SiteTable sites) {
 template <int D>
 __global__ void enter_kernel(KernelMapArgs a, BlockTable table) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows);
-  HashMap map(table.keys, hash_slots(in_rows));
+  HashMap map(table.keys, slots_for(table, in_rows));
   const int lane = threadIdx.x % kWarp;
   for (int64_t begin = global_thread() - lane; begin < in_rows; begin += all_threads()) {
     const int64_t row = begin + lane;
@@ -108,25 +115,24 @@ __global__ void enter_kernel(KernelMapArgs a, BlockTable table) {
   }
 }
 
-// A tap, one number an axis, that moves on in the order of taps.
+// A number in a mixed radix, a digit an axis: a tap, or a block under the window. The last axis is the fastest.
 template <int D>
-struct Tap {
+struct Odometer {
   int32_t at[D];
 
-  __device__ Tap(const int32_t (&sizes)[D], int32_t flat) {
+  __device__ Odometer(const int32_t (&sizes)[D], int32_t flat) {
     for (int d = D - 1; d >= 0; --d) {
       at[d] = flat % sizes[d];
       flat /= sizes[d];
     }
   }
 
-  // Whether only the last axis has moved.
-  __device__ bool next(const int32_t (&sizes)[D]) {
-    for (int d = D - 1; d >= 0; --d) {
-      if (++at[d] < sizes[d]) return d == D - 1;
+  // Adds one at an axis.
+  __device__ void next(const int32_t (&sizes)[D], int axis) {
+    for (int d = axis; d >= 0; --d) {
+      if (++at[d] < sizes[d]) return;
       at[d] = 0;
     }
-    return false;
   }
 };
 
@@ -146,36 +152,48 @@ __device__ int32_t words_each(int64_t tiles, int32_t mask_words) {
   return static_cast<int32_t>(words < 1 ? 1 : words < mask_words ? words : mask_words);
 }
 
-// Writes table and masks of an output for the piece's taps, kAtOnce at a time: find(rows, n) says the input rows of the
-// next n <= kAtOnce taps.
-template <typename Find>
-__device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t output, bool is_real, Find find) {
+// Writes table and masks of an output for the piece's taps. A line is the taps that differ on the last axis alone:
+// begin_line(tap) is told its others, then find(rows, first, n) says the input rows under n <= kAtOnce of its taps.
+template <int D, typename BeginLine, typename Find>
+__device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t output, bool is_real,
+                             BeginLine begin_line, Find find) {
+  int32_t sizes[D];
+  for (int d = 0; d < D; ++d) sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
   const int32_t end = min(a.taps, (piece.word + piece.words) * 32);
   int32_t* entry = a.table + static_cast<int64_t>(piece.word) * 32 * a.out_rows + output;
   uint32_t* masks = a.masks + static_cast<int64_t>(output) * a.mask_words;
   uint32_t mask = 0;
-  for (int32_t k = piece.word * 32; k < end; k += kAtOnce) {
-    int32_t rows[kAtOnce];
-    find(rows, min(kAtOnce, end - k));
+  int32_t k = piece.word * 32;
+  Odometer<D> tap(sizes, k);
+  while (k < end) {
+    begin_line(tap.at);
+    const int32_t line_end = min(sizes[D - 1], tap.at[D - 1] + end - k);
+    for (int32_t last = tap.at[D - 1]; last < line_end; last += kAtOnce) {
+      const int32_t n = min(kAtOnce, line_end - last);
+      int32_t rows[kAtOnce];
+      find(rows, last, n);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (k + i >= end) break;
-      if (is_real) *entry = rows[i];
-      entry += a.out_rows;
-      mask |= (rows[i] >= 0 ? 1u : 0u) << ((k + i) % 32);
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i < n) {
+          if (is_real) *entry = rows[i];
+          entry += a.out_rows;
+          mask |= (rows[i] >= 0 ? 1u : 0u) << (k % 32);
+          if (++k % 32 == 0 || k == end) {
+            if (is_real) masks[(k - 1) / 32] = mask;
+            mask = 0;
+          }
+        }
+      }
     }
-    if ((k + kAtOnce) % 32 != 0 && k + kAtOnce < end) continue;
-    if (is_real) masks[k / 32] = mask;
-    mask = 0;
+    tap.at[D - 1] = 0;
+    tap.next(sizes, D - 2);
   }
 }
 
 template <int D>
 __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, SiteTable sites) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap map(sites.keys, hash_slots(in_rows));
-  int32_t sizes[D];
-  for (int d = 0; d < D; ++d) sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
+  const HashMap map(sites.keys, slots_for(sites, in_rows));
   const int64_t tiles = div_up(out_rows, kWarp);
   const int32_t each = words_each(tiles, a.mask_words);
   for (int64_t i = global_thread() / kWarp; i < tiles * div_up(a.mask_words, each); i += all_threads() / kWarp) {
@@ -183,26 +201,24 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, S
     const int32_t output = piece.first + static_cast<int32_t>(threadIdx.x % kWarp);
     const bool is_real = output < out_rows;
     const Site<D> out(a.out_coords, is_real ? output : out_rows - 1);
-    Tap<D> tap(sizes, piece.word * 32);
-    const auto key_of_line = [&] {
-      Key key = batch_part<D>(out.batch);
-      for (int d = 0; d < D - 1; ++d) key |= axis_part<D>(d, a.geometry.fine(d, out.coord[d], tap.at[d]));
-      return key;
-    };
-    Key line = key_of_line();
-    write_output(a, piece, output, is_real, [&](int32_t (&rows)[kAtOnce], int n) {
-      Key keys[kAtOnce];
+    Key line = kNoKey;
+    write_output<D>(
+        a, piece, output, is_real,
+        [&](const int32_t (&tap)[D]) {
+          line = batch_part<D>(out.batch);
+          for (int d = 0; d < D - 1; ++d) line |= axis_part<D>(d, a.geometry.fine(d, out.coord[d], tap[d]));
+        },
+        [&](int32_t (&rows)[kAtOnce], int32_t first, int32_t n) {
+          Key keys[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        keys[i] = kNoKey;
-        if (i >= n) continue;
-        keys[i] = line | axis_part<D>(D - 1, a.geometry.fine(D - 1, out.coord[D - 1], tap.at[D - 1]));
-        if (!tap.next(sizes)) line = key_of_line();
-      }
-      map.find(keys, rows);
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int64_t coord = a.geometry.fine(D - 1, out.coord[D - 1], first + j);
+            keys[j] = j < n ? line | axis_part<D>(D - 1, coord) : kNoKey;
+          }
+          map.find(keys, rows);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) rows[i] = rows[i] < 0 ? -1 : sites.rows[rows[i]];
-    });
+          for (int j = 0; j < kAtOnce; ++j) rows[j] = rows[j] < 0 ? -1 : sites.rows[rows[j]];
+        });
   }
 }
 
@@ -215,13 +231,12 @@ __host__ __device__ constexpr int64_t under_bytes(int parts, int blocks) {
 template <int D>
 __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, BlockTable table) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap map(table.keys, hash_slots(in_rows));
-  int32_t across[D], sizes[D], dilation[D];
+  const HashMap map(table.keys, slots_for(table, in_rows));
+  int32_t across[D], dilation[D];
   const int most_under = blocks_under_window<D>(a.geometry, across);
   int parts = 0;
   for (int d = 0; d < D; ++d) {
     parts += across[d];
-    sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
     dilation[d] = static_cast<int32_t>(a.geometry.dilation[d]);
   }
   const int lane = threadIdx.x % kWarp;
@@ -248,7 +263,7 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, B
       }
     }
     const Key batch = batch_part<D>(out.batch);
-    Tap<D> block(across, 0);  // a block under the window, numbered like a tap
+    Odometer<D> block(across, 0);
     for (int u = 0; u < most_under; u += kAtOnce) {
       Key keys[kAtOnce];
       int32_t slots[kAtOnce];
@@ -261,7 +276,7 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, B
           first_part += across[d];
         }
         if (u + j >= most_under) keys[j] = kNoKey;
-        block.next(across);
+        block.next(across, D - 1);
       }
       map.find(keys, slots);
 #pragma unroll
@@ -273,33 +288,31 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, B
       }
     }
 
-    Tap<D> tap(sizes, piece.word * 32);
     int32_t which_of_line = 0, site_of_line = 0;
-    const auto begin_line = [&] {
-      which_of_line = site_of_line = 0;
-      for (int d = 0; d < D - 1; ++d) {
-        const int32_t at = offset[d] + dilation[d] * tap.at[d];
-        which_of_line = (which_of_line + (at >> block_axis_bits(D, d))) * across[d + 1];
-        site_of_line |= bits_in_block<D>(d, at);
-      }
-    };
-    begin_line();
-    write_output(a, piece, output, is_real, [&](int32_t (&rows)[kAtOnce], int n) {
+    write_output<D>(
+        a, piece, output, is_real,
+        [&](const int32_t (&tap)[D]) {
+          which_of_line = site_of_line = 0;
+          for (int d = 0; d < D - 1; ++d) {
+            const int32_t at = offset[d] + dilation[d] * tap[d];
+            which_of_line = (which_of_line + (at >> block_axis_bits(D, d))) * across[d + 1];
+            site_of_line |= bits_in_block<D>(d, at);
+          }
+        },
+        [&](int32_t (&rows)[kAtOnce], int32_t first, int32_t n) {
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (i >= n) break;
-        const int32_t at = offset[D - 1] + dilation[D - 1] * tap.at[D - 1];
-        const int32_t which = which_of_line + (at >> block_axis_bits(D, D - 1));
-        const uint64_t bit = uint64_t{1} << (site_of_line | bits_in_block<D>(D - 1, at));
-        const uint64_t mask = under_masks[which * kWarp];
-        rows[i] = -1;
-        if ((mask & bit) != 0) {
-          const int32_t row = under_rows[which * kWarp] + __popcll(mask & (bit - 1));
-          rows[i] = row < in_rows ? row : -1;  // false only where the sites are not sorted after all
-        }
-        if (!tap.next(sizes)) begin_line();
-      }
-    });
+          for (int j = 0; j < kAtOnce; ++j) {
+            const int32_t at = offset[D - 1] + dilation[D - 1] * (first + j);
+            const int32_t which = which_of_line + (at >> block_axis_bits(D, D - 1));
+            const uint64_t bit = uint64_t{1} << (site_of_line | bits_in_block<D>(D - 1, at));
+            const uint64_t mask = j < n ? under_masks[which * kWarp] : 0;
+            rows[j] = -1;
+            if ((mask & bit) != 0) {
+              const int32_t row = under_rows[which * kWarp] + __popcll(mask & (bit - 1));
+              if (row < in_rows) rows[j] = row;  // false only where the sites are not sorted after all
+            }
+          }
+        });
   }
 }
 
@@ -323,7 +336,7 @@ cudaError_t build(const KernelMapArgs& a, const Table& table, int64_t shared_byt
   void (*const enter)(KernelMapArgs, Table) = enter_kernel<D>;
   void (*const look_up)(KernelMapArgs, Table) = look_up_kernel<D>;
   const int64_t pieces = div_up(a.out_rows, kWarp) * a.mask_words;
-  JAXSPARSE_TRY(launch(clear_kernel<Table>, striding_blocks(hash_slots(a.in_rows), kThreads), {kThreads}, stream, a,
+  JAXSPARSE_TRY(launch(clear_kernel<Table>, striding_blocks(slots_for(table, a.in_rows), kThreads), {kThreads}, stream, a,
                        table));
   JAXSPARSE_TRY(launch(enter, striding_blocks(a.in_rows, kThreads), {kThreads}, stream, a, table));
   return launch(look_up, striding_blocks(pieces, kMapWarps), {kMapThreads, shared_bytes}, stream, a, table);
@@ -332,7 +345,7 @@ cudaError_t build(const KernelMapArgs& a, const Table& table, int64_t shared_byt
 template <int D>
 cudaError_t kernel_map_in(const KernelMapArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
-  const int64_t slots = hash_slots(a.in_rows);
+  const int64_t slots = hash_slots(a.in_rows);  // enough for either table
   int32_t across[D];
   const int under = blocks_under_window<D>(a.geometry, across);
   if (a.builder == MapBuilder::kBlocks && under <= kMostUnderWindow) {

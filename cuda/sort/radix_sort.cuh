@@ -1,9 +1,9 @@
 // A stable radix sort inside a cooperative kernel, of as many keys as a device value says, by as many bits.
 //
-// Least significant digit first, up to 9 bits a pass: 36 bits, a scan's, are four. In a pass each block counts the digits of its share; after a barrier of
-// the grid it sums the counts of the blocks before it, so it knows where each of its digits begins, and scatters its
-// share tile by tile. A digit in which all keys agree costs the count alone. No block ever waits for a neighbour, so
-// there is nothing to get out of order.
+// Least significant digit first, up to 9 bits a pass: 36 bits, a scan's, are four. In a pass each block counts the digits
+// of its share; a warp a digit turns the blocks' counts into where each block's keys begin; each block scatters its share
+// tile by tile. A digit in which all keys agree costs the count alone. No block ever waits for its neighbour, only all for
+// all, so there is nothing to get out of order.
 //
 // Why not CUB: its sort wants the number of keys and of bits from the host, so it follows the capacity and sorts 64
 // bits where a scan has about 36 that differ.
@@ -19,7 +19,8 @@ struct SortBuffers {
   uint32_t* values;
   uint64_t* other_keys;  // where a pass writes; then they change places
   uint32_t* other_values;
-  int32_t* counts;  // [blocks, kDigits]
+  int32_t* counts;  // [kDigits, kMostBlocks], of each block; then of the blocks before it
+  int32_t* totals;  // [kDigits]
 };
 
 inline SortBuffers take_sort_buffers(Workspace& workspace, int64_t n) {
@@ -29,6 +30,7 @@ inline SortBuffers take_sort_buffers(Workspace& workspace, int64_t n) {
   b.other_keys = workspace.take<uint64_t>(n);
   b.other_values = workspace.take<uint32_t>(n);
   b.counts = workspace.take<int32_t>(int64_t{kMostBlocks} * kDigits);
+  b.totals = workspace.take<int32_t>(kDigits);
   return b;
 }
 
@@ -44,15 +46,13 @@ __device__ void swap(T*& a, T*& b) {
   b = held;
 }
 
-constexpr int kSortTile = 2048;
+constexpr int kSortTile = 1024;
 constexpr int kSortPerThread = kSortTile / kGridThreads;
 
-// How many blocks share n keys. A tile takes a block some 2 microseconds; a block that takes part costs every block a row
-// of counts to read in each pass, 2 KB at some 5 TB/s. The sum is least at the cube root of 1.3 n.
+// How many blocks share n keys: one a tile, as far as they go.
 __device__ inline int32_t sort_blocks(int32_t n) {
   const int32_t tiles = static_cast<int32_t>(div_up(n, kSortTile)), most = static_cast<int32_t>(gridDim.x);
-  const int32_t best = static_cast<int32_t>(cbrtf(1.3f * static_cast<float>(n)));
-  return max(1, min(tiles, min(most, best)));
+  return tiles < 1 ? 1 : tiles < most ? tiles : most;
 }
 
 // Scatters the keys and values at [tile.begin, tile.end), at most kSortTile, to shared.next[digit] and on in the other
@@ -113,6 +113,26 @@ __device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, int 
   __syncthreads();
 }
 
+// Replaces, for each digit, the blocks' counts by the sums over the blocks before them; totals are the sums over all.
+__device__ inline void count_before(const SortBuffers& b, int32_t blocks) {
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t digit = global_thread() / kWarp; digit < kDigits; digit += all_threads() / kWarp) {
+    int32_t* const counts = b.counts + digit * kMostBlocks;
+    int32_t sum = 0;
+    for (int32_t first = 0; first < blocks; first += kWarp) {
+      const int32_t own = first + lane < blocks ? counts[first + lane] : 0;
+      int32_t upto = own;
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
+        if (lane >= step) upto += below;
+      }
+      if (first + lane < blocks) counts[first + lane] = sum + upto - own;
+      sum += __shfl_sync(kAllLanes, upto, kWarp - 1);
+    }
+    if (lane == 0) b.totals[digit] = sum;
+  }
+}
+
 // Sorts b.keys, n of them, by the low `bits` bits of code(key). Values need not be set: they become the keys' first
 // positions. All blocks call it, after a barrier of the grid; it ends with one.
 template <typename Code>
@@ -134,16 +154,12 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
       atomicAdd(&histogram[digit_of(b.keys[i])], 1);
     }
     __syncthreads();
-    b.counts[blockIdx.x * kDigits + threadIdx.x] = histogram[threadIdx.x];
+    int32_t* const own_count = b.counts + threadIdx.x * kMostBlocks + blockIdx.x;
+    if (static_cast<int32_t>(blockIdx.x) < blocks) *own_count = histogram[threadIdx.x];
     grid.sync();
-
-    int32_t before = 0, all = 0;  // keys of the thread's digit in the blocks before this one, and in all
-#pragma unroll 8
-    for (int32_t block = 0; block < blocks; ++block) {
-      const int32_t count = b.counts[block * kDigits + threadIdx.x];
-      if (block < static_cast<int32_t>(blockIdx.x)) before += count;
-      all += count;
-    }
+    count_before(b, blocks);
+    grid.sync();
+    const int32_t before = static_cast<int32_t>(blockIdx.x) < blocks ? *own_count : 0, all = b.totals[threadIdx.x];
     // Where all keys agree the order stays; only the last chance to number the values is not left out.
     const bool all_agree = __syncthreads_count(all == n) > 0;
     const bool can_skip = all_agree && (moved || pass + 1 < passes);
@@ -151,10 +167,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     const int32_t start = block_exclusive_scan<kGridThreads>(all, &total);
     shared.next[threadIdx.x] = start + before;
     __syncthreads();
-    if (can_skip) {
-      grid.sync();  // the counts have been read: they may be written again
-      continue;
-    }
+    if (can_skip) continue;  // the next count is written by the threads that have read this one
     for (int32_t begin = own.begin; begin < own.end; begin += kSortTile) {
       scatter_tile(b, !moved, {begin, min(begin + kSortTile, own.end)}, digit_bits, shared, digit_of);
     }
