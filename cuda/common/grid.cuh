@@ -49,15 +49,16 @@ __device__ inline Range share(int64_t n, int32_t unit, int32_t blocks) {
   return {static_cast<int32_t>(begin < n ? begin : n), static_cast<int32_t>(end < n ? end : n)};
 }
 
-template <typename V>
+template <int kThreads = kGridThreads, typename V>
 __device__ V block_sum(V value) {
   V total;
-  block_exclusive_scan<kGridThreads>(value, &total);
+  block_exclusive_scan<kThreads>(value, &total);
   return total;
 }
 
-__device__ inline uint64_t block_or(uint64_t value) {
-  constexpr int kWarps = kGridThreads / kWarp;
+template <int kThreads = kGridThreads>
+__device__ uint64_t block_or(uint64_t value) {
+  constexpr int kWarps = kThreads / kWarp;
   __shared__ uint64_t words[kWarps];
   for (int step = 1; step < kWarp; step *= 2) value |= __shfl_xor_sync(kAllLanes, value, step);
   __syncthreads();  // an earlier result may still be read

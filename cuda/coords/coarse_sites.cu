@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
 // --- general ---
 
 // Block keys of coarse sites met in a round, with the masks of those met, as two words.
-constexpr int kRound = 1024;        // candidates
-constexpr int kSlots = 2 * kRound;  // so at most half of them are taken
+constexpr int kMarkThreads = 128;
+constexpr int kEach = 8;                       // candidates of a thread in a round, at most
+constexpr int kSlots = 2 * kMarkThreads * kEach;  // so at most half of them are taken
 struct Marks {
   uint64_t blocks[kSlots];
   uint32_t masks[2][kSlots];
@@ -102,51 +103,62 @@ struct Scratch {
   int32_t* sites_of;  // [blocks], distinct sites in a block's share of the sorted list
 };
 
-// A thread's unit of work: one fine row, one choice of coarse coordinate on each axis but the last, and up to `each` of
-// those on the last.
-struct Units {
-  int32_t lines, chunks, each;
-};
-
-template <int D>
-__device__ Units units_of(const CoarseAxis (&axes)[D]) {
-  const int32_t last = static_cast<int32_t>(axes[D - 1].most());
-  Units units{1, 1, last < 8 ? last : 8};
-  for (int d = 0; d < D - 1; ++d) units.lines *= static_cast<int32_t>(axes[d].most());
-  units.chunks = (last + units.each - 1) / units.each;
-  return units;
-}
-
-// Calls meet(key) for the coarse sites of a unit; kNoKey for those that exist but have no key.
+// Calls meet(key) for the coarse sites of windows [first, first + kEach) of a fine site; kNoKey for a site that exists but
+// has no key. Windows are numbered by their places on the axes, the last the fastest.
 template <int D, typename Meet>
-__device__ void coarse_keys(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D], const Units& units, int32_t unit,
-                            Meet meet) {
-  const int32_t of_row = units.lines * units.chunks;
-  int32_t line = unit % of_row / units.chunks;
-  const Site<D> site(a.coords, unit / of_row);
-  bool exists = site.batch >= 0 && site.batch <= max_batch(D);
-  for (int d = 0; d < D; ++d) exists = exists && axis_fits(site.coord[d], D);
-  const auto is_inside = [&](int d, int64_t coarse) { return !a.bounded || (coarse >= 0 && coarse < a.bounds[d]); };
-  Key of_line = batch_part<D>(site.batch);
-  for (int d = D - 2; d >= 0; --d) {
-    const int32_t most = static_cast<int32_t>(axes[d].most());
-    int64_t coarse = 0;
-    exists = exists && axes[d].coarse(site.coord[d], line % most, &coarse) && is_inside(d, coarse);
-    of_line |= axis_part<D>(d, coarse);
-    line /= most;
-  }
-  if (!exists) return;
-  const int32_t first = unit % units.chunks * units.each;
-  for (int32_t i = first; i < first + units.each; ++i) {
+__device__ void coarse_keys(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D], const Site<D>& site, int32_t first,
+                            int32_t windows, Meet meet) {
+  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
+  for (int d = 0; d < D; ++d) fits = fits && axis_fits(site.coord[d], D);
+  if (!fits) return;
+  const Key batch = batch_part<D>(site.batch);
+  const auto coarse_part = [&](int d, int64_t i, Key* part) {
     int64_t coarse;
-    if (!axes[D - 1].coarse(site.coord[D - 1], i, &coarse)) return;
-    if (is_inside(D - 1, coarse)) meet(of_line | axis_part<D>(D - 1, coarse));
+    if (!axes[d].coarse(site.coord[d], i, &coarse)) return false;
+    *part = axis_part<D>(d, coarse);
+    return !a.bounded || (coarse >= 0 && coarse < a.bounds[d]);
+  };
+  bool at_most_two = true;
+  for (int d = 0; d < D; ++d) at_most_two = at_most_two && axes[d].most() <= 2;
+  if (at_most_two && windows <= kEach) {  // as with kernel 3, stride 2: each axis is looked at once
+    Key parts[D][2];
+    bool exists[D][2];
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) exists[d][i] = i < axes[d].most() && coarse_part(d, i, &parts[d][i]);
+    }
+#pragma unroll
+    for (int window = 0; window < 1 << D; ++window) {
+      Key key = batch;
+      bool all_exist = true;
+#pragma unroll
+      for (int d = 0; d < D; ++d) {
+        key |= parts[d][window >> d & 1];
+        all_exist = all_exist && exists[d][window >> d & 1];
+      }
+      if (all_exist) meet(key);
+    }
+    return;
+  }
+  for (int32_t window = first; window < first + kEach && window < windows; ++window) {
+    Key key = batch;
+    bool all_exist = true;
+    int32_t rest = window;
+    for (int d = D - 1; d >= 0; --d) {
+      const int32_t most = static_cast<int32_t>(axes[d].most());
+      Key part = 0;
+      all_exist = all_exist && coarse_part(d, rest % most, &part);
+      key |= part;
+      rest /= most;
+    }
+    if (all_exist) meet(key);
   }
 }
 
 // Lists the blocks of coarse sites that the rows reach, each once a round, with the mask of the sites reached.
 template <int D>
-__global__ void __launch_bounds__(kGridThreads) mark_kernel(CoarseSitesArgs a, Scratch s) {
+__global__ void __launch_bounds__(kMarkThreads) mark_kernel(CoarseSitesArgs a, int32_t windows, Scratch s) {
   __shared__ Marks marks;
   __shared__ CoarseAxis axes[D];
   __shared__ int32_t first_entry;
@@ -154,37 +166,37 @@ __global__ void __launch_bounds__(kGridThreads) mark_kernel(CoarseSitesArgs a, S
     for (int d = 0; d < D; ++d) axes[d] = CoarseAxis(a.geometry, d);
   }
   __syncthreads();
-  const Units units = units_of(axes);
-  const int32_t round = kRound / units.each;
+  const int32_t chunks = (windows + kEach - 1) / kEach;
+  const int64_t end = real_rows(a) * chunks;
   HashMap map(marks.blocks, kSlots);
   uint64_t bits = 0;
   int32_t outside = 0;
-  const int64_t end = real_rows(a) * units.lines * units.chunks;
-  for (int64_t begin = int64_t{round} * blockIdx.x; begin < end; begin += int64_t{round} * gridDim.x) {
-    for (int slot = threadIdx.x; slot < kSlots; slot += kGridThreads) {
+  for (int64_t begin = int64_t{kMarkThreads} * blockIdx.x; begin < end; begin += int64_t{kMarkThreads} * gridDim.x) {
+    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) {
       marks.blocks[slot] = kNoKey;
       marks.masks[0][slot] = marks.masks[1][slot] = 0;
     }
     __syncthreads();
-    // Neighbouring units often meet the same block: a warp takes distant ones, so that its lanes rarely want one slot.
-    const int scattered = threadIdx.x % kWarp * (kGridThreads / kWarp) + threadIdx.x / kWarp;
-    for (int64_t unit = begin + scattered; unit < begin + round && unit < end; unit += kGridThreads) {
-      coarse_keys(a, axes, units, static_cast<int32_t>(unit), [&](Key key) {
+    // Neighbouring sites often meet the same block: a warp takes distant ones, so that its lanes rarely want one slot.
+    const int64_t unit = begin + threadIdx.x % kWarp * (kMarkThreads / kWarp) + threadIdx.x / kWarp;
+    if (unit < end) {
+      const Site<D> site(a.coords, unit / chunks);
+      coarse_keys(a, axes, site, static_cast<int32_t>(unit % chunks) * kEach, windows, [&](Key key) {
         outside += key == kNoKey;
         if (key == kNoKey) return;
         const int32_t slot = map.insert_if_absent(key & ~kInBlock);
-        const int site = static_cast<int>(key & kInBlock);
-        atomicOr(&marks.masks[site / 32][slot], 1u << (site % 32));
+        const int bit = static_cast<int>(key & kInBlock);
+        atomicOr(&marks.masks[bit / 32][slot], 1u << (bit % 32));
       });
     }
     __syncthreads();
     int32_t taken = 0, total;
-    for (int slot = threadIdx.x; slot < kSlots; slot += kGridThreads) taken += marks.blocks[slot] != kNoKey;
-    int32_t entry = block_exclusive_scan<kGridThreads>(taken, &total);
+    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) taken += marks.blocks[slot] != kNoKey;
+    int32_t entry = block_exclusive_scan<kMarkThreads>(taken, &total);
     if (threadIdx.x == 0) first_entry = atomicAdd(&s.found->entries, total);
     __syncthreads();
     entry += first_entry;
-    for (int slot = threadIdx.x; slot < kSlots; slot += kGridThreads) {
+    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) {
       if (marks.blocks[slot] == kNoKey) continue;
       bits |= KeySpan<D>::bits_of(marks.blocks[slot]);
       s.sort.keys[entry] = marks.blocks[slot];
@@ -192,12 +204,10 @@ __global__ void __launch_bounds__(kGridThreads) mark_kernel(CoarseSitesArgs a, S
     }
     __syncthreads();
   }
-  bits = block_or(bits);
-  outside = block_sum(outside);
-  if (threadIdx.x == 0) {
-    atomicOr(&s.found->bits, static_cast<unsigned long long>(bits));
-    atomicAdd(&s.found->outside, outside);
-  }
+  bits = block_or<kMarkThreads>(bits);
+  outside = block_sum<kMarkThreads>(outside);
+  if (threadIdx.x == 0 && bits != 0) atomicOr(&s.found->bits, static_cast<unsigned long long>(bits));
+  if (threadIdx.x == 0 && outside != 0) atomicAdd(&s.found->outside, outside);
 }
 
 // Position of the n-th set bit, n = 0 for the lowest.
@@ -278,7 +288,8 @@ __global__ void __launch_bounds__(kGridThreads, 2) coarse_sites_kernel(CoarseSit
 template <int D>
 cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
-  const int64_t windows = windows_per_site(a.geometry), candidates = a.rows * windows;
+  const int32_t windows = static_cast<int32_t>(windows_per_site(a.geometry));
+  const int64_t candidates = int64_t{a.rows} * windows;
   const int shift = coarse_shift(a.geometry);
   if (a.sorted && shift > 0) {
     return launch_grid(shifted_sites_kernel<D>, div_up(a.rows, kGridThreads), stream, a, shift,
@@ -290,8 +301,9 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   s.found = workspace.take<Found>(1);
   s.sites_of = workspace.take<int32_t>(kMostBlocks);
   JAXSPARSE_TRY(cudaMemsetAsync(s.found, 0, sizeof(Found), stream));
-  JAXSPARSE_TRY(launch(mark_kernel<D>, striding_blocks(candidates, kRound), {kGridThreads}, stream, a, s));
-  return launch_grid(coarse_sites_kernel<D>, div_up(candidates, kRound), stream, a, s);
+  const int64_t units = a.rows * div_up(windows, kEach);
+  JAXSPARSE_TRY(launch(mark_kernel<D>, striding_blocks(units, kMarkThreads), {kMarkThreads}, stream, a, windows, s));
+  return launch_grid(coarse_sites_kernel<D>, div_up(candidates, kSortTile), stream, a, s);
 }
 
 }  // namespace

@@ -162,7 +162,8 @@ __device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t
   const int32_t end = min(a.taps, (piece.word + piece.words) * 32);
   int32_t* entry = a.table + static_cast<int64_t>(piece.word) * 32 * a.out_rows + output;
   uint32_t* masks = a.masks + static_cast<int64_t>(output) * a.mask_words;
-  uint32_t mask = 0;
+  uint64_t mask = 0;  // of words `word` and the next
+  int32_t word = piece.word;
   int32_t k = piece.word * 32;
   Odometer<D> tap(sizes, k);
   while (k < end) {
@@ -175,23 +176,26 @@ __device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (i < n) {
-          if (is_real) *entry = rows[i];
-          entry += a.out_rows;
-          mask |= (rows[i] >= 0 ? 1u : 0u) << (k % 32);
-          if (++k % 32 == 0 || k == end) {
-            if (is_real) masks[(k - 1) / 32] = mask;
-            mask = 0;
-          }
+          if (is_real) entry[i * static_cast<int64_t>(a.out_rows)] = rows[i];
+          mask |= static_cast<uint64_t>(rows[i] >= 0) << (k - word * 32 + i);
         }
+      }
+      entry += n * static_cast<int64_t>(a.out_rows);
+      k += n;
+      if (k - word * 32 >= 32) {
+        if (is_real) masks[word] = static_cast<uint32_t>(mask);
+        mask >>= 32;
+        ++word;
       }
     }
     tap.at[D - 1] = 0;
     tap.next(sizes, D - 2);
   }
+  if (is_real && k > word * 32) masks[word] = static_cast<uint32_t>(mask);
 }
 
 template <int D>
-__global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, SiteTable sites) {
+__global__ void __launch_bounds__(kMapThreads, 12) look_up_kernel(KernelMapArgs a, SiteTable sites) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap map(sites.keys, slots_for(sites, in_rows));
   const int64_t tiles = div_up(out_rows, kWarp);
@@ -223,13 +227,13 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, S
 }
 
 // A warp's shared memory: for each of its outputs the parts of the keys of the blocks under the window, an axis after the
-// other, and the blocks.
+// other, and the blocks, in halves of 32 sites: which of them exist, and the row of the first that does.
 __host__ __device__ constexpr int64_t under_bytes(int parts, int blocks) {
-  return kWarp * (int64_t{8} * parts + 12 * blocks);
+  return kWarp * (int64_t{8} * parts + 16 * blocks);
 }
 
 template <int D>
-__global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, BlockTable table) {
+__global__ void __launch_bounds__(kMapThreads, 12) look_up_kernel(KernelMapArgs a, BlockTable table) {
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap map(table.keys, slots_for(table, in_rows));
   int32_t across[D], dilation[D];
@@ -242,8 +246,15 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, B
   const int lane = threadIdx.x % kWarp;
   char* const shared = dynamic_shared() + threadIdx.x / kWarp * under_bytes(parts, most_under);
   Key* const under_parts = reinterpret_cast<Key*>(shared) + lane;  // stride kWarp, as the others
-  uint64_t* const under_masks = under_parts + parts * kWarp;
-  int32_t* const under_rows = reinterpret_cast<int32_t*>(shared + under_bytes(parts, most_under)) - most_under * kWarp + lane;
+  uint32_t* const under_masks = reinterpret_cast<uint32_t*>(under_parts - lane + parts * kWarp) + lane;
+  int32_t* const under_rows = reinterpret_cast<int32_t*>(under_masks + 2 * most_under * kWarp);
+
+  // A site under the window: 64 times the number of its block, plus its last key bits. The axes' shares add up.
+  int32_t block_step[D];
+  for (int d = D - 1, step = 64; d >= 0; step *= across[d--]) block_step[d] = step;
+  const auto place = [&](int d, int32_t at) {
+    return (at >> block_axis_bits(D, d)) * block_step[d] + bits_in_block<D>(d, at);
+  };
 
   const int64_t tiles = div_up(out_rows, kWarp);
   const int32_t each = words_each(tiles, a.mask_words);
@@ -283,32 +294,34 @@ __global__ void __launch_bounds__(kMapThreads) look_up_kernel(KernelMapArgs a, B
       for (int j = 0; j < kAtOnce; ++j) {
         if (u + j >= most_under) break;
         const SiteBlock found = slots[j] < 0 ? SiteBlock{0, 0} : table.blocks[slots[j]];
-        under_masks[(u + j) * kWarp] = found.mask;
-        under_rows[(u + j) * kWarp] = found.row;
+        const uint32_t low = static_cast<uint32_t>(found.mask), high = static_cast<uint32_t>(found.mask >> 32);
+        under_masks[2 * (u + j) * kWarp] = low;
+        under_masks[(2 * (u + j) + 1) * kWarp] = high;
+        under_rows[2 * (u + j) * kWarp] = found.row;
+        under_rows[(2 * (u + j) + 1) * kWarp] = found.row + __popc(low);
       }
     }
 
-    int32_t which_of_line = 0, site_of_line = 0;
+    int32_t line = 0, first_place = -1, places[kAtOnce];  // of the line's others, and of taps first_place .. on the last
     write_output<D>(
         a, piece, output, is_real,
         [&](const int32_t (&tap)[D]) {
-          which_of_line = site_of_line = 0;
-          for (int d = 0; d < D - 1; ++d) {
-            const int32_t at = offset[d] + dilation[d] * tap[d];
-            which_of_line = (which_of_line + (at >> block_axis_bits(D, d))) * across[d + 1];
-            site_of_line |= bits_in_block<D>(d, at);
-          }
+          line = 0;
+          for (int d = 0; d < D - 1; ++d) line += place(d, offset[d] + dilation[d] * tap[d]);
         },
         [&](int32_t (&rows)[kAtOnce], int32_t first, int32_t n) {
+          if (first != first_place) {
+            first_place = first;
+#pragma unroll
+            for (int j = 0; j < kAtOnce; ++j) places[j] = place(D - 1, offset[D - 1] + dilation[D - 1] * (first + j));
+          }
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
-            const int32_t at = offset[D - 1] + dilation[D - 1] * (first + j);
-            const int32_t which = which_of_line + (at >> block_axis_bits(D, D - 1));
-            const uint64_t bit = uint64_t{1} << (site_of_line | bits_in_block<D>(D - 1, at));
-            const uint64_t mask = j < n ? under_masks[which * kWarp] : 0;
+            const int32_t half = (line + places[j]) / 32 * kWarp, site = (line + places[j]) % 32;
+            const uint32_t mask = j < n ? under_masks[half] : 0;
             rows[j] = -1;
-            if ((mask & bit) != 0) {
-              const int32_t row = under_rows[which * kWarp] + __popcll(mask & (bit - 1));
+            if ((mask >> site & 1) != 0) {
+              const int32_t row = under_rows[half] + __popc(mask & ((1u << site) - 1));
               if (row < in_rows) rows[j] = row;  // false only where the sites are not sorted after all
             }
           }
