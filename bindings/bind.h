@@ -43,7 +43,8 @@ auto with_choices(Binding binding) {
   XLA_FFI_DEFINE_HANDLER(                                                                                     \
       kCoarseSites, coarse_sites,                                                                             \
       (with_geometry(bind<Context, 2, 4>()).Attr<AxisAttribute>("bounds").Attr<int64_t>("is_sorted")), __VA_ARGS__); \
-  XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<Context, 4, 3>()).Attr<int64_t>("builder")), \
+  XLA_FFI_DEFINE_HANDLER(kSiteIndex, site_index, (bind<Context, 2, 1>().Attr<int64_t>("of_blocks")), __VA_ARGS__); \
+  XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<Context, 5, 2>()).Attr<int64_t>("builder")), \
                          __VA_ARGS__);                                                                        \
   XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table, (bind<Context, 2, 2>()), __VA_ARGS__);                 \
   XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward, (with_choices(bind<Context, 5, 1>())), __VA_ARGS__);     \
@@ -52,9 +53,10 @@ auto with_choices(Binding binding) {
   XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum, (bind<Context, 3, 1>()), __VA_ARGS__);                     \
   const Handlers kHandlers = {                                                                                \
       {"jaxsparse_unique_sites_v1", kUniqueSites},   {"jaxsparse_coarse_sites_v1", kCoarseSites},             \
-      {"jaxsparse_kernel_map_v1", kKernelMap},       {"jaxsparse_reverse_table_v1", kReverseTable},           \
-      {"jaxsparse_conv_forward_v1", kConvForward},   {"jaxsparse_conv_wgrad_v1", kConvWgrad},                 \
-      {"jaxsparse_invert_index_v1", kInvertIndex},   {"jaxsparse_segment_sum_v1", kSegmentSum},               \
+      {"jaxsparse_site_index_v1", kSiteIndex},       {"jaxsparse_kernel_map_v1", kKernelMap},                 \
+      {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},             \
+      {"jaxsparse_conv_wgrad_v1", kConvWgrad},       {"jaxsparse_invert_index_v1", kInvertIndex},             \
+      {"jaxsparse_segment_sum_v1", kSegmentSum},                                                              \
   }
 
 }  // namespace jaxsparse

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda/coords/key.h"
+#include "cuda/coords/window.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxsparse {
@@ -197,16 +198,39 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out found, 
   return checks.error();
 }
 
-// --- 3 kernel_map ---
+// --- 3 site_index ---
+
+// As kept by kernel_map.h and cpu/kernel_map.h alike: 24 bytes a slot of a hash map, in parts.
+inline int64_t site_index_bytes(int64_t rows) { return (24 * hash_slots(rows) + 255) / 256 * 256 + 2 * 256; }
+
+struct SiteIndex {
+  int dims = 0;
+  int64_t rows = kUnbound, bytes = kUnbound;
+};
+
+inline ffi::Error check_site_index(In coords, In count, Out index, SiteIndex* s) {
+  Checks checks("jaxsparse_site_index_v1");
+  int64_t one = 1, columns = kUnbound;
+  checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
+  checks.operand("count", count, ffi::S32, {&one});
+  checks.operand("index", index, ffi::U8, {&s->bytes});
+  check_dims(checks, columns, &s->dims);
+  checks.require(s->bytes >= site_index_bytes(s->rows), "index must have 24 bytes for each of two slots a row, and more");
+  return checks.error();
+}
+
+// --- 4 kernel_map ---
+
+enum Builder : int64_t { kHashBuilder = 0, kBlocksBuilder = 1, kSearchBuilder = 2 };
 
 struct BuildKernelMap {
   Geometry geometry{};
-  int64_t in_rows = kUnbound, out_rows = kUnbound, taps = kUnbound, mask_words = kUnbound, workspace = kUnbound;
+  int64_t in_rows = kUnbound, out_rows = kUnbound, taps = kUnbound, mask_words = kUnbound, index_bytes = kUnbound;
 };
 
-inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In out_count, Out table, Out masks,
-                                   Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation,
-                                   int64_t builder, BuildKernelMap* s) {
+inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In out_count, In index, Out table,
+                                   Out masks, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder,
+                                   BuildKernelMap* s) {
   Checks checks("jaxsparse_kernel_map_v1");
   int64_t one = 1, columns = kUnbound;
   int dims = 0;
@@ -214,6 +238,7 @@ inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In 
   checks.operand("in_count", in_count, ffi::S32, {&one});
   checks.operand("out_coords", out_coords, ffi::S32, {&s->out_rows, &columns});
   checks.operand("out_count", out_count, ffi::S32, {&one});
+  checks.operand("index", index, ffi::U8, {&s->index_bytes});
   check_dims(checks, columns, &dims);
   if (checks.ok()) s->geometry = decode_geometry(checks, dims, kernel, stride, padding, dilation);
   if (checks.ok()) {
@@ -222,12 +247,18 @@ inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In 
   }
   checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
   checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
-  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
-  checks.require(builder == 0 || builder == 1, "builder must be 0 (hash) or 1 (blocks)");
+  if (!checks.ok()) return checks.error();
+  checks.require(builder >= kHashBuilder && builder <= kSearchBuilder, "builder must be 0 (hash), 1 (blocks), 2 (search)");
+  checks.require(builder != kBlocksBuilder || blocks_can_serve(s->geometry),
+                 "the window must lie over at most 27 blocks of 64 sites for builder 1 (blocks)");
+  checks.require(builder != kSearchBuilder || search_can_serve(s->geometry),
+                 "builder 2 (search) is for kernel 2, stride 2, padding 0, dilation 1");
+  checks.require(builder == kSearchBuilder || s->index_bytes >= site_index_bytes(s->in_rows),
+                 "index must be that of site_index for the input rows");
   return checks.error();
 }
 
-// --- 4 reverse_table ---
+// --- 5 reverse_table ---
 
 struct ReverseTable {
   int64_t taps = kUnbound, out_rows = kUnbound, in_rows = kUnbound, segments = kUnbound, mask_words = kUnbound;
@@ -245,7 +276,7 @@ inline ffi::Error check_reverse_table(In table, In out_counts, Out reverse, Out 
   return checks.error();
 }
 
-// --- 5 conv_forward, 6 conv_wgrad ---
+// --- 6 conv_forward, 7 conv_wgrad ---
 
 struct Conv {
   ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
@@ -299,7 +330,7 @@ inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts
   return checks.error();
 }
 
-// --- 7 invert_index ---
+// --- 8 invert_index ---
 
 struct InvertIndex {
   int64_t positions = kUnbound, values = 0, workspace = kUnbound;
@@ -317,7 +348,7 @@ inline ffi::Error check_invert_index(In index, Out order, Out offsets, Out works
   return checks.error();
 }
 
-// --- 8 segment_sum ---
+// --- 9 segment_sum ---
 
 struct SegmentSum {
   ffi::DataType dtype = ffi::DataType::INVALID;

@@ -126,19 +126,31 @@ ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Ou
   });
 }
 
-ffi::Error kernel_map(ffi::ThreadPool pool, In in_coords, In in_count, In out_coords, In out_count, Out table, Out masks,
-                      Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder) {
+ffi::Error site_index(ffi::ThreadPool pool, In coords, In count, Out index, int64_t of_blocks) {
+  SiteIndex s;
+  if (auto e = check_site_index(coords, count, index, &s); e.failure()) return e;
+  return guarded("jaxsparse_site_index_v1", [&] {
+    cpu::site_index(PoolParallelFor(pool), s.dims, of_blocks != 0, data<int32_t>(coords), clamp_count(count, s.rows),
+                    s.rows, data<uint8_t>(index));
+  });
+}
+
+ffi::Error kernel_map(ffi::ThreadPool pool, In in_coords, In in_count, In out_coords, In out_count, In index, Out table,
+                      Out masks, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder) {
   BuildKernelMap s;
-  if (auto e = check_kernel_map(in_coords, in_count, out_coords, out_count, table, masks, workspace, kernel, stride,
+  if (auto e = check_kernel_map(in_coords, in_count, out_coords, out_count, index, table, masks, kernel, stride,
                                 padding, dilation, builder, &s);
       e.failure()) {
     return e;
   }
+  if (builder == kSearchBuilder) {
+    return ffi::Error::InvalidArgument("jaxsparse_kernel_map_v1: builder 2 (search) is for GPUs; take 1 (blocks)");
+  }
   return guarded("jaxsparse_kernel_map_v1", [&] {
     cpu::kernel_map(PoolParallelFor(pool),
-                    {s.geometry, builder == 1, data<int32_t>(in_coords), clamp_count(in_count, s.in_rows),
-                     data<int32_t>(out_coords), s.out_rows, clamp_count(out_count, s.out_rows), data<int32_t>(table),
-                     data<uint32_t>(masks)});
+                    {s.geometry, builder == kBlocksBuilder, data<uint8_t>(index), s.in_rows,
+                     clamp_count(in_count, s.in_rows), data<int32_t>(out_coords), s.out_rows,
+                     clamp_count(out_count, s.out_rows), data<int32_t>(table), data<uint32_t>(masks)});
   });
 }
 

@@ -89,20 +89,26 @@ ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out
   return launch_error(call, cuda::coarse_sites(args, stream));
 }
 
-ffi::Error kernel_map(cudaStream_t stream, In in_coords, In in_count, In out_coords, In out_count, Out table, Out masks,
-                      Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder) {
-  constexpr const char* call = "jaxsparse_kernel_map_v1";
+ffi::Error site_index(cudaStream_t stream, In coords, In count, Out index, int64_t of_blocks) {
+  SiteIndex s;
+  if (ffi::Error error = check_site_index(coords, count, index, &s); error.failure()) return error;
+  const cuda::SiteIndexArgs args{ints(coords), ints(count), s.dims, of_blocks != 0, narrow(s.rows),
+                                 index->untyped_data()};
+  return launch_error("jaxsparse_site_index_v1", cuda::site_index(args, stream));
+}
+
+ffi::Error kernel_map(cudaStream_t stream, In in_coords, In in_count, In out_coords, In out_count, In index, Out table,
+                      Out masks, Axes kernel, Axes stride, Axes padding, Axes dilation, int64_t builder) {
   BuildKernelMap s;
-  ffi::Error error = check_kernel_map(in_coords, in_count, out_coords, out_count, table, masks, workspace, kernel,
-                                      stride, padding, dilation, builder, &s);
-  if (error.failure()) return error;
-  error = check_workspace(call, s.workspace, cuda::kernel_map_workspace(s.in_rows));
+  ffi::Error error = check_kernel_map(in_coords, in_count, out_coords, out_count, index, table, masks, kernel, stride,
+                                      padding, dilation, builder, &s);
   if (error.failure()) return error;
   cuda::KernelMapArgs args{};
   args.in_coords = ints(in_coords);
   args.in_count = ints(in_count);
   args.out_coords = ints(out_coords);
   args.out_count = ints(out_count);
+  args.index = index.untyped_data();
   args.geometry = s.geometry;
   args.builder = static_cast<cuda::MapBuilder>(builder);
   args.in_rows = narrow(s.in_rows);
@@ -111,8 +117,7 @@ ffi::Error kernel_map(cudaStream_t stream, In in_coords, In in_count, In out_coo
   args.mask_words = narrow(s.mask_words);
   args.table = ints(table);
   args.masks = masks->typed_data<uint32_t>();
-  args.workspace = workspace->untyped_data();
-  return launch_error(call, cuda::kernel_map(args, stream));
+  return launch_error("jaxsparse_kernel_map_v1", cuda::kernel_map(args, stream));
 }
 
 ffi::Error reverse_table(cudaStream_t stream, In table, In out_counts, Out reverse, Out masks) {

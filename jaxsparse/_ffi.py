@@ -19,6 +19,7 @@ from jaxsparse import _native
 TARGETS = (
     "jaxsparse_unique_sites_v1",
     "jaxsparse_coarse_sites_v1",
+    "jaxsparse_site_index_v1",
     "jaxsparse_kernel_map_v1",
     "jaxsparse_reverse_table_v1",
     "jaxsparse_conv_forward_v1",

@@ -98,6 +98,19 @@ class Geometry:
         axes = zip(self.kernel, self.padding, self.dilation, strict=True)
         return set(self.stride) == {1} and all(2 * p == d * (k - 1) for k, p, d in axes)
 
+    @property
+    def builders(self) -> tuple[str, ...]:
+        """How a kernel map can be built from sorted input sites, the quickest first; see `jaxsparse.kernel_map`."""
+        dims = len(self.kernel)
+        if (set(self.kernel), set(self.stride), set(self.padding), set(self.dilation)) == ({2}, {2}, {0}, {1}):
+            return "search", "blocks", "hash"
+        under = 1  # blocks of 64 sites, the last six bits of a key, that a window can lie over
+        for axis, (k, s, p, d) in enumerate(zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)):
+            size = 1 << (6 // dims + (dims - 1 - axis < 6 % dims))
+            worst = 0 if s % size == 0 and p % size == 0 else size - 1  # offset of the first tap in its block
+            under *= (worst + d * (k - 1)) // size + 1
+        return ("blocks", "hash") if under <= 27 else ("hash",)
+
     def coarse_per_site(self) -> int:
         """At most how many coarse sites have a window that holds one fine site."""
         periods = [s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]

@@ -57,8 +57,9 @@ def kernel_map(
       kernel_size, strides, padding, dilation: integers, or one an axis. Padding is `dilation * ((kernel - 1) // 2)`
         by default.
       builder: how the custom call finds input rows; every builder gives the same map. "hash" looks every tap up in a
-        hash map of sites; "blocks" looks up the blocks of 64 sites under each window, whose masks answer for all their
-        taps, and needs sites in Morton order. "auto" takes blocks where the order allows it.
+        hash map of sites. The others need sites in Morton order: "blocks" looks up the blocks of 64 sites under each
+        window, whose masks answer for all their taps, as long as those are at most 27; "search" is a binary search on
+        GPUs, for kernel 2 with stride 2. "auto" takes the quickest that is possible.
       implementation: "auto" for the custom call of the platform, "xla" for plain JAX, which has no builders.
 
     Raises:
@@ -76,15 +77,7 @@ def map_between(
 ) -> KernelMap:
     """`kernel_map` for a geometry that has been checked."""
     check_implementation(implementation)
-    if builder not in ("auto", *_coords.BUILDERS):
-        raise ValueError(f"`builder` (={builder!r}) must be one of {('auto', *_coords.BUILDERS)}.")
-    if builder == "blocks" and fine.order != "morton":
-        raise ValueError(
-            f'`builder` (="blocks") needs input sites in Morton order, but they have order {fine.order!r}; take '
-            'builder="hash", or sites made by jaxsparse.voxelize.'
-        )
-    if builder == "auto":
-        builder = "blocks" if fine.order == "morton" else "hash"
+    builder = _chosen_builder(builder, geometry, fine)
     if fine.dims != coarse.dims:
         raise ValueError(f"the fine sites have {fine.dims} spatial axes but the coarse sites have {coarse.dims}.")
     expected = tuple(f * s for f, s in zip(fine.stride, geometry.stride, strict=True))
@@ -107,6 +100,21 @@ def map_between(
         return KernelMap(table, masks, fine.counts, coarse.counts, fine.same_as(coarse) and geometry.is_symmetric)
 
     return fine.memo(("map", geometry, coarse._memo, implementation, builder), make)
+
+
+def _chosen_builder(builder: str, geometry: Geometry, fine: Sites) -> str:
+    possible = geometry.builders if fine.order == "morton" else ("hash",)
+    if builder == "auto":
+        return possible[0]
+    if builder not in _coords.BUILDERS:
+        raise ValueError(f"`builder` (={builder!r}) must be one of {('auto', *_coords.BUILDERS)}.")
+    if builder not in possible:
+        raise ValueError(
+            f"`builder` (={builder!r}) cannot serve kernel_size {geometry.kernel}, strides {geometry.stride}, padding "
+            f"{geometry.padding}, dilation {geometry.dilation} on input sites in order {fine.order!r}; take one of "
+            f"{('auto', *possible)}. Sites made by jaxsparse.voxelize are in Morton order."
+        )
+    return builder
 
 
 def check_implementation(implementation: str) -> None:

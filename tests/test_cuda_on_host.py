@@ -208,10 +208,11 @@ def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
 def kernel_map(coords, count, out_coords, out_count, geometry, builder):
     """Table and masks of the real outputs."""
     volume, out_rows = len(taps(geometry[0])), len(out_coords)
+    in_count, of_blocks = np.array([count], I32), int(builder == 1)
+    (index,) = call("site_index", [((_workspace.site_index(len(coords)),), U8)], coords, in_count, of_blocks=of_blocks)
     results = [((volume, out_rows), I32), ((out_rows, -(-volume // 32)), U32)]
-    results.append(((_workspace.kernel_map(len(coords)),), U8))
-    operands = coords, np.array([count], I32), out_coords, np.array([out_count], I32)
-    table, masks, _ = call("kernel_map", results, *operands, **attributes(geometry, builder=builder))
+    operands = coords, in_count, out_coords, np.array([out_count], I32), index
+    table, masks = call("kernel_map", results, *operands, **attributes(geometry, builder=builder))
     row_of = {tuple(map(int, c)): r for r, c in reversed(list(enumerate(coords[:count])))}
     expected = np.full((volume, out_count), -1, I32)
     for (k, tap), m in itertools.product(enumerate(taps(geometry[0])), range(out_count)):
@@ -244,6 +245,16 @@ def test_kernel_map_by_blocks_finds_the_same(geometry):
     coords = np.array(sorted(coords, key=key), I32)
     out_coords = rng.permutation(np.concatenate([coords[:120], random_coords(rng, 80, dims, 4)]))
     kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=1)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+def test_kernel_map_by_search_finds_the_same(dims):
+    rng = np.random.default_rng(dims)
+    coords = sorted_sites(rng, 400, dims, {1: 300, 2: 14, 3: 6, 4: 4}[dims])
+    coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
+    out_coords = rng.permutation(np.concatenate([np.array(sorted(coarse), I32), random_coords(rng, 40, dims, 4)]))
+    geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
+    kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=2)
 
 
 def random_table(rng, volume, in_rows, out_rows, density, centre=False):

@@ -49,6 +49,7 @@ def test_training_step_builds_nine_maps(net, platform):
     if platform == "cpu":
         text = jax.jit(step).lower(params, x).compile().as_text()
         assert calls(text, "coarse_sites") == 4
+        assert calls(text, "site_index") == 5
         assert calls(text, "reverse_table") == 4  # the other five maps are their own reverse
         assert calls(text, "conv_forward") == 42 + 41  # forward, and dgrad of all but the first layer
         assert calls(text, "conv_wgrad") == 42

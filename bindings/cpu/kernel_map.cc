@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "bindings/cpu/dims.h"
@@ -18,14 +17,7 @@ constexpr int64_t kGrain = 4096;  // rows a task: long enough to hide its start,
 // Open addressing with linear probing; any number of threads may insert at once.
 class HashMap {
  public:
-  HashMap(const ParallelFor& parallel_for, int64_t keys)
-      : last_(hash_slots(keys) - 1), keys_(new uint64_t[last_ + 1]) {
-    parallel_ranges(parallel_for, slots(), 1 << 16, [&](int64_t begin, int64_t end) {
-      std::fill(&keys_[begin], &keys_[end], kNoKey);
-    });
-  }
-
-  int64_t slots() const { return static_cast<int64_t>(last_ + 1); }
+  HashMap(uint64_t* keys, int64_t slots) : keys_(keys), last_(static_cast<uint64_t>(slots) - 1) {}
 
   int64_t insert_if_absent(uint64_t key) {
     for (uint64_t slot = hash(key) & last_;; slot = (slot + 1) & last_) {
@@ -48,9 +40,59 @@ class HashMap {
   }
 
  private:
+  uint64_t* keys_;
   uint64_t last_;
-  std::unique_ptr<uint64_t[]> keys_;
 };
+
+struct Block {
+  uint64_t mask;  // which of its 64 sites exist
+  int32_t row;    // of the first that does
+};
+
+// An index: keys, then what they stand for, a block or the row of a site.
+template <typename Value>
+struct Index {
+  HashMap map;
+  Value* values;
+
+  Index(void* bytes, int64_t slots)
+      : map(static_cast<uint64_t*>(bytes), slots),
+        values(reinterpret_cast<Value*>(static_cast<uint64_t*>(bytes) + slots)) {}
+};
+
+template <int D>
+void enter_sites(const ParallelFor& parallel_for, const int32_t* coords, int64_t count, Index<int32_t> index) {
+  parallel_ranges(parallel_for, count, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Key key = key_of_row<D>(coords + r * (1 + D));
+      if (key == kNoKey) continue;
+      int32_t* lowest = &index.values[index.map.insert_if_absent(key)];
+      int32_t held = __atomic_load_n(lowest, __ATOMIC_RELAXED);
+      while (r < held && !__atomic_compare_exchange_n(lowest, &held, static_cast<int32_t>(r), true, __ATOMIC_RELAXED,
+                                                      __ATOMIC_RELAXED)) {
+      }
+    }
+  });
+}
+
+template <int D>
+void enter_blocks(const ParallelFor& parallel_for, const int32_t* coords, int64_t count, Index<Block> index) {
+  parallel_ranges(parallel_for, count, kGrain, [&](int64_t begin, int64_t end) {
+    const auto key = [&](int64_t r) { return key_of_row<D>(coords + r * (1 + D)); };
+    const auto begins_block = [&](int64_t r) { return r == 0 || (key(r) | kInBlock) != (key(r - 1) | kInBlock); };
+    while (begin < end && !begins_block(begin)) ++begin;  // the range before has it
+    for (int64_t r = begin; r < end;) {
+      Block block{0, static_cast<int32_t>(r)};
+      const Key first = key(r);
+      for (Key k = first; (k | kInBlock) == (first | kInBlock);) {
+        block.mask |= uint64_t{1} << (k & kInBlock);
+        if (++r == count) break;
+        k = key(r);
+      }
+      index.values[index.map.insert_if_absent(first & ~kInBlock)] = block;
+    }
+  });
+}
 
 // Lists, for every tap, one entry of a list of things an axis: the axes' lists lie one after the other.
 template <int D>
@@ -86,22 +128,7 @@ void write_outputs(const ParallelFor& parallel_for, const KernelMapArgs& a, Make
 
 template <int D>
 void map_by_sites(const ParallelFor& parallel_for, const KernelMapArgs& a) {
-  HashMap map(parallel_for, a.in_count);
-  std::unique_ptr<int32_t[]> rows(new int32_t[map.slots()]);
-  parallel_ranges(parallel_for, map.slots(), 1 << 16,
-                  [&](int64_t begin, int64_t end) { std::fill(&rows[begin], &rows[end], INT32_MAX); });
-  parallel_ranges(parallel_for, a.in_count, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Key key = key_of_row<D>(a.in_coords + r * (1 + D));
-      if (key == kNoKey) continue;
-      int32_t* lowest = &rows[map.insert_if_absent(key)];
-      int32_t held = __atomic_load_n(lowest, __ATOMIC_RELAXED);
-      while (r < held && !__atomic_compare_exchange_n(lowest, &held, static_cast<int32_t>(r), true, __ATOMIC_RELAXED,
-                                                      __ATOMIC_RELAXED)) {
-      }
-    }
-  });
-
+  const Index<int32_t> index(const_cast<void*>(a.index), hash_slots(a.in_rows));
   const std::vector<std::array<int64_t, D>> entries = tap_entries<D>(a.geometry);
   write_outputs(parallel_for, a, [&] {
     return [&, wanted = std::vector<Key>(entries.size()), parts = std::vector<Key>()](int64_t m, int32_t* found) mutable {
@@ -116,41 +143,19 @@ void map_by_sites(const ParallelFor& parallel_for, const KernelMapArgs& a) {
       for (size_t k = 0; k < entries.size(); ++k) {
         wanted[k] = batch;
         for (int d = 0; d < D; ++d) wanted[k] |= parts[entries[k][d]];
-        map.prefetch(wanted[k]);
+        index.map.prefetch(wanted[k]);
       }
       for (size_t k = 0; k < entries.size(); ++k) {
-        const int64_t slot = wanted[k] == kNoKey ? -1 : map.find(wanted[k]);
-        found[k] = slot < 0 ? -1 : rows[slot];
+        const int64_t slot = wanted[k] == kNoKey ? -1 : index.map.find(wanted[k]);
+        found[k] = slot < 0 ? -1 : index.values[slot];
       }
     };
   });
 }
 
-struct Block {
-  uint64_t mask;  // which of its 64 sites exist
-  int32_t row;    // of the first that does
-};
-
 template <int D>
 void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
-  HashMap map(parallel_for, a.in_count);
-  std::unique_ptr<Block[]> blocks(new Block[map.slots()]);
-  parallel_ranges(parallel_for, a.in_count, kGrain, [&](int64_t begin, int64_t end) {
-    const auto key = [&](int64_t r) { return key_of_row<D>(a.in_coords + r * (1 + D)); };
-    const auto begins_block = [&](int64_t r) { return r == 0 || (key(r) | kInBlock) != (key(r - 1) | kInBlock); };
-    while (begin < end && !begins_block(begin)) ++begin;  // the range before has it
-    for (int64_t r = begin; r < end;) {
-      Block block{0, static_cast<int32_t>(r)};
-      const Key first = key(r);
-      for (Key k = first; (k | kInBlock) == (first | kInBlock);) {
-        block.mask |= uint64_t{1} << (k & kInBlock);
-        if (++r == a.in_count) break;
-        k = key(r);
-      }
-      blocks[map.insert_if_absent(first & ~kInBlock)] = block;
-    }
-  });
-
+  const Index<Block> index(const_cast<void*>(a.index), hash_slots(a.in_rows));
   int32_t across[D];
   const int under = blocks_under_window<D>(a.geometry, across);
   const std::vector<std::array<int64_t, D>> entries = tap_entries<D>(a.geometry);
@@ -184,11 +189,11 @@ void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
           rest /= across[d];
         }
         keys[u] = is_under ? make_key<D>(site[0], coord) : kNoKey;
-        if (keys[u] != kNoKey) map.prefetch(keys[u]);
+        if (keys[u] != kNoKey) index.map.prefetch(keys[u]);
       }
       for (int u = 0; u < under; ++u) {
-        const int64_t slot = keys[u] == kNoKey ? -1 : map.find(keys[u]);
-        held[u] = slot < 0 ? Block{0, 0} : blocks[slot];
+        const int64_t slot = keys[u] == kNoKey ? -1 : index.map.find(keys[u]);
+        held[u] = slot < 0 ? Block{0, 0} : index.values[slot];
       }
       for (size_t k = 0; k < entries.size(); ++k) {
         int32_t which = 0;
@@ -208,15 +213,28 @@ void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
 
 }  // namespace
 
+void site_index(const ParallelFor& parallel_for, int dims, bool of_blocks, const int32_t* coords, int64_t count,
+                int64_t rows, void* bytes) {
+  const int64_t slots = hash_slots(rows);
+  const Index<int32_t> sites(bytes, slots);
+  parallel_ranges(parallel_for, slots, 1 << 16, [&](int64_t begin, int64_t end) {
+    std::fill(static_cast<uint64_t*>(bytes) + begin, static_cast<uint64_t*>(bytes) + end, kNoKey);
+    if (!of_blocks) std::fill(sites.values + begin, sites.values + end, INT32_MAX);
+  });
+  for_dims(dims, [&](auto d) {
+    constexpr int D = decltype(d)::value;
+    if (of_blocks) {
+      enter_blocks<D>(parallel_for, coords, count, Index<Block>(bytes, slots));
+    } else {
+      enter_sites<D>(parallel_for, coords, count, sites);
+    }
+  });
+}
+
 void kernel_map(const ParallelFor& parallel_for, const KernelMapArgs& a) {
   for_dims(a.geometry.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
-    int32_t across[D];
-    if (a.by_blocks && blocks_under_window<D>(a.geometry, across) <= kMostUnderWindow) {
-      map_by_blocks<D>(parallel_for, a);
-    } else {
-      map_by_sites<D>(parallel_for, a);
-    }
+    a.by_blocks ? map_by_blocks<D>(parallel_for, a) : map_by_sites<D>(parallel_for, a);
   });
 }
 

@@ -10,11 +10,16 @@
 
 namespace jaxsparse::cpu {
 
+// Enters the sites of coords[0 .. count), or their blocks of 64 if they are sorted, into a hash map in `index`, which has
+// 24 bytes for each of hash_slots(rows) slots and 512 more.
+void site_index(const ParallelFor&, int dims, bool of_blocks, const int32_t* coords, int64_t count, int64_t rows,
+                void* index);
+
 struct KernelMapArgs {
   Geometry geometry;
-  bool by_blocks;  // look up blocks of sites, not sites; the input's must be sorted by key
-  const int32_t* in_coords;
-  int64_t in_count;
+  bool by_blocks;  // the index is of blocks
+  const void* index;
+  int64_t in_rows, in_count;
   const int32_t* out_coords;
   int64_t out_rows, out_count;
   int32_t* table;   // [taps, out_rows]

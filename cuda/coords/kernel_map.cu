@@ -1,17 +1,20 @@
-// Three kernels a map: clear a hash map, enter the input sites, look taps up.
+// site_index clears a hash map and enters the input sites, in two kernels; kernel_map looks taps up, in one.
 //
 // The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. What bounds the
-// look-up is the arithmetic of keys, some 60 instructions each, and the latency of L2, so the builders differ in how
-// many keys they look up:
+// look-up is the arithmetic of keys, some 60 instructions each, and chains of dependent reads from L2, so the builders
+// differ in how many keys they look up:
 //
 //     hash     one a tap. Sites may have any order.
 //     blocks   one a block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, where the hash map
 //              has a third of the entries. A block's mask then answers for all taps in it, and the number of its sites
 //              before one says which row that is.
+//     search   none: under kernel 2 with stride 2 the inputs of an output are neighbours in the list of sorted sites, and
+//              one binary search finds the first. No index either.
 //
-// A warp has 32 outputs, a lane each, and walks their taps together: table writes are whole lines, masks stay in a
-// register, and nothing waits for another warp. Tried before: one cooperative kernel with barriers of the grid in between,
-// a block of threads for 64 outputs: 38 us for a scan where this takes TIME; every warp repeated what an output needs once.
+// A block of threads has 32 outputs, a lane each; its four warps share their taps, so that the chain of an output is short
+// and table writes are whole lines. Tried before: a warp for all taps of 32 outputs, 18 us for a scan and 11 for 6,000
+// sites, the latency of one warp's instructions; one cooperative kernel with barriers of the grid between clearing,
+// entering and looking up, 38 us for a scan.
 #include "cuda/coords/kernel_map.h"
 
 #include "cuda/common/device.cuh"
@@ -22,9 +25,10 @@ namespace jaxsparse::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMapWarps = 2;  // a block of the look-up; their shared memory must fit 48 KiB
-constexpr int kMapThreads = kMapWarps * kWarp;
-constexpr int kAtOnce = 4;  // keys that a thread looks up together
+constexpr int kTileWarps = 4;  // they share the taps of the tile's outputs
+constexpr int kTileThreads = kTileWarps * kWarp;
+constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
+constexpr int kAtOnce = 4;      // taps that a thread looks up together
 
 __device__ int32_t real_rows(const int32_t* count, int32_t rows) {
   return count[0] < 0 ? 0 : count[0] < rows ? count[0] : rows;
@@ -68,17 +72,17 @@ __host__ __device__ int64_t slots_for(const BlockTable&, int32_t in_rows) {
 }
 
 template <typename Table>
-__global__ void clear_kernel(KernelMapArgs a, Table table) {
-  const int64_t slots = slots_for(table, real_rows(a.in_count, a.in_rows));
+__global__ void clear_kernel(SiteIndexArgs a, Table table) {
+  const int64_t slots = slots_for(table, real_rows(a.count, a.rows));
   for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) clear(table, slot);
 }
 
 template <int D>
-__global__ void enter_kernel(KernelMapArgs a, SiteTable sites) {
-  const int32_t in_rows = real_rows(a.in_count, a.in_rows);
+__global__ void enter_kernel(SiteIndexArgs a, SiteTable sites) {
+  const int32_t in_rows = real_rows(a.count, a.rows);
   HashMap map(sites.keys, slots_for(sites, in_rows));
   for (int64_t row = global_thread(); row < in_rows; row += all_threads()) {
-    const Key key = key_of(Site<D>(a.in_coords, row));
+    const Key key = key_of(Site<D>(a.coords, row));
     if (key == kNoKey) continue;
     const int32_t slot = map.insert_if_absent(key);
     // -1 is the largest unsigned number, so of equal sites the first row wins
@@ -88,13 +92,13 @@ __global__ void enter_kernel(KernelMapArgs a, SiteTable sites) {
 
 // Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
 template <int D>
-__global__ void enter_kernel(KernelMapArgs a, BlockTable table) {
-  const int32_t in_rows = real_rows(a.in_count, a.in_rows);
+__global__ void enter_kernel(SiteIndexArgs a, BlockTable table) {
+  const int32_t in_rows = real_rows(a.count, a.rows);
   HashMap map(table.keys, slots_for(table, in_rows));
   const int lane = threadIdx.x % kWarp;
   for (int64_t begin = global_thread() - lane; begin < in_rows; begin += all_threads()) {
     const int64_t row = begin + lane;
-    const Key key = row < in_rows ? key_of(Site<D>(a.in_coords, row)) : kNoKey;
+    const Key key = row < in_rows ? key_of(Site<D>(a.coords, row)) : kNoKey;
     const Key block = key | kInBlock;
     Key block_below = __shfl_up_sync(kAllLanes, block, 1);
     const bool leads = lane == 0 || block_below != block;
@@ -110,7 +114,7 @@ __global__ void enter_kernel(KernelMapArgs a, BlockTable table) {
     if (key == kNoKey || !leads) continue;
     SiteBlock* const entry = table.blocks + map.insert_if_absent(key & ~kInBlock);
     atomicOr(reinterpret_cast<unsigned long long*>(&entry->mask), static_cast<unsigned long long>(bits));
-    if (lane == 0 && row > 0) block_below = key_of(Site<D>(a.in_coords, row - 1)) | kInBlock;
+    if (lane == 0 && row > 0) block_below = key_of(Site<D>(a.coords, row - 1)) | kInBlock;
     if (row == 0 || block_below != block) entry->row = static_cast<int32_t>(row);
   }
 }
@@ -136,36 +140,37 @@ struct Odometer {
   }
 };
 
-// Which outputs and which words of their masks a warp has: as many words at a time as leave work for every warp.
+// Which outputs and which words of their masks a block of threads has.
 struct Piece {
   int32_t first, word, words;
 };
 
-__device__ Piece piece_of(int64_t i, int32_t words_each, int32_t mask_words) {
-  const int32_t pieces = static_cast<int32_t>(div_up(mask_words, words_each));
-  const int32_t word = static_cast<int32_t>(i % pieces) * words_each;
-  return {static_cast<int32_t>(i / pieces) * kWarp, word, min(words_each, mask_words - word)};
+__device__ Piece piece_of(int64_t i, int32_t mask_words) {
+  const int32_t pieces = static_cast<int32_t>(div_up(mask_words, kTileWords));
+  const int32_t word = static_cast<int32_t>(i % pieces) * kTileWords;
+  return {static_cast<int32_t>(i / pieces) * kWarp, word, min(kTileWords, mask_words - word)};
 }
 
-__device__ int32_t words_each(int64_t tiles, int32_t mask_words) {
-  const int64_t words = tiles * mask_words / 4096;
-  return static_cast<int32_t>(words < 1 ? 1 : words < mask_words ? words : mask_words);
-}
+using TileMasks = uint32_t[kTileWords][kWarp];
 
-// Writes table and masks of an output for the piece's taps. A line is the taps that differ on the last axis alone:
-// begin_line(tap) is told its others, then find(rows, first, n) says the input rows under n <= kAtOnce of its taps.
+// Writes table and masks of a tile of outputs for the piece's taps, a lane an output. A line is the taps that differ on the
+// last axis alone: begin_line(tap) is told its others, then find(rows, first, n) says the input rows under n <= kAtOnce of
+// its taps. The masks must be zero, and a barrier must have passed since.
 template <int D, typename BeginLine, typename Find>
-__device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t output, bool is_real,
-                             BeginLine begin_line, Find find) {
+__device__ void write_tile(const KernelMapArgs& a, const Piece& piece, int32_t out_rows, TileMasks& masks,
+                           BeginLine begin_line, Find find) {
   int32_t sizes[D];
   for (int d = 0; d < D; ++d) sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
-  const int32_t end = min(a.taps, (piece.word + piece.words) * 32);
-  int32_t* entry = a.table + static_cast<int64_t>(piece.word) * 32 * a.out_rows + output;
-  uint32_t* masks = a.masks + static_cast<int64_t>(output) * a.mask_words;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int32_t output = piece.first + lane;
+  const bool is_real = output < out_rows;
+  const int32_t first_tap = piece.word * 32, taps = min(a.taps - first_tap, piece.words * 32);
+  const int32_t end = taps * (warp + 1) / kTileWarps;
+  int32_t k = taps * warp / kTileWarps;  // counted from the piece's first tap
+  int32_t* entry = a.table + static_cast<int64_t>(first_tap + k) * a.out_rows + output;
   uint64_t mask = 0;  // of words `word` and the next
-  int32_t word = piece.word;
-  int32_t k = piece.word * 32;
-  Odometer<D> tap(sizes, k);
+  int32_t word = k / 32;
+  Odometer<D> tap(sizes, first_tap + k);
   while (k < end) {
     begin_line(tap.at);
     const int32_t line_end = min(sizes[D - 1], tap.at[D - 1] + end - k);
@@ -183,31 +188,40 @@ __device__ void write_output(const KernelMapArgs& a, const Piece& piece, int32_t
       entry += n * static_cast<int64_t>(a.out_rows);
       k += n;
       if (k - word * 32 >= 32) {
-        if (is_real) masks[word] = static_cast<uint32_t>(mask);
+        atomicOr(&masks[word++][lane], static_cast<uint32_t>(mask));
         mask >>= 32;
-        ++word;
       }
     }
     tap.at[D - 1] = 0;
     tap.next(sizes, D - 2);
   }
-  if (is_real && k > word * 32) masks[word] = static_cast<uint32_t>(mask);
+  if (mask != 0) atomicOr(&masks[word][lane], static_cast<uint32_t>(mask));
+  __syncthreads();
+  for (int i = threadIdx.x; i < piece.words * kWarp; i += kTileThreads) {
+    const int32_t m = piece.first + i / piece.words, w = i % piece.words;
+    if (m < out_rows) a.masks[static_cast<int64_t>(m) * a.mask_words + piece.word + w] = masks[w][i / piece.words];
+  }
+}
+
+__device__ void clear_masks(const Piece& piece, TileMasks& masks) {
+  for (int i = threadIdx.x; i < piece.words * kWarp; i += kTileThreads) masks[i / kWarp][i % kWarp] = 0;
 }
 
 template <int D>
-__global__ void __launch_bounds__(kMapThreads, 12) look_up_kernel(KernelMapArgs a, SiteTable sites) {
+__global__ void __launch_bounds__(kTileThreads, 6) look_up_kernel(KernelMapArgs a, SiteTable sites) {
+  __shared__ TileMasks masks;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap map(sites.keys, slots_for(sites, in_rows));
-  const int64_t tiles = div_up(out_rows, kWarp);
-  const int32_t each = words_each(tiles, a.mask_words);
-  for (int64_t i = global_thread() / kWarp; i < tiles * div_up(a.mask_words, each); i += all_threads() / kWarp) {
-    const Piece piece = piece_of(i, each, a.mask_words);
+  const int64_t pieces = div_up(out_rows, kWarp) * div_up(a.mask_words, kTileWords);
+  for (int64_t i = blockIdx.x; i < pieces; i += gridDim.x) {
+    const Piece piece = piece_of(i, a.mask_words);
+    clear_masks(piece, masks);
     const int32_t output = piece.first + static_cast<int32_t>(threadIdx.x % kWarp);
-    const bool is_real = output < out_rows;
-    const Site<D> out(a.out_coords, is_real ? output : out_rows - 1);
+    const Site<D> out(a.out_coords, min(output, out_rows - 1));
     Key line = kNoKey;
-    write_output<D>(
-        a, piece, output, is_real,
+    __syncthreads();
+    write_tile<D>(
+        a, piece, out_rows, masks,
         [&](const int32_t (&tap)[D]) {
           line = batch_part<D>(out.batch);
           for (int d = 0; d < D - 1; ++d) line |= axis_part<D>(d, a.geometry.fine(d, out.coord[d], tap[d]));
@@ -223,88 +237,95 @@ __global__ void __launch_bounds__(kMapThreads, 12) look_up_kernel(KernelMapArgs 
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) rows[j] = rows[j] < 0 ? -1 : sites.rows[rows[j]];
         });
+    __syncthreads();
   }
 }
 
-// A warp's shared memory: for each of its outputs the parts of the keys of the blocks under the window, an axis after the
-// other, and the blocks, in halves of 32 sites: which of them exist, and the row of the first that does.
-__host__ __device__ constexpr int64_t under_bytes(int parts, int blocks) {
-  return kWarp * (int64_t{8} * parts + 16 * blocks);
+constexpr int kMostParts = kMostUnderWindow + 2;  // no more is the sum of numbers, one an axis, with a product of 27
+
+// For each of a tile's outputs: the parts of the keys of the blocks under the window, an axis after the other, and those
+// blocks in halves of 32 sites: which of them exist, and the row of the first that does.
+struct UnderWindows {
+  Key parts[kMostParts][kWarp];
+  uint32_t masks[2 * kMostUnderWindow][kWarp];
+  int32_t rows[2 * kMostUnderWindow][kWarp];
+};
+
+// Finds the blocks under the windows of the tile's outputs.
+template <int D>
+__device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_rows, const int32_t (&across)[D],
+                           int most_under, const HashMap& map, const BlockTable& table, UnderWindows& under) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Site<D> out(a.out_coords, min(first + lane, out_rows - 1));
+  int first_part = 0;
+  for (int d = 0; d < D; ++d) {
+    for (int block = (warp + kTileWarps - first_part % kTileWarps) % kTileWarps; block < across[d]; block += kTileWarps) {
+      const WindowAxis window = window_axis<D>(a.geometry, d, out.coord[d]);
+      const bool is_under = block < window.blocks;
+      under.parts[first_part + block][lane] = is_under ? axis_part<D>(d, window.first_site<D>(d, block)) : kNoKey;
+    }
+    first_part += across[d];
+  }
+  const Key batch = batch_part<D>(out.batch);
+  __syncthreads();
+  constexpr int kBlocks = 2;  // looked up together
+  for (int u = warp * kBlocks; u < most_under; u += kTileWarps * kBlocks) {
+    Key keys[kBlocks];
+    int32_t slots[kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      keys[j] = batch;
+      int32_t rest = u + j, part = first_part;
+      for (int d = D - 1; d >= 0; --d) {
+        part -= across[d];
+        keys[j] |= under.parts[part + rest % across[d]][lane];
+        rest /= across[d];
+      }
+      if (u + j >= most_under) keys[j] = kNoKey;
+    }
+    map.find(keys, slots);
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      if (u + j >= most_under) break;
+      const SiteBlock found = slots[j] < 0 ? SiteBlock{0, 0} : table.blocks[slots[j]];
+      const uint32_t low = static_cast<uint32_t>(found.mask), high = static_cast<uint32_t>(found.mask >> 32);
+      under.masks[2 * (u + j)][lane] = low;
+      under.masks[2 * (u + j) + 1][lane] = high;
+      under.rows[2 * (u + j)][lane] = found.row;
+      under.rows[2 * (u + j) + 1][lane] = found.row + __popc(low);
+    }
+  }
 }
 
 template <int D>
-__global__ void __launch_bounds__(kMapThreads, 12) look_up_kernel(KernelMapArgs a, BlockTable table) {
+__global__ void __launch_bounds__(kTileThreads, 8) look_up_kernel(KernelMapArgs a, BlockTable table) {
+  __shared__ TileMasks masks;
+  __shared__ UnderWindows under;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap map(table.keys, slots_for(table, in_rows));
-  int32_t across[D], dilation[D];
+  int32_t across[D], dilation[D], block_step[D];
   const int most_under = blocks_under_window<D>(a.geometry, across);
-  int parts = 0;
-  for (int d = 0; d < D; ++d) {
-    parts += across[d];
-    dilation[d] = static_cast<int32_t>(a.geometry.dilation[d]);
-  }
-  const int lane = threadIdx.x % kWarp;
-  char* const shared = dynamic_shared() + threadIdx.x / kWarp * under_bytes(parts, most_under);
-  Key* const under_parts = reinterpret_cast<Key*>(shared) + lane;  // stride kWarp, as the others
-  uint32_t* const under_masks = reinterpret_cast<uint32_t*>(under_parts - lane + parts * kWarp) + lane;
-  int32_t* const under_rows = reinterpret_cast<int32_t*>(under_masks + 2 * most_under * kWarp);
+  for (int d = 0; d < D; ++d) dilation[d] = static_cast<int32_t>(a.geometry.dilation[d]);
 
   // A site under the window: 64 times the number of its block, plus its last key bits. The axes' shares add up.
-  int32_t block_step[D];
   for (int d = D - 1, step = 64; d >= 0; step *= across[d--]) block_step[d] = step;
   const auto place = [&](int d, int32_t at) {
     return (at >> block_axis_bits(D, d)) * block_step[d] + bits_in_block<D>(d, at);
   };
 
-  const int64_t tiles = div_up(out_rows, kWarp);
-  const int32_t each = words_each(tiles, a.mask_words);
-  for (int64_t i = global_thread() / kWarp; i < tiles * div_up(a.mask_words, each); i += all_threads() / kWarp) {
-    const Piece piece = piece_of(i, each, a.mask_words);
-    const int32_t output = piece.first + lane;
-    const bool is_real = output < out_rows;
-    const Site<D> out(a.out_coords, is_real ? output : out_rows - 1);
-
-    int32_t offset[D], part = 0;
-    for (int d = 0; d < D; ++d) {
-      const WindowAxis window = window_axis<D>(a.geometry, d, out.coord[d]);
-      offset[d] = window.offset;
-      for (int32_t block = 0; block < across[d]; ++block) {
-        const bool is_under = block < window.blocks;
-        under_parts[part++ * kWarp] = is_under ? axis_part<D>(d, window.first_site<D>(d, block)) : kNoKey;
-      }
-    }
-    const Key batch = batch_part<D>(out.batch);
-    Odometer<D> block(across, 0);
-    for (int u = 0; u < most_under; u += kAtOnce) {
-      Key keys[kAtOnce];
-      int32_t slots[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        keys[j] = batch;
-        int32_t first_part = 0;
-        for (int d = 0; d < D; ++d) {
-          keys[j] |= under_parts[(first_part + block.at[d]) * kWarp];
-          first_part += across[d];
-        }
-        if (u + j >= most_under) keys[j] = kNoKey;
-        block.next(across, D - 1);
-      }
-      map.find(keys, slots);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (u + j >= most_under) break;
-        const SiteBlock found = slots[j] < 0 ? SiteBlock{0, 0} : table.blocks[slots[j]];
-        const uint32_t low = static_cast<uint32_t>(found.mask), high = static_cast<uint32_t>(found.mask >> 32);
-        under_masks[2 * (u + j) * kWarp] = low;
-        under_masks[(2 * (u + j) + 1) * kWarp] = high;
-        under_rows[2 * (u + j) * kWarp] = found.row;
-        under_rows[(2 * (u + j) + 1) * kWarp] = found.row + __popc(low);
-      }
-    }
-
+  const int lane = threadIdx.x % kWarp;
+  const int64_t pieces = div_up(out_rows, kWarp) * div_up(a.mask_words, kTileWords);
+  for (int64_t i = blockIdx.x; i < pieces; i += gridDim.x) {
+    const Piece piece = piece_of(i, a.mask_words);
+    clear_masks(piece, masks);
+    look_under<D>(a, piece.first, out_rows, across, most_under, map, table, under);
+    const Site<D> out(a.out_coords, min(piece.first + lane, out_rows - 1));
+    int32_t offset[D];
+    for (int d = 0; d < D; ++d) offset[d] = window_axis<D>(a.geometry, d, out.coord[d]).offset;
+    __syncthreads();
     int32_t line = 0, first_place = -1, places[kAtOnce];  // of the line's others, and of taps first_place .. on the last
-    write_output<D>(
-        a, piece, output, is_real,
+    write_tile<D>(
+        a, piece, out_rows, masks,
         [&](const int32_t (&tap)[D]) {
           line = 0;
           for (int d = 0; d < D - 1; ++d) line += place(d, offset[d] + dilation[d] * tap[d]);
@@ -317,15 +338,51 @@ __global__ void __launch_bounds__(kMapThreads, 12) look_up_kernel(KernelMapArgs 
           }
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
-            const int32_t half = (line + places[j]) / 32 * kWarp, site = (line + places[j]) % 32;
-            const uint32_t mask = j < n ? under_masks[half] : 0;
+            const int32_t half = (line + places[j]) / 32, site = (line + places[j]) % 32;
+            const uint32_t mask = j < n ? under.masks[half][lane] : 0;
             rows[j] = -1;
             if ((mask >> site & 1) != 0) {
-              const int32_t row = under_rows[half] + __popc(mask & ((1u << site) - 1));
+              const int32_t row = under.rows[half][lane] + __popc(mask & ((1u << site) - 1));
               if (row < in_rows) rows[j] = row;  // false only where the sites are not sorted after all
             }
           }
         });
+    __syncthreads();
+  }
+}
+
+// Kernel 2, stride 2, sorted sites: an output's inputs are neighbours, in the order of taps. A thread an output.
+template <int D>
+__global__ void search_kernel(KernelMapArgs a) {
+  constexpr int kTaps = 1 << D;
+  const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
+  for (int64_t m = global_thread(); m < out_rows; m += all_threads()) {
+    const Site<D> out(a.out_coords, m);
+    int64_t coord[D];
+    for (int d = 0; d < D; ++d) coord[d] = int64_t{2} * out.coord[d];
+    const Key wanted = make_key<D>(out.batch, coord);  // of tap 0
+    int32_t low = 0, high = in_rows;                   // the first row with this key or a larger one
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (key_of(Site<D>(a.in_coords, middle)) < wanted) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    uint32_t mask = 0;
+#pragma unroll
+    for (int i = 0; i < kTaps; ++i) {
+      if (low + i >= in_rows || wanted == kNoKey) continue;
+      const Key key = key_of(Site<D>(a.in_coords, low + i));
+      if (key - wanted < kTaps) mask |= 1u << (key - wanted);
+    }
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) {
+      a.table[static_cast<int64_t>(k) * a.out_rows + m] =
+          (mask >> k & 1) != 0 ? low + __popc(mask & ((1u << k) - 1)) : -1;
+    }
+    a.masks[m] = mask;
   }
 }
 
@@ -343,37 +400,56 @@ __global__ void reverse_table_kernel(ReverseTableArgs a, int64_t entries) {
   atomicOr(&a.masks[static_cast<int64_t>(row) * a.mask_words + k / 32], 1u << (k % 32));
 }
 
-// The three kernels of a builder.
-template <int D, typename Table>
-cudaError_t build(const KernelMapArgs& a, const Table& table, int64_t shared_bytes, cudaStream_t stream) {
-  void (*const enter)(KernelMapArgs, Table) = enter_kernel<D>;
-  void (*const look_up)(KernelMapArgs, Table) = look_up_kernel<D>;
-  const int64_t pieces = div_up(a.out_rows, kWarp) * a.mask_words;
-  JAXSPARSE_TRY(launch(clear_kernel<Table>, striding_blocks(slots_for(table, a.in_rows), kThreads), {kThreads}, stream, a,
-                       table));
-  JAXSPARSE_TRY(launch(enter, striding_blocks(a.in_rows, kThreads), {kThreads}, stream, a, table));
-  return launch(look_up, striding_blocks(pieces, kMapWarps), {kMapThreads, shared_bytes}, stream, a, table);
+template <typename Table>
+Table table_of(void* index, int64_t slots);
+template <>
+SiteTable table_of(void* index, int64_t slots) {
+  Workspace workspace(index);
+  return {workspace.take<uint64_t>(slots), workspace.take<int32_t>(slots)};
+}
+template <>
+BlockTable table_of(void* index, int64_t slots) {
+  Workspace workspace(index);
+  return {workspace.take<uint64_t>(slots), workspace.take<SiteBlock>(slots)};
 }
 
-template <int D>
-cudaError_t kernel_map_in(const KernelMapArgs& a, cudaStream_t stream) {
-  Workspace workspace(a.workspace);
-  const int64_t slots = hash_slots(a.in_rows);  // enough for either table
-  int32_t across[D];
-  const int under = blocks_under_window<D>(a.geometry, across);
-  if (a.builder == MapBuilder::kBlocks && under <= kMostUnderWindow) {
-    int parts = 0;
-    for (int d = 0; d < D; ++d) parts += across[d];
-    const BlockTable table{workspace.take<uint64_t>(slots), workspace.take<SiteBlock>(slots)};
-    return build<D>(a, table, kMapWarps * under_bytes(parts, under), stream);
-  }
-  return build<D>(a, SiteTable{workspace.take<uint64_t>(slots), workspace.take<int32_t>(slots)}, 0, stream);
+template <int D, typename Table>
+cudaError_t enter_sites(const SiteIndexArgs& a, cudaStream_t stream) {
+  void (*const enter)(SiteIndexArgs, Table) = enter_kernel<D>;
+  const Table table = table_of<Table>(a.index, hash_slots(a.rows));
+  const int64_t blocks = striding_blocks(slots_for(table, a.rows), kThreads);
+  JAXSPARSE_TRY(launch(clear_kernel<Table>, blocks, {kThreads}, stream, a, table));
+  return launch(enter, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, table);
+}
+
+template <int D, typename Table>
+cudaError_t look_up(const KernelMapArgs& a, cudaStream_t stream) {
+  void (*const look_up)(KernelMapArgs, Table) = look_up_kernel<D>;
+  const int64_t pieces = div_up(a.out_rows, kWarp) * div_up(a.mask_words, kTileWords);
+  const Table table = table_of<Table>(const_cast<void*>(a.index), hash_slots(a.in_rows));
+  return launch(look_up, striding_blocks(pieces, 1), {kTileThreads}, stream, a, table);
 }
 
 }  // namespace
 
+cudaError_t site_index(const SiteIndexArgs& a, cudaStream_t stream) {
+  return for_dims(a.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    return a.of_blocks ? enter_sites<D, BlockTable>(a, stream) : enter_sites<D, SiteTable>(a, stream);
+  });
+}
+
 cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
-  return for_dims(a.geometry.dims, [&](auto dims) { return kernel_map_in<decltype(dims)::value>(a, stream); });
+  return for_dims(a.geometry.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    switch (a.builder) {
+      case MapBuilder::kHash: return look_up<D, SiteTable>(a, stream);
+      case MapBuilder::kBlocks: return look_up<D, BlockTable>(a, stream);
+      case MapBuilder::kSearch:
+        return launch(search_kernel<D>, striding_blocks(a.out_rows, kThreads), {kThreads}, stream, a);
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 cudaError_t reverse_table(const ReverseTableArgs& a, cudaStream_t stream) {

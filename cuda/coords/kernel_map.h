@@ -8,26 +8,40 @@
 
 namespace jaxsparse::cuda {
 
-// How a map is built. Every builder gives the same map.
-enum class MapBuilder {
-  kHash = 0,    // a hash map of sites, a search for each tap: any order of sites
-  kBlocks = 1,  // a hash map of 64-site blocks with occupancy masks, a search for each block under a window: sorted sites
+// Bytes of an index of so many rows: a key and a block, or a key and a row, for each slot of a hash map.
+inline int64_t site_index_bytes(int64_t rows) { return padded(24 * hash_slots(rows)) + 2 * kWorkspaceAlign; }
+
+struct SiteIndexArgs {
+  const int32_t* coords;  // [rows, 1 + dims], sorted by key for blocks
+  const int32_t* count;   // [1]
+  int dims;
+  bool of_blocks;  // of blocks of 64 sites, see key.h; else of sites
+  int32_t rows;
+  void* index;  // site_index_bytes(rows)
 };
 
-// Bytes of workspace for so many input rows: a key and a block a slot.
-inline int64_t kernel_map_workspace(int64_t in_rows) { return padded(24 * hash_slots(in_rows)) + 2 * kWorkspaceAlign; }
+// What kernel_map looks input rows up in. Its bytes depend on the order of threads; what is found does not.
+cudaError_t site_index(const SiteIndexArgs& args, cudaStream_t stream);
+
+// How a map is built. Every builder gives the same map.
+enum class MapBuilder {
+  kHash = 0,    // an index of sites, a search for each tap: any order of sites
+  kBlocks = 1,  // an index of blocks, a search for each block under a window: sorted sites, and no more than
+                // kMostUnderWindow blocks under a window
+  kSearch = 2,  // no index, a binary search: sorted sites, kernel 2, stride 2, padding 0, dilation 1
+};
 
 struct KernelMapArgs {
-  const int32_t* in_coords;   // [in_rows, 1 + dims], sorted by key for kBlocks
+  const int32_t* in_coords;   // [in_rows, 1 + dims]
   const int32_t* in_count;    // [1]
   const int32_t* out_coords;  // [out_rows, 1 + dims]
   const int32_t* out_count;   // [1]
+  const void* index;          // of the input sites
   Geometry geometry;
   MapBuilder builder;
   int32_t in_rows, out_rows, taps, mask_words;
   int32_t* table;   // [taps, out_rows]
   uint32_t* masks;  // [out_rows, mask_words]
-  void* workspace;  // kernel_map_workspace(in_rows)
 };
 
 // table[k, m] = row of site stride * out[m] - padding + dilation * tap_k, -1 where there is none; masks say where. Of

@@ -53,4 +53,23 @@ JAXSPARSE_HD int blocks_under_window(const Geometry& g, int32_t (&across)[D]) {
   return static_cast<int>(blocks);
 }
 
+// Whether the builder "blocks" can serve a geometry.
+inline bool blocks_can_serve(const Geometry& g) {
+  int32_t one[1], two[2], three[3], four[4];
+  switch (g.dims) {
+    case 1: return blocks_under_window<1>(g, one) <= kMostUnderWindow;
+    case 2: return blocks_under_window<2>(g, two) <= kMostUnderWindow;
+    case 3: return blocks_under_window<3>(g, three) <= kMostUnderWindow;
+    default: return blocks_under_window<4>(g, four) <= kMostUnderWindow;
+  }
+}
+
+// Whether the builder "search" can: an output's inputs are then the sites whose keys agree in all but the last bits.
+inline bool search_can_serve(const Geometry& g) {
+  for (int a = 0; a < g.dims; ++a) {
+    if (g.kernel[a] != 2 || g.stride[a] != 2 || g.padding[a] != 0 || g.dilation[a] != 1) return false;
+  }
+  return true;
+}
+
 }  // namespace jaxsparse

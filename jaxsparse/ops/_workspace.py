@@ -41,9 +41,9 @@ def coarse_sites(rows: int, geometry: Geometry) -> int:
     return _sort(candidates) + _padded(8 * candidates) + 16 * 512
 
 
-def kernel_map(in_rows: int) -> int:
-    """`kernel_map_workspace` in cuda/coords/kernel_map.h."""
-    slots = max(2, 1 << (2 * in_rows - 1).bit_length())
+def site_index(rows: int) -> int:
+    """`site_index_bytes` in cuda/coords/kernel_map.h; the index is a result of its own, on every platform."""
+    slots = max(2, 1 << (2 * rows - 1).bit_length())
     return _padded(24 * slots) + 2 * 256
 
 

@@ -56,8 +56,8 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
 
     Runs it twice, threads and blocks in one order and in the reverse, and asserts that the results are the same bits: a
-    race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces, and columns of
-    a kernel map past the outputs, which hold anything: the callers compare the others.
+    race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and site
+    indices, and columns of a kernel map past the outputs, which hold anything: the callers compare the others.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     attrs = {k: np.asarray(v, np.int64) if np.ndim(v) else np.int64(v) for k, v in attrs.items()}
@@ -68,7 +68,7 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
         outs.append([np.asarray(v) for v in run(*operands)])
     if target == "kernel_map":
         count = int(operands[3][0])
-        outs = [[table[:, :count], masks[:count], workspace] for table, masks, workspace in outs]
+        outs = [[table[:, :count], masks[:count]] for table, masks in outs]
     for one, other in zip(*outs, strict=True):
         assert one.dtype == np.uint8 or one.tobytes() == other.tobytes(), f"{target} depends on the order of threads"
     return outs[1]
