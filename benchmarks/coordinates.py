@@ -81,7 +81,7 @@ def layer_map(kernel, strides=1, builder="auto"):
 
 
 def network_maps(convs, last_is_submanifold, capacities):
-    """A function of sites that builds all sites and maps of a network: strided ones, and submanifold 3^3 of each grid."""
+    """A function of sites that builds all sites and maps of a network: strided, and submanifold 3^3 of each grid."""
 
     def build(sites):
         levels, maps = [sites], []

@@ -200,8 +200,8 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out found, 
 
 // --- 3 site_index ---
 
-// As kept by kernel_map.h and cpu/kernel_map.h alike: 24 bytes a slot of a hash map, in parts.
-inline int64_t site_index_bytes(int64_t rows) { return (24 * hash_slots(rows) + 255) / 256 * 256 + 2 * 256; }
+// A slot of a hash map has 32 bytes at most, on CPU and CUDA.
+inline int64_t site_index_bytes(int64_t rows) { return 32 * hash_slots(rows); }
 
 struct SiteIndex {
   int dims = 0;
@@ -215,7 +215,7 @@ inline ffi::Error check_site_index(In coords, In count, Out index, SiteIndex* s)
   checks.operand("count", count, ffi::S32, {&one});
   checks.operand("index", index, ffi::U8, {&s->bytes});
   check_dims(checks, columns, &s->dims);
-  checks.require(s->bytes >= site_index_bytes(s->rows), "index must have 24 bytes for each of two slots a row, and more");
+  checks.require(s->bytes >= site_index_bytes(s->rows), "index must have 32 bytes for each of two slots a row");
   return checks.error();
 }
 

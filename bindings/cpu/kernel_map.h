@@ -11,7 +11,7 @@
 namespace jaxsparse::cpu {
 
 // Enters the sites of coords[0 .. count), or their blocks of 64 if they are sorted, into a hash map in `index`, which has
-// 24 bytes for each of hash_slots(rows) slots and 512 more.
+// 32 bytes for each of hash_slots(rows) slots.
 void site_index(const ParallelFor&, int dims, bool of_blocks, const int32_t* coords, int64_t count, int64_t rows,
                 void* index);
 

@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
 
 // --- general ---
 
-// Block keys of coarse sites met in a round, with the masks of those met, as two words.
-constexpr int kMarkThreads = 128;
-constexpr int kEach = 8;                       // candidates of a thread in a round, at most
-constexpr int kSlots = 2 * kMarkThreads * kEach;  // so at most half of them are taken
-struct Marks {
-  uint64_t blocks[kSlots];
-  uint32_t masks[2][kSlots];
+// A block of coarse sites met in a round, and which of its sites were.
+struct alignas(16) Mark {
+  uint64_t key;
+  uint32_t masks[2];
 };
+constexpr int kMarkThreads = 128;
+constexpr int kEach = 8;                          // candidates of a thread in a round, at most
+constexpr int kSlots = 2 * kMarkThreads * kEach;  // so at most half of them are taken
 
 struct Found {
   unsigned long long bits;  // in which the list's keys differ, see KeySpan
@@ -159,7 +159,7 @@ __device__ void coarse_keys(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D
 // Lists the blocks of coarse sites that the rows reach, each once a round, with the mask of the sites reached.
 template <int D>
 __global__ void __launch_bounds__(kMarkThreads) mark_kernel(CoarseSitesArgs a, int32_t windows, Scratch s) {
-  __shared__ Marks marks;
+  __shared__ Mark marks[kSlots];
   __shared__ CoarseAxis axes[D];
   __shared__ int32_t first_entry;
   if (threadIdx.x == 0) {
@@ -168,39 +168,36 @@ __global__ void __launch_bounds__(kMarkThreads) mark_kernel(CoarseSitesArgs a, i
   __syncthreads();
   const int32_t chunks = (windows + kEach - 1) / kEach;
   const int64_t end = real_rows(a) * chunks;
-  HashMap map(marks.blocks, kSlots);
+  HashMap<Mark> map(marks, kSlots);
   uint64_t bits = 0;
   int32_t outside = 0;
   for (int64_t begin = int64_t{kMarkThreads} * blockIdx.x; begin < end; begin += int64_t{kMarkThreads} * gridDim.x) {
-    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) {
-      marks.blocks[slot] = kNoKey;
-      marks.masks[0][slot] = marks.masks[1][slot] = 0;
-    }
+    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) marks[slot] = {kNoKey, {0, 0}};
     __syncthreads();
     // Neighbouring sites often meet the same block: a warp takes distant ones, so that its lanes rarely want one slot.
     const int64_t unit = begin + threadIdx.x % kWarp * (kMarkThreads / kWarp) + threadIdx.x / kWarp;
     if (unit < end) {
-      const Site<D> site(a.coords, unit / chunks);
-      coarse_keys(a, axes, site, static_cast<int32_t>(unit % chunks) * kEach, windows, [&](Key key) {
+      const int32_t row = static_cast<int32_t>(unit) / chunks, chunk = static_cast<int32_t>(unit) % chunks;
+      coarse_keys(a, axes, Site<D>(a.coords, row), chunk * kEach, windows, [&](Key key) {
         outside += key == kNoKey;
         if (key == kNoKey) return;
-        const int32_t slot = map.insert_if_absent(key & ~kInBlock);
-        const int bit = static_cast<int>(key & kInBlock);
-        atomicOr(&marks.masks[bit / 32][slot], 1u << (bit % 32));
+        const int site = static_cast<int>(key & kInBlock);
+        atomicOr(&map.find_or_insert(key & ~kInBlock)->masks[site / 32], 1u << (site % 32));
       });
     }
     __syncthreads();
     int32_t taken = 0, total;
-    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) taken += marks.blocks[slot] != kNoKey;
+    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) taken += marks[slot].key != kNoKey;
     int32_t entry = block_exclusive_scan<kMarkThreads>(taken, &total);
     if (threadIdx.x == 0) first_entry = atomicAdd(&s.found->entries, total);
     __syncthreads();
     entry += first_entry;
     for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) {
-      if (marks.blocks[slot] == kNoKey) continue;
-      bits |= KeySpan<D>::bits_of(marks.blocks[slot]);
-      s.sort.keys[entry] = marks.blocks[slot];
-      s.masks[entry++] = static_cast<uint64_t>(marks.masks[1][slot]) << 32 | marks.masks[0][slot];
+      const Mark mark = marks[slot];
+      if (mark.key == kNoKey) continue;
+      bits |= KeySpan<D>::bits_of(mark.key);
+      s.sort.keys[entry] = mark.key;
+      s.masks[entry++] = static_cast<uint64_t>(mark.masks[1]) << 32 | mark.masks[0];
     }
     __syncthreads();
   }

@@ -41,66 +41,57 @@ __device__ Key key_of(const Site<D>& site) {
   return make_key<D>(site.batch, coord);
 }
 
-// What the hash map's keys stand for: a site's row, or a block of sites.
-struct SiteTable {
-  uint64_t* keys;
-  int32_t* rows;
+// Slots of an index: what a key stands for.
+struct alignas(16) SiteSlot {
+  uint64_t key;
+  int32_t row;
+  int32_t unused;
+
+  static __device__ SiteSlot empty() { return {kNoKey, -1, 0}; }
+  static __host__ __device__ int64_t number(int32_t rows) { return hash_slots(rows); }
 };
-struct alignas(16) SiteBlock {
+struct alignas(32) BlockSlot {
+  uint64_t key;   // that of the block's first site
   uint64_t mask;  // which of its 64 sites exist
   int32_t row;    // of the first that does
+  int32_t unused[3];
+
+  static __device__ BlockSlot empty() { return {kNoKey, 0, 0, {}}; }
+  // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
+  // leave a fifth empty.
+  static __host__ __device__ int64_t number(int32_t rows) { return hash_slots(int64_t{5} * rows / 8 + 1); }
 };
-struct BlockTable {
-  uint64_t* keys;  // of a block: that of its first site
-  SiteBlock* blocks;
-};
 
-__device__ void clear(const SiteTable& sites, int64_t slot) {
-  sites.keys[slot] = kNoKey;
-  sites.rows[slot] = -1;
-}
-__device__ void clear(const BlockTable& table, int64_t slot) {
-  table.keys[slot] = kNoKey;
-  table.blocks[slot] = {0, 0};
-}
-
-// Slots for so many sites. There are far fewer blocks, so a table of them may be small; were each site alone in its block
-// it would still leave a fifth empty.
-__host__ __device__ int64_t slots_for(const SiteTable&, int32_t in_rows) { return hash_slots(in_rows); }
-__host__ __device__ int64_t slots_for(const BlockTable&, int32_t in_rows) {
-  return hash_slots(int64_t{5} * in_rows / 8 + 1);
-}
-
-template <typename Table>
-__global__ void clear_kernel(SiteIndexArgs a, Table table) {
-  const int64_t slots = slots_for(table, real_rows(a.count, a.rows));
-  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) clear(table, slot);
+template <typename Slot>
+__global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
+  const int64_t slots = Slot::number(real_rows(a.count, a.rows));
+  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot] = Slot::empty();
 }
 
 template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, SiteTable sites) {
-  const int32_t in_rows = real_rows(a.count, a.rows);
-  HashMap map(sites.keys, slots_for(sites, in_rows));
-  for (int64_t row = global_thread(); row < in_rows; row += all_threads()) {
+__global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
+  const int32_t rows = real_rows(a.count, a.rows);
+  HashMap<SiteSlot> map(index, SiteSlot::number(rows));
+  for (int64_t row = global_thread(); row < rows; row += all_threads()) {
     const Key key = key_of(Site<D>(a.coords, row));
     if (key == kNoKey) continue;
-    const int32_t slot = map.insert_if_absent(key);
     // -1 is the largest unsigned number, so of equal sites the first row wins
-    atomicMin(reinterpret_cast<unsigned*>(sites.rows + slot), static_cast<unsigned>(row));
+    atomicMin(reinterpret_cast<unsigned*>(&map.insert_if_absent(key)->row), static_cast<unsigned>(row));
   }
 }
 
 // Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
 template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, BlockTable table) {
-  const int32_t in_rows = real_rows(a.count, a.rows);
-  HashMap map(table.keys, slots_for(table, in_rows));
+__global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
+  const int32_t rows = real_rows(a.count, a.rows);
+  HashMap<BlockSlot> map(index, BlockSlot::number(rows));
   const int lane = threadIdx.x % kWarp;
-  for (int64_t begin = global_thread() - lane; begin < in_rows; begin += all_threads()) {
+  for (int64_t begin = global_thread() - lane; begin < rows; begin += all_threads()) {
     const int64_t row = begin + lane;
-    const Key key = row < in_rows ? key_of(Site<D>(a.coords, row)) : kNoKey;
+    const Key key = row < rows ? key_of(Site<D>(a.coords, row)) : kNoKey;
     const Key block = key | kInBlock;
     Key block_below = __shfl_up_sync(kAllLanes, block, 1);
+    if (lane == 0) block_below = row > 0 ? key_of(Site<D>(a.coords, row - 1)) | kInBlock : kNoKey;
     const bool leads = lane == 0 || block_below != block;
     const unsigned leaders = __ballot_sync(kAllLanes, leads);
     const int leader = 31 - __clz(leaders & (0xffffffffu >> (31 - lane)));
@@ -112,10 +103,9 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockTable table) {
       if (lane + step < kWarp && leader_above == leader) bits |= above;
     }
     if (key == kNoKey || !leads) continue;
-    SiteBlock* const entry = table.blocks + map.insert_if_absent(key & ~kInBlock);
-    atomicOr(reinterpret_cast<unsigned long long*>(&entry->mask), static_cast<unsigned long long>(bits));
-    if (lane == 0 && row > 0) block_below = key_of(Site<D>(a.coords, row - 1)) | kInBlock;
-    if (row == 0 || block_below != block) entry->row = static_cast<int32_t>(row);
+    BlockSlot* const slot = map.insert_if_absent(key & ~kInBlock);
+    atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(bits));
+    if (block_below != block) slot->row = static_cast<int32_t>(row);
   }
 }
 
@@ -145,8 +135,14 @@ struct Piece {
   int32_t first, word, words;
 };
 
-__device__ Piece piece_of(int64_t i, int32_t mask_words) {
-  const int32_t pieces = static_cast<int32_t>(div_up(mask_words, kTileWords));
+// 32 bits hold the number of pieces, and divide much faster than 64: outputs are below 2^30, so tiles below 2^25, and
+// kernels below 2^16 taps have 128 pieces a tile at most.
+__device__ uint32_t pieces_of(int32_t out_rows, int32_t mask_words) {
+  return static_cast<uint32_t>(out_rows + kWarp - 1) / kWarp * ((mask_words + kTileWords - 1) / kTileWords);
+}
+
+__device__ Piece piece_of(uint32_t i, int32_t mask_words) {
+  const uint32_t pieces = static_cast<uint32_t>(mask_words + kTileWords - 1) / kTileWords;
   const int32_t word = static_cast<int32_t>(i % pieces) * kTileWords;
   return {static_cast<int32_t>(i / pieces) * kWarp, word, min(kTileWords, mask_words - word)};
 }
@@ -208,12 +204,12 @@ __device__ void clear_masks(const Piece& piece, TileMasks& masks) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 6) look_up_kernel(KernelMapArgs a, SiteTable sites) {
+__global__ void __launch_bounds__(kTileThreads, 6) hash_kernel(KernelMapArgs a, SiteSlot* index) {
   __shared__ TileMasks masks;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap map(sites.keys, slots_for(sites, in_rows));
-  const int64_t pieces = div_up(out_rows, kWarp) * div_up(a.mask_words, kTileWords);
-  for (int64_t i = blockIdx.x; i < pieces; i += gridDim.x) {
+  const HashMap<SiteSlot> map(index, SiteSlot::number(in_rows));
+  const uint32_t pieces = pieces_of(out_rows, a.mask_words);
+  for (uint32_t i = blockIdx.x; i < pieces; i += gridDim.x) {
     const Piece piece = piece_of(i, a.mask_words);
     clear_masks(piece, masks);
     const int32_t output = piece.first + static_cast<int32_t>(threadIdx.x % kWarp);
@@ -233,9 +229,10 @@ __global__ void __launch_bounds__(kTileThreads, 6) look_up_kernel(KernelMapArgs 
             const int64_t coord = a.geometry.fine(D - 1, out.coord[D - 1], first + j);
             keys[j] = j < n ? line | axis_part<D>(D - 1, coord) : kNoKey;
           }
-          map.find(keys, rows);
+          SiteSlot found[kAtOnce];
+          map.find(keys, found);
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) rows[j] = rows[j] < 0 ? -1 : sites.rows[rows[j]];
+          for (int j = 0; j < kAtOnce; ++j) rows[j] = found[j].key == kNoKey ? -1 : found[j].row;
         });
     __syncthreads();
   }
@@ -251,10 +248,32 @@ struct UnderWindows {
   int32_t rows[2 * kMostUnderWindow][kWarp];
 };
 
+// What of a geometry is the same for all outputs.
+template <int D>
+struct WindowShape {
+  int32_t across[D];      // blocks under a window on each axis, at most
+  int32_t blocks;         // in all
+  int32_t block_step[D];  // what a block more on an axis adds to a site's number under the window, see place()
+  int32_t dilation[D];
+
+  explicit WindowShape(const Geometry& g) {
+    blocks = blocks_under_window<D>(g, across);
+    for (int d = D - 1, step = 1 << kBlockBits; d >= 0; step *= across[d--]) block_step[d] = step;
+    for (int d = 0; d < D; ++d) dilation[d] = static_cast<int32_t>(g.dilation[d]);
+  }
+
+  // The share of a coordinate on one axis in a site's number under the window: 64 times the number of its block, plus its
+  // last key bits. The axes' shares add up.
+  __device__ int32_t place(int d, int32_t at) const {
+    return (at >> block_axis_bits(D, d)) * block_step[d] + bits_in_block<D>(d, at);
+  }
+};
+
 // Finds the blocks under the windows of the tile's outputs.
 template <int D>
-__device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_rows, const int32_t (&across)[D],
-                           int most_under, const HashMap& map, const BlockTable& table, UnderWindows& under) {
+__device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_rows, const WindowShape<D>& shape,
+                           const HashMap<BlockSlot>& map, UnderWindows& under) {
+  const int32_t(&across)[D] = shape.across;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Site<D> out(a.out_coords, min(first + lane, out_rows - 1));
   int first_part = 0;
@@ -269,9 +288,9 @@ __device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_ro
   const Key batch = batch_part<D>(out.batch);
   __syncthreads();
   constexpr int kBlocks = 2;  // looked up together
-  for (int u = warp * kBlocks; u < most_under; u += kTileWarps * kBlocks) {
+  for (int u = warp * kBlocks; u < shape.blocks; u += kTileWarps * kBlocks) {
     Key keys[kBlocks];
-    int32_t slots[kBlocks];
+    BlockSlot found[kBlocks];
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
       keys[j] = batch;
@@ -281,60 +300,52 @@ __device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_ro
         keys[j] |= under.parts[part + rest % across[d]][lane];
         rest /= across[d];
       }
-      if (u + j >= most_under) keys[j] = kNoKey;
+      if (u + j >= shape.blocks) keys[j] = kNoKey;
     }
-    map.find(keys, slots);
+    map.find(keys, found);
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
-      if (u + j >= most_under) break;
-      const SiteBlock found = slots[j] < 0 ? SiteBlock{0, 0} : table.blocks[slots[j]];
-      const uint32_t low = static_cast<uint32_t>(found.mask), high = static_cast<uint32_t>(found.mask >> 32);
+      if (u + j >= shape.blocks) break;
+      const uint64_t mask = found[j].key == kNoKey ? 0 : found[j].mask;
+      const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
       under.masks[2 * (u + j)][lane] = low;
       under.masks[2 * (u + j) + 1][lane] = high;
-      under.rows[2 * (u + j)][lane] = found.row;
-      under.rows[2 * (u + j) + 1][lane] = found.row + __popc(low);
+      under.rows[2 * (u + j)][lane] = found[j].row;
+      under.rows[2 * (u + j) + 1][lane] = found[j].row + __popc(low);
     }
   }
 }
 
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 8) look_up_kernel(KernelMapArgs a, BlockTable table) {
+__global__ void __launch_bounds__(kTileThreads, 8) block_kernel(KernelMapArgs a, WindowShape<D> shape, BlockSlot* index) {
   __shared__ TileMasks masks;
   __shared__ UnderWindows under;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap map(table.keys, slots_for(table, in_rows));
-  int32_t across[D], dilation[D], block_step[D];
-  const int most_under = blocks_under_window<D>(a.geometry, across);
-  for (int d = 0; d < D; ++d) dilation[d] = static_cast<int32_t>(a.geometry.dilation[d]);
-
-  // A site under the window: 64 times the number of its block, plus its last key bits. The axes' shares add up.
-  for (int d = D - 1, step = 64; d >= 0; step *= across[d--]) block_step[d] = step;
-  const auto place = [&](int d, int32_t at) {
-    return (at >> block_axis_bits(D, d)) * block_step[d] + bits_in_block<D>(d, at);
-  };
-
+  const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int lane = threadIdx.x % kWarp;
-  const int64_t pieces = div_up(out_rows, kWarp) * div_up(a.mask_words, kTileWords);
-  for (int64_t i = blockIdx.x; i < pieces; i += gridDim.x) {
+  const uint32_t pieces = pieces_of(out_rows, a.mask_words);
+  for (uint32_t i = blockIdx.x; i < pieces; i += gridDim.x) {
     const Piece piece = piece_of(i, a.mask_words);
     clear_masks(piece, masks);
-    look_under<D>(a, piece.first, out_rows, across, most_under, map, table, under);
+    look_under<D>(a, piece.first, out_rows, shape, map, under);
     const Site<D> out(a.out_coords, min(piece.first + lane, out_rows - 1));
     int32_t offset[D];
-    for (int d = 0; d < D; ++d) offset[d] = window_axis<D>(a.geometry, d, out.coord[d]).offset;
+    for (int d = 0; d < D; ++d) offset[d] = window_offset<D>(a.geometry, d, out.coord[d]);
     __syncthreads();
     int32_t line = 0, first_place = -1, places[kAtOnce];  // of the line's others, and of taps first_place .. on the last
     write_tile<D>(
         a, piece, out_rows, masks,
         [&](const int32_t (&tap)[D]) {
           line = 0;
-          for (int d = 0; d < D - 1; ++d) line += place(d, offset[d] + dilation[d] * tap[d]);
+          for (int d = 0; d < D - 1; ++d) line += shape.place(d, offset[d] + shape.dilation[d] * tap[d]);
         },
         [&](int32_t (&rows)[kAtOnce], int32_t first, int32_t n) {
           if (first != first_place) {
             first_place = first;
 #pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) places[j] = place(D - 1, offset[D - 1] + dilation[D - 1] * (first + j));
+            for (int j = 0; j < kAtOnce; ++j) {
+              places[j] = shape.place(D - 1, offset[D - 1] + shape.dilation[D - 1] * (first + j));
+            }
           }
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
@@ -400,34 +411,12 @@ __global__ void reverse_table_kernel(ReverseTableArgs a, int64_t entries) {
   atomicOr(&a.masks[static_cast<int64_t>(row) * a.mask_words + k / 32], 1u << (k % 32));
 }
 
-template <typename Table>
-Table table_of(void* index, int64_t slots);
-template <>
-SiteTable table_of(void* index, int64_t slots) {
-  Workspace workspace(index);
-  return {workspace.take<uint64_t>(slots), workspace.take<int32_t>(slots)};
-}
-template <>
-BlockTable table_of(void* index, int64_t slots) {
-  Workspace workspace(index);
-  return {workspace.take<uint64_t>(slots), workspace.take<SiteBlock>(slots)};
-}
-
-template <int D, typename Table>
+template <int D, typename Slot>
 cudaError_t enter_sites(const SiteIndexArgs& a, cudaStream_t stream) {
-  void (*const enter)(SiteIndexArgs, Table) = enter_kernel<D>;
-  const Table table = table_of<Table>(a.index, hash_slots(a.rows));
-  const int64_t blocks = striding_blocks(slots_for(table, a.rows), kThreads);
-  JAXSPARSE_TRY(launch(clear_kernel<Table>, blocks, {kThreads}, stream, a, table));
-  return launch(enter, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, table);
-}
-
-template <int D, typename Table>
-cudaError_t look_up(const KernelMapArgs& a, cudaStream_t stream) {
-  void (*const look_up)(KernelMapArgs, Table) = look_up_kernel<D>;
-  const int64_t pieces = div_up(a.out_rows, kWarp) * div_up(a.mask_words, kTileWords);
-  const Table table = table_of<Table>(const_cast<void*>(a.index), hash_slots(a.in_rows));
-  return launch(look_up, striding_blocks(pieces, 1), {kTileThreads}, stream, a, table);
+  void (*const enter)(SiteIndexArgs, Slot*) = enter_kernel<D>;
+  Slot* const index = static_cast<Slot*>(a.index);
+  JAXSPARSE_TRY(launch(clear_kernel<Slot>, striding_blocks(Slot::number(a.rows), kThreads), {kThreads}, stream, a, index));
+  return launch(enter, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, index);
 }
 
 }  // namespace
@@ -435,16 +424,21 @@ cudaError_t look_up(const KernelMapArgs& a, cudaStream_t stream) {
 cudaError_t site_index(const SiteIndexArgs& a, cudaStream_t stream) {
   return for_dims(a.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
-    return a.of_blocks ? enter_sites<D, BlockTable>(a, stream) : enter_sites<D, SiteTable>(a, stream);
+    return a.of_blocks ? enter_sites<D, BlockSlot>(a, stream) : enter_sites<D, SiteSlot>(a, stream);
   });
 }
 
 cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
   return for_dims(a.geometry.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
+    void* const index = const_cast<void*>(a.index);
+    const int64_t tiles = striding_blocks(div_up(a.out_rows, kWarp) * div_up(a.mask_words, kTileWords), 1);
     switch (a.builder) {
-      case MapBuilder::kHash: return look_up<D, SiteTable>(a, stream);
-      case MapBuilder::kBlocks: return look_up<D, BlockTable>(a, stream);
+      case MapBuilder::kHash:
+        return launch(hash_kernel<D>, tiles, {kTileThreads}, stream, a, static_cast<SiteSlot*>(index));
+      case MapBuilder::kBlocks:
+        return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, WindowShape<D>(a.geometry),
+                      static_cast<BlockSlot*>(index));
       case MapBuilder::kSearch:
         return launch(search_kernel<D>, striding_blocks(a.out_rows, kThreads), {kThreads}, stream, a);
     }

@@ -8,16 +8,13 @@
 
 namespace jaxsparse::cuda {
 
-// Bytes of an index of so many rows: a key and a block, or a key and a row, for each slot of a hash map.
-inline int64_t site_index_bytes(int64_t rows) { return padded(24 * hash_slots(rows)) + 2 * kWorkspaceAlign; }
-
 struct SiteIndexArgs {
   const int32_t* coords;  // [rows, 1 + dims], sorted by key for blocks
   const int32_t* count;   // [1]
   int dims;
   bool of_blocks;  // of blocks of 64 sites, see key.h; else of sites
   int32_t rows;
-  void* index;  // site_index_bytes(rows)
+  void* index;  // 32 * hash_slots(rows) bytes, aligned to 32
 };
 
 // What kernel_map looks input rows up in. Its bytes depend on the order of threads; what is found does not.

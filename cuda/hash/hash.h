@@ -21,9 +21,12 @@ JAXSPARSE_HD uint64_t hash(uint64_t key) {
 
 // Slots for so many keys: the least power of two that leaves half of them empty.
 JAXSPARSE_HD int64_t hash_slots(int64_t keys) {
-  int64_t slots = 2;
-  while (slots < 2 * keys) slots *= 2;
-  return slots;
+  if (keys <= 1) return 2;
+#ifdef __CUDA_ARCH__
+  return int64_t{2} << (64 - __clzll(keys - 1));
+#else
+  return int64_t{2} << (64 - __builtin_clzll(static_cast<uint64_t>(keys - 1)));
+#endif
 }
 
 }  // namespace jaxsparse

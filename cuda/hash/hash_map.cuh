@@ -1,8 +1,9 @@
-// A hash map of 64-bit keys in device memory: open addressing, linear probing, a power of two slots.
+// A hash map of 64-bit keys in global or shared memory: open addressing, linear probing, a power of two slots.
 //
-// It holds keys only; values lie in arrays of the same number of slots, kept by whoever uses it. All ones is no key: it
-// marks an empty slot. Any number of threads may insert at once; find sees what was inserted before the last barrier.
-// Which slot a key gets depends on who came first, so slots must not reach a result.
+// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key: a search reads key and values in
+// one access. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees what was
+// inserted before the last barrier or kernel. Which slot a key gets depends on who came first, so places must not reach a
+// result.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -10,45 +11,60 @@
 
 namespace jaxsparse::cuda {
 
+template <typename Slot>
 class HashMap {
+  static_assert(sizeof(Slot) == alignof(Slot) && sizeof(Slot) % 16 == 0, "read in accesses of 16 bytes");
+
  public:
   // `slots` must be at least one more than the distinct keys that will come, or a search may never end; hash_slots()
-  // keeps it at most half full, and searches short. Every slot must hold kNoKey before the first key comes.
-  __device__ HashMap(uint64_t* keys, int64_t slots) : keys_(keys), last_(static_cast<uint64_t>(slots) - 1) {}
+  // keeps it at most half full, and searches short. Every key must be kNoKey before the first one comes.
+  __device__ HashMap(Slot* slots, int64_t number) : slots_(slots), last_(static_cast<uint64_t>(number) - 1) {}
 
   // The slot of a key, which is entered if it is absent.
-  __device__ int32_t insert_if_absent(uint64_t key) {
-    for (uint64_t slot = hash(key) & last_;; slot = (slot + 1) & last_) {
-      if (*static_cast<volatile uint64_t*>(keys_ + slot) == key) return static_cast<int32_t>(slot);  // often so
-      const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(keys_ + slot), kEmpty,
+  __device__ Slot* insert_if_absent(uint64_t key) {
+    for (uint64_t at = hash(key) & last_;; at = (at + 1) & last_) {
+      const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(&slots_[at].key), kEmpty,
                                         static_cast<unsigned long long>(key));
-      if (before == kNoKey || before == key) return static_cast<int32_t>(slot);
+      if (before == kNoKey || before == key) return slots_ + at;
     }
   }
 
-  // The slots of several keys at once, -1 where one is absent or kNoKey: the first reads are on their way together.
+  // The same where most keys are there already, many lanes want the same one, and a read is cheap: in shared memory.
+  __device__ Slot* find_or_insert(uint64_t key) {
+    for (uint64_t at = hash(key) & last_;; at = (at + 1) & last_) {
+      const uint64_t held = *static_cast<volatile uint64_t*>(&slots_[at].key);
+      if (held == key) return slots_ + at;
+      if (held != kNoKey) continue;
+      const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(&slots_[at].key), kEmpty,
+                                        static_cast<unsigned long long>(key));
+      if (before == kNoKey || before == key) return slots_ + at;
+    }
+  }
+
+  // Copies of the slots of several keys, whose key is kNoKey where one is absent: the first reads are on their way
+  // together.
   template <int kKeys>
-  __device__ void find(const uint64_t (&keys)[kKeys], int32_t (&slots)[kKeys]) const {
-    uint64_t held[kKeys];
+  __device__ void find(const uint64_t (&keys)[kKeys], Slot (&found)[kKeys]) const {
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      slots[i] = static_cast<int32_t>(hash(keys[i]) & last_);
-      held[i] = keys[i] == kNoKey ? kNoKey : keys_[slots[i]];
+      if (keys[i] == kNoKey) {
+        found[i].key = kNoKey;
+      } else {
+        found[i] = slots_[hash(keys[i]) & last_];
+      }
     }
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      while (held[i] != keys[i] && held[i] != kNoKey) {
-        slots[i] = static_cast<int32_t>((static_cast<uint64_t>(slots[i]) + 1) & last_);
-        held[i] = keys_[slots[i]];
+      for (uint64_t at = hash(keys[i]); found[i].key != keys[i] && found[i].key != kNoKey;) {
+        found[i] = slots_[++at & last_];
       }
-      if (held[i] == kNoKey) slots[i] = -1;
     }
   }
 
  private:
   static constexpr unsigned long long kEmpty = ~0ull;
 
-  uint64_t* keys_;
+  Slot* slots_;
   uint64_t last_;
 };
 

@@ -42,9 +42,8 @@ def coarse_sites(rows: int, geometry: Geometry) -> int:
 
 
 def site_index(rows: int) -> int:
-    """`site_index_bytes` in cuda/coords/kernel_map.h; the index is a result of its own, on every platform."""
-    slots = max(2, 1 << (2 * rows - 1).bit_length())
-    return _padded(24 * slots) + 2 * 256
+    """`site_index_bytes` in bindings/checks.h; the index is a result of its own, on every platform."""
+    return 32 * max(2, 1 << (2 * rows - 1).bit_length())
 
 
 def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:
