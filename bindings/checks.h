@@ -221,7 +221,7 @@ inline ffi::Error check_site_index(In coords, In count, Out index, SiteIndex* s)
 
 // --- 4 kernel_map ---
 
-enum Builder : int64_t { kHashBuilder = 0, kBlocksBuilder = 1, kSearchBuilder = 2 };
+enum Builder : int64_t { kHashBuilder = 0, kBlocksBuilder = 1 };
 
 struct BuildKernelMap {
   Geometry geometry{};
@@ -248,12 +248,10 @@ inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In 
   checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
   checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
   if (!checks.ok()) return checks.error();
-  checks.require(builder >= kHashBuilder && builder <= kSearchBuilder, "builder must be 0 (hash), 1 (blocks), 2 (search)");
+  checks.require(builder == kHashBuilder || builder == kBlocksBuilder, "builder must be 0 (hash) or 1 (blocks)");
   checks.require(builder != kBlocksBuilder || blocks_can_serve(s->geometry),
                  "the window must lie over at most 27 blocks of 64 sites for builder 1 (blocks)");
-  checks.require(builder != kSearchBuilder || search_can_serve(s->geometry),
-                 "builder 2 (search) is for kernel 2, stride 2, padding 0, dilation 1");
-  checks.require(builder == kSearchBuilder || s->index_bytes >= site_index_bytes(s->in_rows),
+  checks.require(s->index_bytes >= site_index_bytes(s->in_rows),
                  "index must be that of site_index for the input rows");
   return checks.error();
 }

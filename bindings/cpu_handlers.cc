@@ -143,9 +143,6 @@ ffi::Error kernel_map(ffi::ThreadPool pool, In in_coords, In in_count, In out_co
       e.failure()) {
     return e;
   }
-  if (builder == kSearchBuilder) {
-    return ffi::Error::InvalidArgument("jaxsparse_kernel_map_v1: builder 2 (search) is for GPUs; take 1 (blocks)");
-  }
   return guarded("jaxsparse_kernel_map_v1", [&] {
     cpu::kernel_map(PoolParallelFor(pool),
                     {s.geometry, builder == kBlocksBuilder, data<uint8_t>(index), s.in_rows,

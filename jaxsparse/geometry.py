@@ -102,8 +102,6 @@ class Geometry:
     def builders(self) -> tuple[str, ...]:
         """How a kernel map can be built from sorted input sites, the quickest first; see `jaxsparse.kernel_map`."""
         dims = len(self.kernel)
-        if (set(self.kernel), set(self.stride), set(self.padding), set(self.dilation)) == ({2}, {2}, {0}, {1}):
-            return "search", "blocks", "hash"
         under = 1  # blocks of 64 sites, the last six bits of a key, that a window can lie over
         for axis, (k, s, p, d) in enumerate(zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)):
             size = 1 << (6 // dims + (dims - 1 - axis < 6 % dims))

@@ -57,9 +57,9 @@ def kernel_map(
       kernel_size, strides, padding, dilation: integers, or one an axis. Padding is `dilation * ((kernel - 1) // 2)`
         by default.
       builder: how the custom call finds input rows; every builder gives the same map. "hash" looks every tap up in a
-        hash map of sites. The others need sites in Morton order: "blocks" looks up the blocks of 64 sites under each
-        window, whose masks answer for all their taps, as long as those are at most 27; "search" is a binary search on
-        GPUs, for kernel 2 with stride 2. "auto" takes the quickest that is possible.
+        hash map of sites. "blocks" looks up the blocks of 64 sites under each window, whose masks answer for all their
+        taps; it needs input sites in Morton order, and at most 27 blocks under a window. "auto" takes blocks where it
+        can: they were quicker on every scan measured.
       implementation: "auto" for the custom call of the platform, "xla" for plain JAX, which has no builders.
 
     Raises:

@@ -133,8 +133,8 @@ def test_builders_that_cannot_serve_are_refused():
     with raises(ValueError, "`builder` (='blocks')", "order 'any'", "('auto', 'hash')"):
         js.kernel_map(x.sites, x.sites, 3, builder="blocks")
     y, _ = js.voxelize(jnp.zeros((3, 3)), jnp.zeros((3, 1)), 1.0, capacity=4)
-    with raises(ValueError, "`builder` (='search')", "kernel_size (3, 3, 3)", "('auto', 'blocks', 'hash')"):
-        js.kernel_map(y.sites, y.sites, 3, builder="search")
+    with raises(ValueError, "`builder` (='blocks')", "kernel_size (11, 11, 11)", "('auto', 'hash')"):
+        js.kernel_map(y.sites, y.sites, 11, builder="blocks")
     with raises(ValueError, "`builder` (='walk')", "must be one of"):
         js.kernel_map(y.sites, y.sites, 3, builder="walk")
 

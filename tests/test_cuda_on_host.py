@@ -247,16 +247,6 @@ def test_kernel_map_by_blocks_finds_the_same(geometry):
     kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=1)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3, 4])
-def test_kernel_map_by_search_finds_the_same(dims):
-    rng = np.random.default_rng(dims)
-    coords = sorted_sites(rng, 400, dims, {1: 300, 2: 14, 3: 6, 4: 4}[dims])
-    coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
-    out_coords = rng.permutation(np.concatenate([np.array(sorted(coarse), I32), random_coords(rng, 40, dims, 4)]))
-    geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
-    kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=2)
-
-
 def random_table(rng, volume, in_rows, out_rows, density, centre=False):
     """A kernel map in which each tap takes an input row at most once."""
     table = np.full((volume, out_rows), -1, I32)

@@ -8,13 +8,16 @@
 //     blocks   one a block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, where the hash map
 //              has a third of the entries. A block's mask then answers for all taps in it, and the number of its sites
 //              before one says which row that is.
-//     search   none: under kernel 2 with stride 2 the inputs of an output are neighbours in the list of sorted sites, and
-//              one binary search finds the first. No index either.
 //
-// A block of threads has 32 outputs, a lane each; its four warps share their taps, so that the chain of an output is short
-// and table writes are whole lines. Tried before: a warp for all taps of 32 outputs, 18 us for a scan and 11 for 6,000
-// sites, the latency of one warp's instructions; one cooperative kernel with barriers of the grid between clearing,
-// entering and looking up, 38 us for a scan.
+// A block of threads has 32 outputs, a lane each; its warps share their taps, so that the chain of an output is short and
+// table writes are whole lines.
+//
+// Tried and left, on an H200, 3^3 map of a scan of 91,767 sites unless said otherwise:
+//     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 38 us (now 32)
+//     one warp for all taps of 32 outputs: 30 us, but 17 for 5,925 sites (now 10), the latency of its instructions
+//     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
+//     index that the 3^3 map of the same sites needs anyway, 17 and 5
+//     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 
 #include "cuda/common/device.cuh"
@@ -204,7 +207,7 @@ __device__ void clear_masks(const Piece& piece, TileMasks& masks) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 6) hash_kernel(KernelMapArgs a, SiteSlot* index) {
+__global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(KernelMapArgs a, SiteSlot* index) {
   __shared__ TileMasks masks;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap<SiteSlot> map(index, SiteSlot::number(in_rows));
@@ -287,7 +290,7 @@ __device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_ro
   }
   const Key batch = batch_part<D>(out.batch);
   __syncthreads();
-  constexpr int kBlocks = 2;  // looked up together
+  constexpr int kBlocks = 8 / kTileWarps;  // looked up together
   for (int u = warp * kBlocks; u < shape.blocks; u += kTileWarps * kBlocks) {
     Key keys[kBlocks];
     BlockSlot found[kBlocks];
@@ -317,7 +320,8 @@ __device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_ro
 }
 
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 8) block_kernel(KernelMapArgs a, WindowShape<D> shape, BlockSlot* index) {
+__global__ void __launch_bounds__(kTileThreads, 1024 / kTileThreads)
+    block_kernel(KernelMapArgs a, WindowShape<D> shape, BlockSlot* index) {
   __shared__ TileMasks masks;
   __shared__ UnderWindows under;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
@@ -359,41 +363,6 @@ __global__ void __launch_bounds__(kTileThreads, 8) block_kernel(KernelMapArgs a,
           }
         });
     __syncthreads();
-  }
-}
-
-// Kernel 2, stride 2, sorted sites: an output's inputs are neighbours, in the order of taps. A thread an output.
-template <int D>
-__global__ void search_kernel(KernelMapArgs a) {
-  constexpr int kTaps = 1 << D;
-  const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  for (int64_t m = global_thread(); m < out_rows; m += all_threads()) {
-    const Site<D> out(a.out_coords, m);
-    int64_t coord[D];
-    for (int d = 0; d < D; ++d) coord[d] = int64_t{2} * out.coord[d];
-    const Key wanted = make_key<D>(out.batch, coord);  // of tap 0
-    int32_t low = 0, high = in_rows;                   // the first row with this key or a larger one
-    while (low < high) {
-      const int32_t middle = low + (high - low) / 2;
-      if (key_of(Site<D>(a.in_coords, middle)) < wanted) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    uint32_t mask = 0;
-#pragma unroll
-    for (int i = 0; i < kTaps; ++i) {
-      if (low + i >= in_rows || wanted == kNoKey) continue;
-      const Key key = key_of(Site<D>(a.in_coords, low + i));
-      if (key - wanted < kTaps) mask |= 1u << (key - wanted);
-    }
-#pragma unroll
-    for (int k = 0; k < kTaps; ++k) {
-      a.table[static_cast<int64_t>(k) * a.out_rows + m] =
-          (mask >> k & 1) != 0 ? low + __popc(mask & ((1u << k) - 1)) : -1;
-    }
-    a.masks[m] = mask;
   }
 }
 
@@ -439,8 +408,6 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
       case MapBuilder::kBlocks:
         return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, WindowShape<D>(a.geometry),
                       static_cast<BlockSlot*>(index));
-      case MapBuilder::kSearch:
-        return launch(search_kernel<D>, striding_blocks(a.out_rows, kThreads), {kThreads}, stream, a);
     }
     return cudaErrorInvalidValue;
   });

@@ -25,7 +25,6 @@ enum class MapBuilder {
   kHash = 0,    // an index of sites, a search for each tap: any order of sites
   kBlocks = 1,  // an index of blocks, a search for each block under a window: sorted sites, and no more than
                 // kMostUnderWindow blocks under a window
-  kSearch = 2,  // no index, a binary search: sorted sites, kernel 2, stride 2, padding 0, dilation 1
 };
 
 struct KernelMapArgs {

@@ -72,12 +72,4 @@ inline bool blocks_can_serve(const Geometry& g) {
   }
 }
 
-// Whether the builder "search" can: an output's inputs are then the sites whose keys agree in all but the last bits.
-inline bool search_can_serve(const Geometry& g) {
-  for (int a = 0; a < g.dims; ++a) {
-    if (g.kernel[a] != 2 || g.stride[a] != 2 || g.padding[a] != 0 || g.dilation[a] != 1) return false;
-  }
-  return true;
-}
-
 }  // namespace jaxsparse

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a)
     const int64_t out = first + aside[n];
     const int32_t value = static_cast<int32_t>(out / a.channels), channel = static_cast<int32_t>(out % a.channels);
     Accumulator<T> sum = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int32_t j = a.offsets[value] + threadIdx.x % kWarp; j < a.offsets[value + 1]; j += kWarp) {
       sum += element(j, channel);
     }

@@ -1,9 +1,9 @@
 // A stable radix sort inside a cooperative kernel, of as many keys as a device value says, by as many bits.
 //
 // Least significant digit first, up to 9 bits a pass: 36 bits, a scan's, are four. In a pass each block counts the digits
-// of its share; a warp a digit turns the blocks' counts into where each block's keys begin; each block scatters its share
-// tile by tile. A digit in which all keys agree costs the count alone. No block ever waits for its neighbour, only all for
-// all, so there is nothing to get out of order.
+// of its share; a warp a digit turns the blocks' counts into where each block's keys begin, or each block does for itself
+// where they are few; each block scatters its share tile by tile. A digit in which all keys agree costs the count alone.
+// No block ever waits for its neighbour, only all for all, so there is nothing to get out of order.
 //
 // Why not CUB: its sort wants the number of keys and of bits from the host, so it follows the capacity and sorts 64
 // bits where a scan has about 36 that differ.
@@ -46,8 +46,9 @@ __device__ void swap(T*& a, T*& b) {
   b = held;
 }
 
-constexpr int kSortTile = 1024;
-constexpr int kSortPerThread = kSortTile / kGridThreads;
+constexpr int kFewBlocks = 32;  // with more, a barrier costs less than reading all counts in all blocks
+constexpr int kSortPerThread = 3;
+constexpr int kSortTile = kSortPerThread * kGridThreads;
 
 // How many blocks share n keys: one a tile, as far as they go.
 __device__ inline int32_t sort_blocks(int32_t n) {
@@ -154,12 +155,28 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
       atomicAdd(&histogram[digit_of(b.keys[i])], 1);
     }
     __syncthreads();
-    int32_t* const own_count = b.counts + threadIdx.x * kMostBlocks + blockIdx.x;
-    if (static_cast<int32_t>(blockIdx.x) < blocks) *own_count = histogram[threadIdx.x];
-    grid.sync();
-    count_before(b, blocks);
-    grid.sync();
-    const int32_t before = static_cast<int32_t>(blockIdx.x) < blocks ? *own_count : 0, all = b.totals[threadIdx.x];
+    const int32_t block = static_cast<int32_t>(blockIdx.x);
+    int32_t before = 0, all = 0;  // keys of the thread's digit in the blocks before this one, and in all
+    if (blocks <= kFewBlocks) {
+      // Two sets of counts in turn: a slow block may still read those of a pass that moved nothing.
+      int32_t* const counts = b.counts + threadIdx.x * kMostBlocks + pass % 2 * kFewBlocks;
+      if (block < blocks) counts[block] = histogram[threadIdx.x];
+      grid.sync();
+#pragma unroll 8
+      for (int32_t other = 0; other < blocks; ++other) {
+        const int32_t count = counts[other];
+        if (other < block) before += count;
+        all += count;
+      }
+    } else {
+      int32_t* const own_count = b.counts + threadIdx.x * kMostBlocks + block;
+      if (block < blocks) *own_count = histogram[threadIdx.x];
+      grid.sync();
+      count_before(b, blocks);
+      grid.sync();
+      if (block < blocks) before = *own_count;
+      all = b.totals[threadIdx.x];
+    }
     // Where all keys agree the order stays; only the last chance to number the values is not left out.
     const bool all_agree = __syncthreads_count(all == n) > 0;
     const bool can_skip = all_agree && (moved || pass + 1 < passes);
@@ -167,7 +184,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     const int32_t start = block_exclusive_scan<kGridThreads>(all, &total);
     shared.next[threadIdx.x] = start + before;
     __syncthreads();
-    if (can_skip) continue;  // the next count is written by the threads that have read this one
+    if (can_skip) continue;  // a count is written next by the thread that has read it
     for (int32_t begin = own.begin; begin < own.end; begin += kSortTile) {
       scatter_tile(b, !moved, {begin, min(begin + kSortTile, own.end)}, digit_bits, shared, digit_of);
     }

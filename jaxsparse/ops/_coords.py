@@ -165,7 +165,7 @@ def _find(sorted_keys, query):
     return at, is_key & (begin < size) & (high[at] == query[0]) & (low[at] == query[1])
 
 
-BUILDERS = ("hash", "blocks", "search")  # numbered for the custom calls
+BUILDERS = ("hash", "blocks")  # numbered for the custom calls
 
 
 def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry, builder):
@@ -196,14 +196,10 @@ def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometr
 
 
 def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry, builder):
-    if builder == "search" and platform == "cpu":
-        builder = "blocks"
-    if builder == "search":  # the only one without an index
-        index = jnp.zeros(1, jnp.uint8)
-    else:  # maps from the same sites share it: XLA merges equal calls
-        struct = jax.ShapeDtypeStruct((_workspace.site_index(in_coords.shape[0]),), jnp.uint8)
-        of_blocks = int(builder == "blocks")
-        (index,) = _ffi.call("jaxsparse_site_index_v1", [struct], in_coords, in_count, of_blocks=of_blocks)
+    struct = jax.ShapeDtypeStruct((_workspace.site_index(in_coords.shape[0]),), jnp.uint8)
+    of_blocks = int(builder == "blocks")
+    # Maps from the same sites share their index: XLA merges equal calls.
+    (index,) = _ffi.call("jaxsparse_site_index_v1", [struct], in_coords, in_count, of_blocks=of_blocks)
     taps, out_rows = geometry.volume, out_coords.shape[0]
     results = [_int32(taps, out_rows), _uint32(out_rows, -(-taps // 32))]
     attributes = {**geometry.attributes(), "builder": BUILDERS.index(builder)}
@@ -224,6 +220,6 @@ kernel_map = Op(
 
 `table[k, m]`, int32 `[K, N_out]`, is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1; masks,
 uint32 `[N_out, W]`, say where one is. Of equal input sites the first row is taken. Columns from `out_count` on hold
-anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; all but "hash" want the real input rows
-to be distinct sites sorted by (batch, Morton code), and a geometry that `Geometry.builders` lists them for.
+anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; "blocks" wants the real input rows to
+be distinct sites sorted by (batch, Morton code), and a geometry that `Geometry.builders` lists it for.
 """
