@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/conv/tiles.h"
 #include "cuda/coords/key.h"
 #include "cuda/coords/window.h"
 #include "xla/ffi/api/ffi.h"
@@ -328,7 +329,113 @@ inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts
   return checks.error();
 }
 
-// --- 8 invert_index ---
+// --- 8 conv_schedule ---
+
+struct ConvSchedule {
+  int64_t taps = kUnbound, rows = kUnbound, segments = kUnbound, mask_words = kUnbound, tiles = kUnbound;
+  int64_t workspace = kUnbound;
+  int32_t groups = 0;
+};
+
+// `groups` has the words of each group's mask, one group after the other.
+inline ffi::Error check_conv_schedule(In table, In masks, In out_counts, Out order, Out tile_masks, Out tile_table,
+                                      Out workspace, Axes groups, ConvSchedule* s) {
+  Checks checks("jaxsparse_conv_schedule_v1");
+  int64_t tile_rows = cuda::kScheduleRows;
+  checks.operand("table", table, ffi::S32, {&s->taps, &s->rows});
+  if (checks.ok()) {
+    s->mask_words = (s->taps + 31) / 32;
+    s->tiles = (s->rows + tile_rows - 1) / tile_rows;
+  }
+  checks.operand("masks", masks, ffi::U32, {&s->rows, &s->mask_words});
+  checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
+  checks.operand("order", order, ffi::S32, {&s->rows});
+  checks.operand("tile_masks", tile_masks, ffi::U32, {&s->tiles, &s->mask_words});
+  checks.operand("tile_table", tile_table, ffi::S32, {&s->tiles, &s->taps, &tile_rows});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
+  check_segments(checks, s->rows, s->segments);
+  if (!checks.ok()) return checks.error();
+  const int64_t words = static_cast<int64_t>(groups.size());
+  checks.require(words % s->mask_words == 0 && words / s->mask_words <= cuda::kMostGroups,
+                 "groups must have the words of a mask for each of at most 9 groups");
+  checks.require(words == 0 || s->mask_words <= cuda::kMostGroupWords, "groups are for kernels of at most 384 taps");
+  s->groups = static_cast<int32_t>(words / s->mask_words);
+  return checks.error();
+}
+
+// --- 9 conv_gemm, 10 conv_pairs, 11 wgrad_gemm ---
+
+struct Gemm {
+  ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
+  ffi::DataType out_dtype = ffi::DataType::INVALID;  // of y, or of dw
+  int64_t taps = kUnbound, in_rows = kUnbound, out_rows = kUnbound, in_channels = kUnbound, out_channels = kUnbound;
+  int64_t mask_words = kUnbound, workspace = kUnbound;
+};
+
+inline void check_gemm(Checks& checks, const Gemm& s) {
+  checks.require(is_16_bit(s.dtype), "x must be float16 or bfloat16");
+  checks.require(s.out_dtype == s.dtype || s.out_dtype == ffi::F32, "the result must have the dtype of x, or float32");
+  checks.require(s.taps >= 1 && s.taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
+  checks.require(s.in_channels >= 4 && s.in_channels % 4 == 0, "input channels must be a multiple of 4");
+  checks.require(s.out_channels >= 8 && s.out_channels % 8 == 0, "output channels must be a multiple of 8");
+}
+
+inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_table, Out y, Gemm* s) {
+  Checks checks("jaxsparse_conv_gemm_v1");
+  int64_t tile_rows = cuda::kScheduleRows, tiles = kUnbound;
+  s->dtype = x.element_type();
+  s->out_dtype = y->element_type();
+  checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
+  checks.operand("w", w, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  checks.operand("order", order, ffi::S32, {&s->out_rows});
+  if (checks.ok()) {
+    s->mask_words = (s->taps + 31) / 32;
+    tiles = (s->out_rows + tile_rows - 1) / tile_rows;
+  }
+  checks.operand("tile_masks", tile_masks, ffi::U32, {&tiles, &s->mask_words});
+  checks.operand("tile_table", tile_table, ffi::S32, {&tiles, &s->taps, &tile_rows});
+  checks.operand("y", y, s->out_dtype, {&s->out_rows, &s->out_channels});
+  check_gemm(checks, *s);
+  return checks.error();
+}
+
+struct ConvPairs {
+  int64_t taps = kUnbound, out_rows = kUnbound, segments = kUnbound, workspace = kUnbound;
+};
+
+inline ffi::Error check_conv_pairs(In table, In out_counts, Out pairs, Out tap_pairs, Out workspace, int64_t in_rows,
+                                   ConvPairs* s) {
+  Checks checks("jaxsparse_conv_pairs_v1");
+  int64_t two = 2;
+  checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
+  checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
+  checks.operand("pairs", pairs, ffi::S32, {&s->taps, &s->out_rows, &two});
+  checks.operand("tap_pairs", tap_pairs, ffi::S32, {&s->taps});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
+  checks.require(in_rows >= 0 && in_rows <= kMaxSize, "in_rows must be 0 to 2^30");
+  check_segments(checks, s->out_rows, s->segments);
+  return checks.error();
+}
+
+inline ffi::Error check_wgrad_gemm(In x, In g, In pairs, In tap_pairs, Out dw, Out workspace, int64_t slots, Gemm* s) {
+  Checks checks("jaxsparse_wgrad_gemm_v1");
+  int64_t two = 2;
+  s->dtype = x.element_type();
+  s->out_dtype = dw->element_type();
+  checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
+  checks.operand("g", g, s->dtype, {&s->out_rows, &s->out_channels});
+  checks.operand("pairs", pairs, ffi::S32, {&s->taps, &s->out_rows, &two});
+  checks.operand("tap_pairs", tap_pairs, ffi::S32, {&s->taps});
+  checks.operand("dw", dw, s->out_dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  check_gemm(checks, *s);
+  checks.require(slots >= 2 * s->taps && slots <= kMaxSize, "slots must be at least twice the taps");
+  return checks.error();
+}
+
+// --- 12 invert_index ---
 
 struct InvertIndex {
   int64_t positions = kUnbound, values = 0, workspace = kUnbound;
@@ -346,7 +453,7 @@ inline ffi::Error check_invert_index(In index, Out order, Out offsets, Out works
   return checks.error();
 }
 
-// --- 9 segment_sum ---
+// --- 13 segment_sum ---
 
 struct SegmentSum {
   ffi::DataType dtype = ffi::DataType::INVALID;

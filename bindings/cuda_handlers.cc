@@ -4,10 +4,13 @@
 
 #include <string>
 
+#define JAXSPARSE_ON_CUDA
 #include "bindings/bind.h"
 #include "bindings/checks.h"
 #include "bindings/handlers.h"
 #include "cuda/conv/conv.h"
+#include "cuda/conv/gemm.h"
+#include "cuda/conv/schedule.h"
 #include "cuda/coords/coarse_sites.h"
 #include "cuda/coords/kernel_map.h"
 #include "cuda/coords/unique_sites.h"
@@ -183,6 +186,108 @@ ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In ou
   args.dw = dw->untyped_data();
   args.workspace = workspace->untyped_data();
   return launch_error(call, cuda::conv_wgrad(args, stream));
+}
+
+ffi::Error conv_schedule(cudaStream_t stream, In table, In masks, In out_counts, Out order, Out tile_masks,
+                         Out tile_table, Out workspace, Axes groups) {
+  constexpr const char* call = "jaxsparse_conv_schedule_v1";
+  ConvSchedule s;
+  ffi::Error error =
+      check_conv_schedule(table, masks, out_counts, order, tile_masks, tile_table, workspace, groups, &s);
+  if (error.failure()) return error;
+  error = check_workspace(call, s.workspace, cuda::schedule_workspace(s.rows));
+  if (error.failure()) return error;
+  cuda::ScheduleArgs args{};
+  args.table = ints(table);
+  args.masks = masks.typed_data<uint32_t>();
+  args.rows = {ints(out_counts), narrow(s.segments), narrow(s.rows)};
+  args.taps = narrow(s.taps);
+  args.mask_words = narrow(s.mask_words);
+  args.groups = s.groups;
+  for (int32_t i = 0; i < s.groups * args.mask_words; ++i) {
+    args.group[i / args.mask_words][i % args.mask_words] = static_cast<uint32_t>(groups[i]);
+  }
+  args.order = ints(order);
+  args.tile_masks = tile_masks->typed_data<uint32_t>();
+  args.tile_table = ints(tile_table);
+  args.workspace = workspace->untyped_data();
+  return launch_error(call, cuda::schedule(args, stream));
+}
+
+cuda::Tile tile_of(int64_t rows, int64_t cols, int64_t stages) { return {narrow(rows), narrow(cols), narrow(stages)}; }
+
+// A tile that was not built is the only argument that the launchers refuse.
+ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& tile) {
+  if (status != cudaErrorInvalidValue) return launch_error(call, status);
+  return ffi::Error::InvalidArgument(std::string(call) + ": no kernel was built for tile_rows " +
+                                     std::to_string(tile.rows) + ", tile_cols " + std::to_string(tile.cols) +
+                                     ", stages " + std::to_string(tile.stages) + " and these channels");
+}
+
+ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, Out y, int64_t tile_rows,
+                     int64_t tile_cols, int64_t stages) {
+  Gemm s;
+  if (ffi::Error error = check_conv_gemm(x, w, order, tile_masks, tile_table, y, &s); error.failure()) return error;
+  cuda::ConvGemmArgs args{};
+  args.dtype = kernel_dtype(s.dtype);
+  args.out_dtype = kernel_dtype(s.out_dtype);
+  args.tile = tile_of(tile_rows, tile_cols, stages);
+  args.x = x.untyped_data();
+  args.w = w.untyped_data();
+  args.order = ints(order);
+  args.tile_masks = tile_masks.typed_data<uint32_t>();
+  args.tile_table = ints(tile_table);
+  args.out_rows = narrow(s.out_rows);
+  args.taps = narrow(s.taps);
+  args.mask_words = narrow(s.mask_words);
+  args.in_channels = narrow(s.in_channels);
+  args.out_channels = narrow(s.out_channels);
+  args.y = y->untyped_data();
+  return gemm_error("jaxsparse_conv_gemm_v1", cuda::conv_gemm(args, stream), args.tile);
+}
+
+ffi::Error conv_pairs(cudaStream_t stream, In table, In out_counts, Out pairs, Out tap_pairs, Out workspace,
+                      int64_t in_rows) {
+  constexpr const char* call = "jaxsparse_conv_pairs_v1";
+  ConvPairs s;
+  ffi::Error error = check_conv_pairs(table, out_counts, pairs, tap_pairs, workspace, in_rows, &s);
+  if (error.failure()) return error;
+  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.taps, s.out_rows));
+  if (error.failure()) return error;
+  const cuda::PairsArgs args{ints(table),
+                             {ints(out_counts), narrow(s.segments), narrow(s.out_rows)},
+                             narrow(in_rows),
+                             narrow(s.taps),
+                             reinterpret_cast<cuda::Pair*>(ints(pairs)),
+                             ints(tap_pairs),
+                             workspace->untyped_data()};
+  return launch_error(call, cuda::list_pairs(args, stream));
+}
+
+ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, Out dw, Out workspace, int64_t tile_rows,
+                      int64_t tile_cols, int64_t stages, int64_t slots) {
+  constexpr const char* call = "jaxsparse_wgrad_gemm_v1";
+  Gemm s;
+  ffi::Error error = check_wgrad_gemm(x, g, pairs, tap_pairs, dw, workspace, slots, &s);
+  if (error.failure()) return error;
+  error = check_workspace(call, s.workspace, cuda::wgrad_gemm_workspace(slots, s.in_channels, s.out_channels));
+  if (error.failure()) return error;
+  cuda::WgradGemmArgs args{};
+  args.dtype = kernel_dtype(s.dtype);
+  args.out_dtype = kernel_dtype(s.out_dtype);
+  args.tile = tile_of(tile_rows, tile_cols, stages);
+  args.slots = narrow(slots);
+  args.x = x.untyped_data();
+  args.g = g.untyped_data();
+  args.pairs = reinterpret_cast<const cuda::Pair*>(ints(pairs));
+  args.tap_pairs = ints(tap_pairs);
+  args.out_rows = narrow(s.out_rows);
+  args.taps = narrow(s.taps);
+  args.in_channels = narrow(s.in_channels);
+  args.out_channels = narrow(s.out_channels);
+  args.dw = dw->untyped_data();
+  args.workspace = workspace->untyped_data();
+  return gemm_error(call, cuda::wgrad_gemm(args, stream), args.tile);
 }
 
 ffi::Error invert_index(cudaStream_t stream, In index, Out order, Out offsets, Out workspace) {

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/handlers.h"
+#include "cuda/conv/tiles.h"
 
 #ifdef JAXSPARSE_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -17,6 +18,13 @@ py::dict capsules(const jaxsparse::Handlers& handlers) {
   return out;
 }
 
+template <int kNumber>
+py::list as_tuples(const jaxsparse::cuda::Tile (&tiles)[kNumber]) {
+  py::list out;
+  for (const auto& tile : tiles) out.append(py::make_tuple(tile.rows, tile.cols, tile.stages));
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -24,6 +32,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("ffi_version", [] { return py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
         "XLA FFI API version of the headers that this module was built with.");
   m.def("jaxlib_version", [] { return JAXSPARSE_JAXLIB_VERSION; }, "The jaxlib whose headers were used.");
+  m.attr("forward_tiles") = as_tuples(jaxsparse::cuda::kForwardTiles);
+  m.attr("narrow_tiles") = as_tuples(jaxsparse::cuda::kNarrowTiles);
+  m.attr("wgrad_tiles") = as_tuples(jaxsparse::cuda::kWgradTiles);
   m.def("cpu_handlers", [] { return capsules(jaxsparse::cpu_handlers()); });
 #ifdef JAXSPARSE_WITH_CUDA
   m.def("cuda_handlers", [] { return capsules(jaxsparse::cuda_handlers()); });

@@ -27,8 +27,14 @@ TARGETS = (
     "jaxsparse_invert_index_v1",
     "jaxsparse_segment_sum_v1",
 )
+CUDA_TARGETS = (
+    "jaxsparse_conv_schedule_v1",
+    "jaxsparse_conv_gemm_v1",
+    "jaxsparse_conv_pairs_v1",
+    "jaxsparse_wgrad_gemm_v1",
+)
 
-DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS]
+DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS + CUDA_TARGETS]
 """Pass as `jax.export.export(..., disabled_checks=jaxsparse.DISABLE_JAX_EXPORT_CHECKS)`: the names are kept stable."""
 
 
@@ -56,9 +62,8 @@ def _check_versions() -> None:
 
 def _register() -> None:
     for platform, handlers in (("cpu", _native.cpu_handlers()), ("CUDA", _native.cuda_handlers())):
-        for name in TARGETS:
-            if handlers:
-                jax.ffi.register_ffi_target(name, handlers[name], platform=platform)
+        for name, handler in handlers.items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
 _check_versions()
@@ -69,8 +74,8 @@ def call(
     target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: int | Sequence[int]
 ) -> list[jax.Array]:
     """Calls a custom-call target. Attributes cross as 64-bit integers, sequences as arrays of them."""
-    if target not in TARGETS:
-        raise ValueError(f"no custom-call target {target!r}; registered: {TARGETS}")
+    if target not in TARGETS + CUDA_TARGETS:
+        raise ValueError(f"no custom-call target {target!r}; registered: {TARGETS + CUDA_TARGETS}")
     return list(jax.ffi.ffi_call(target, list(results))(*operands, **_encode(attributes)))
 
 

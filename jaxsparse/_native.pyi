@@ -2,6 +2,9 @@ from typing import Any
 
 cuda_version: int | None
 cuda_architectures: str | None
+forward_tiles: list[tuple[int, int, int]]
+narrow_tiles: list[tuple[int, int, int]]
+wgrad_tiles: list[tuple[int, int, int]]
 
 def ffi_version() -> tuple[int, int]: ...
 def jaxlib_version() -> str: ...

@@ -99,6 +99,31 @@ class Geometry:
         return set(self.stride) == {1} and all(2 * p == d * (k - 1) for k, p, d in axes)
 
     @property
+    def tap_groups(self) -> tuple[tuple[int, ...], ...]:
+        """At most nine groups of taps: rows that have any tap of the same groups have much the same taps.
+
+        The taps themselves where they are few. Else, from the sign of a tap's offset to the middle of the kernel: those
+        ahead and behind on the last axis, and the columns beside the middle; in four dimensions, ahead and behind on
+        each axis. Chosen by search over LiDAR and indoor scans, see `cuda/conv/schedule.cu`.
+        """
+        if self.volume <= 9:
+            return tuple((k,) for k in range(self.volume))
+        sides = [
+            tuple((2 * t > k - 1) - (2 * t < k - 1) for t, k in zip(tap, self.kernel, strict=True)) for tap in self.taps
+        ]
+        dims = len(self.kernel)
+        if dims == 4:
+            wanted = [{axis: sign} for axis in range(dims) for sign in (1, -1)]
+        else:
+            columns = sorted(itertools.product((1, 0, -1), repeat=dims - 1), key=lambda c: (c.count(0), c))
+            wanted = [{dims - 1: sign} for sign in (1, -1)] + [dict(enumerate(c)) for c in columns if any(c)]
+        groups = (
+            tuple(k for k, side in enumerate(sides) if all(side[axis] == sign for axis, sign in signs.items()))
+            for signs in wanted
+        )
+        return tuple(group for group in groups if group)[:9]
+
+    @property
     def builders(self) -> tuple[str, ...]:
         """How a kernel map can be built from sorted input sites, the quickest first; see `jaxsparse.kernel_map`."""
         dims = len(self.kernel)

@@ -26,6 +26,7 @@ class KernelMap:
       out_counts: int32 `[1]`, real output rows. Columns of the table and rows of the masks from there on hold anything.
       is_symmetric: whether `table[k, m] = n` means `table[K - 1 - k, n] = m`, as in a submanifold convolution of odd
         kernel size: the map is then its own reverse.
+      tap_groups: groups of taps by which the GPU's kernels sort rows, `Geometry.tap_groups`; changes speed alone.
     """
 
     table: jax.Array
@@ -33,6 +34,7 @@ class KernelMap:
     in_counts: jax.Array
     out_counts: jax.Array
     is_symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
+    tap_groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 def kernel_map(
@@ -97,7 +99,8 @@ def map_between(
             builder=builder,
             implementation=implementation,
         )
-        return KernelMap(table, masks, fine.counts, coarse.counts, fine.same_as(coarse) and geometry.is_symmetric)
+        is_symmetric = fine.same_as(coarse) and geometry.is_symmetric
+        return KernelMap(table, masks, fine.counts, coarse.counts, is_symmetric, geometry.tap_groups)
 
     return fine.memo(("map", geometry, coarse._memo, implementation, builder), make)
 

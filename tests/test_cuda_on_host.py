@@ -11,6 +11,7 @@ import pytest
 
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _workspace
+from jaxsparse.ops.conv import FORWARD_TILES, NARROW_TILES, WGRAD_TILES
 
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
 
@@ -388,6 +389,141 @@ def test_negative_underflow_leaves_no_negative_zero():
     alone = forward(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, precision=2)
     with_mate = forward(x, w, np.array([[0, -1], [-1, 1]], I32), [2], F32, precision=2)
     assert alone[0].tobytes() == with_mate[0].tobytes() == bytes(4)
+
+
+# --- convolution on tensor cores ---
+
+
+def schedule(table, counts, groups=()):
+    """Order, tile masks and tile table of a schedule by groups of taps."""
+    volume, rows = table.shape
+    words, tiles = -(-volume // 32), -(-rows // 64)
+    attribute = [sum(1 << k % 32 for k in g if k // 32 == word) for g in groups for word in range(words)]
+    results = [
+        ((rows,), I32),
+        ((tiles, words), U32),
+        ((tiles, volume, 64), I32),
+        ((_workspace.conv_schedule(rows),), U8),
+    ]
+    return call(
+        "conv_schedule", results, table, masks_of(table), np.array(counts, I32), groups=np.array(attribute, np.int64)
+    )[:3]
+
+
+@pytest.mark.parametrize(("volume", "counts"), [(27, [300]), (8, [0]), (45, [100, 0, 60, 1]), (3, [320])])
+@pytest.mark.parametrize("sort", [False, True])
+def test_schedule_has_every_row_once_and_the_map_in_tiles(volume, counts, sort):
+    rng = np.random.default_rng(volume)
+    rows = 320
+    table = random_table(rng, volume, 400, rows, 0.1, centre=True)
+    groups = Geometry.create(1, volume, 1).tap_groups if sort else ()
+    order, tile_masks, tile_table = schedule(table, counts, groups)
+    np.testing.assert_array_equal(np.sort(order), np.arange(rows))
+    real = np.isin(order, real_rows(rows, counts))
+    if sort:
+        assert real[: real.sum()].all()
+        there = np.array([[(table[list(g), m] >= 0).any() for g in groups] for m in order[: real.sum()]]).reshape(
+            -1, len(groups)
+        )
+        changes = (there[1:] != there[:-1]).any(1).sum()  # equal rows lie together
+        assert changes == len({tuple(r) for r in there}) - (len(there) > 0)
+    else:
+        np.testing.assert_array_equal(order, np.arange(rows))
+    for tile in range(rows // 64):
+        own = np.where(real[tile * 64 :][:64], table[:, order[tile * 64 :][:64]], -1)
+        there = (own >= 0).any(1)
+        bits = [int(tile_masks[tile, k // 32]) >> k % 32 & 1 for k in range(volume)]
+        np.testing.assert_array_equal(bits, there)
+        np.testing.assert_array_equal(tile_table[tile][there], own[there])
+
+
+def conv_gemm(x, w, table, counts, out_dtype, tile, groups=()):
+    shape = (table.shape[1], w.shape[2])
+    attributes = {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2]}
+    return call("conv_gemm", [(shape, out_dtype)], x, w, *schedule(table, counts, groups), **attributes)[0]
+
+
+def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots):
+    volume, rows = table.shape
+    results = [((volume, rows, 2), I32), ((volume,), I32), ((_workspace.conv_pairs(volume, rows),), U8)]
+    types = [jax.ShapeDtypeStruct(*r) for r in results]
+    run = jax.jit(
+        lambda *args: jax.ffi.ffi_call("jaxsparse_conv_pairs_v1_on_host", types)(*args, in_rows=np.int64(len(x)))
+    )
+    pairs, tap_pairs, _ = run(table, np.array(counts, I32))  # pairs past a tap's number hold anything
+    real = np.array(real_rows(rows, counts), int)
+    for k in range(volume):
+        m = real[table[k, real] >= 0]
+        np.testing.assert_array_equal(np.asarray(pairs)[k, : int(tap_pairs[k])], np.stack([table[k, m], m], 1))
+    shape = (volume, x.shape[1], g.shape[1])
+    attributes = {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2], "slots": slots}
+    results = [(shape, out_dtype), ((_workspace.wgrad_gemm(slots, *shape[1:]),), U8)]
+    return call("wgrad_gemm", results, x, g, np.asarray(pairs), np.asarray(tap_pairs), **attributes)[0]
+
+
+@pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
+def test_every_forward_tile_sums_the_products_of_the_map(tile):
+    """Rows at a tile's size and one more or less; channels with whole and broken steps and tiles."""
+    rng = np.random.default_rng(tile.cols)
+    narrow = tile in NARROW_TILES and tile not in FORWARD_TILES
+    cases = [
+        (63, 8, 8, 3, [63]),
+        (tile.rows + 1, 40, tile.cols + 8, 8, [tile.rows]),
+        (130, 72, tile.cols, 45, [20, 65]),
+    ]
+    if tile in NARROW_TILES:
+        cases = [(130, 4, tile.cols, 27, [129]), (65, 12, 8, 8, [65])] + ([] if narrow else cases)
+    for case, (out_rows, c_in, c_out, volume, counts) in enumerate(cases):
+        dtype, out_dtype = [(F16, F16), (BF16, BF16), (F16, F32), (BF16, F32), (F16, F16)][case]
+        x, w = small_integers(rng, (150, c_in), dtype), small_integers(rng, (volume, c_in, c_out), dtype)
+        table = random_table(rng, volume, 150, out_rows, 0.2)
+        expected = np.zeros((out_rows, c_out))
+        for m, k in itertools.product(real_rows(out_rows, counts), range(volume)):
+            if table[k, m] >= 0:
+                expected[m] += x[table[k, m]].astype(F64) @ w[k].astype(F64)
+        y = conv_gemm(x, w, table, counts, out_dtype, tile, Geometry.create(1, volume, 1).tap_groups)
+        np.testing.assert_array_equal(y.astype(F64), expected.astype(out_dtype).astype(F64))
+
+
+@pytest.mark.parametrize("tile", WGRAD_TILES, ids=str)
+def test_every_wgrad_tile_sums_the_outer_products_of_the_map(tile):
+    rng = np.random.default_rng(tile.cols)
+    cases = [
+        (400, 8, 8, 3, [400], 6),
+        (700, tile.rows + 8, tile.cols, 2, [690], 5),
+        (300, 4, tile.cols + 8, 9, [100, 0, 7], 18),
+    ]
+    for case, (out_rows, c_in, c_out, volume, counts, slots) in enumerate(cases):
+        dtype, out_dtype = [(F16, F32), (BF16, BF16), (F16, F16)][case]
+        x, g = small_integers(rng, (800, c_in), dtype), small_integers(rng, (out_rows, c_out), dtype)
+        table = random_table(rng, volume, 800, out_rows, 0.3, centre=True)
+        expected = np.zeros((volume, c_in, c_out))
+        real = np.array(real_rows(out_rows, counts), int)
+        for k in range(volume):
+            m = real[table[k, real] >= 0]
+            expected[k] = x[table[k, m]].astype(F64).T @ g[m].astype(F64)
+        dw = wgrad_gemm(x, g, table, counts, out_dtype, tile, slots)
+        np.testing.assert_array_equal(dw.astype(F64), expected.astype(out_dtype).astype(F64))
+
+
+def test_tensor_core_rows_do_not_depend_on_tile_mates_or_capacity():
+    rng = np.random.default_rng(1)
+    count, volume = 150, 9
+    x, w = rng.normal(size=(count, 24)).astype(F16), rng.normal(size=(volume, 24, 16)).astype(F16)
+    table = random_table(rng, volume, count, count, 0.3)
+    y = conv_gemm(x, w, table, [count], F16, (128, 16, 4))
+    groups = Geometry.create(1, volume, 1).tap_groups
+    assert conv_gemm(x, w, table, [count], F16, (128, 32, 3), groups).tobytes() == y.tobytes()
+    more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
+    y_more = conv_gemm(np.concatenate([x, np.full((90, 24), np.nan, F16)]), w, more, [count], F16, (64, 16, 4), groups)
+    assert y_more[:count].tobytes() == y.tobytes()
+    assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
+
+
+def test_a_tile_that_was_not_built_is_refused():
+    x, w, table = np.zeros((8, 8), F16), np.zeros((3, 8, 8), F16), np.zeros((3, 8), I32)
+    with pytest.raises(Exception, match="conv_gemm_v1: no kernel was built for tile_rows 96, tile_cols 8, stages 2"):
+        conv_gemm(x, w, table, [8], F16, (96, 8, 2))
 
 
 # --- row sums ---

@@ -1,10 +1,11 @@
-// Sparse convolution over a kernel map: forward and the gradient of the weights. The gradient of the features is forward
-// over the reversed map with transposed weights.
+// Sparse convolution over a kernel map, for every dtype and number of channels: forward and the gradient of the weights. The
+// gradient of the features is forward over the reversed map with transposed weights. gemm.h has the fast path of 16 bits.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include "cuda/common/types.h"
+#include "cuda/conv/pairs.h"
 
 namespace jaxsparse::cuda {
 
@@ -39,8 +40,6 @@ struct ConvWgradArgs {
 // dw[k] = sum over real rows m of outer(x[table[k, m]], g[m]).
 cudaError_t conv_wgrad(const ConvWgradArgs& args, cudaStream_t stream);
 
-constexpr int kTilePairRows = 1024;  // output rows that a block of the pair search looks at
-
 // How many partial sums of [in_channels, out_channels] wgrad keeps: about 32 MiB of them, at most 2048, and never fewer
 // than two for each tap. It must not depend on the number of rows: it decides how sums are split.
 constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_channels, int64_t sum_bytes) {
@@ -51,11 +50,9 @@ constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_cha
 
 constexpr int64_t conv_wgrad_workspace(int64_t taps, int64_t out_rows, int64_t in_channels, int64_t out_channels,
                                        int64_t sum_bytes) {
-  return padded(8 * taps * out_rows)                               // pairs
-         + padded(4 * taps * (div_up(out_rows, kTilePairRows) + 1))  // pairs before each tile of rows
-         + padded(4 * taps)                                        // pairs of each tap
-         + padded(4 * (taps + 1))                                  // first slot of each tap
-         + padded(4)                                               // pairs in a slot
+  return padded(8 * taps * out_rows) + padded(4 * taps) + padded(pairs_workspace(taps, out_rows))  // pairs
+         + padded(4 * (taps + 1))                                                                // first slot of each tap
+         + padded(4)                                                                             // pairs in a slot
          + wgrad_slots(taps, in_channels, out_channels, sum_bytes) * in_channels * out_channels * sum_bytes;
 }
 

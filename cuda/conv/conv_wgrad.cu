@@ -1,8 +1,7 @@
 // dw[k] = sum over pairs (i, m) of tap k, m real and i = table[k, m], of outer(x[i], g[m]).
 //
-//     count, scan   how many pairs each tap has in each tile of output rows, and the sums before each tile
-//     plan          how many pairs one slot takes, so that all pairs fill the fixed number of slots; first slot of a tap
-//     write         the pairs (i, m) of each tap, in the order of m
+//     list      the pairs (i, m) of each tap, in the order of m; see pairs.h
+//     plan      how many pairs one slot takes, so that all pairs fill the fixed number of slots; first slot of a tap
 //     partial       a block a slot and 64 x 64 piece of dw: one matrix product over the slot's pairs, as deep as there
 //                   are pairs, gathered to shared memory three steps in flight; the sum goes to the slot
 //     reduce        dw[k] = the slots of tap k, added in order
@@ -20,53 +19,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
 
-struct Pair {
-  int32_t in_row, out_row;
-};
-
 struct Plan {
   Pair* pairs;            // [taps, out_rows], the first tap_pairs[k] of each tap written
-  int32_t* tile_pairs;    // [taps, tiles + 1], counts, then the sums before
   int32_t* tap_pairs;     // [taps]
   int32_t* first_slot;    // [taps + 1]
   int32_t* pairs_in_slot;  // [1]
   void* partials;         // [slots, in_channels, out_channels]
-  int32_t tiles, slots;
+  int32_t slots;
 };
-
-__device__ Pair pair_at(const ConvWgradArgs& a, int32_t k, int32_t m) {
-  if (!row_is_real(a.out_rows, m)) return {-1, m};
-  const int32_t row = a.table[static_cast<int64_t>(k) * a.out_rows.rows + m];
-  return {row < a.in_rows ? row : -1, m};
-}
-
-__global__ void count_pairs_kernel(ConvWgradArgs a, Plan plan) {
-  const int32_t k = static_cast<int32_t>(blockIdx.x / plan.tiles);
-  const int32_t tile = static_cast<int32_t>(blockIdx.x % plan.tiles);
-  int32_t count = 0;
-  for (int32_t j = 0; j < kTilePairRows / kThreads; ++j) {
-    const int32_t m = tile * kTilePairRows + j * kThreads + static_cast<int32_t>(threadIdx.x);
-    count += __syncthreads_count(pair_at(a, k, m).in_row >= 0);
-  }
-  if (threadIdx.x == 0) plan.tile_pairs[static_cast<int64_t>(k) * (plan.tiles + 1) + tile] = count;
-}
-
-// A block a tap.
-__global__ void scan_pairs_kernel(Plan plan) {
-  int32_t* tile_pairs = plan.tile_pairs + static_cast<int64_t>(blockIdx.x) * (plan.tiles + 1);
-  int32_t sum = 0;
-  for (int32_t first = 0; first < plan.tiles; first += kThreads) {
-    const int32_t tile = first + static_cast<int32_t>(threadIdx.x);
-    int32_t total;
-    const int32_t before = block_exclusive_scan<kThreads>(tile < plan.tiles ? tile_pairs[tile] : 0, &total);
-    if (tile < plan.tiles) tile_pairs[tile] = sum + before;
-    sum += total;
-  }
-  if (threadIdx.x == 0) {
-    tile_pairs[plan.tiles] = sum;
-    plan.tap_pairs[blockIdx.x] = sum;
-  }
-}
 
 // One block. With R = ceil(pairs / (slots - taps)) pairs in a slot, the taps need sum_k ceil(pairs_k / R)
 // <= pairs / R + taps <= slots.
@@ -88,24 +48,6 @@ __global__ void plan_kernel(Plan plan, int32_t taps) {
   if (threadIdx.x == 0) {
     plan.first_slot[taps] = sum;
     *plan.pairs_in_slot = in_slot;
-  }
-}
-
-__global__ void write_pairs_kernel(ConvWgradArgs a, Plan plan) {
-  const int32_t k = static_cast<int32_t>(blockIdx.x / plan.tiles);
-  const int32_t tile = static_cast<int32_t>(blockIdx.x % plan.tiles);
-  const int32_t* tile_pairs = plan.tile_pairs + static_cast<int64_t>(k) * (plan.tiles + 1) + tile;
-  int32_t at = tile_pairs[0];
-  if (tile_pairs[1] == at) return;
-  Pair* pairs = plan.pairs + static_cast<int64_t>(k) * a.out_rows.rows;
-  for (int32_t j = 0; j < kTilePairRows / kThreads; ++j) {
-    const int32_t m = tile * kTilePairRows + j * kThreads + static_cast<int32_t>(threadIdx.x);
-    const Pair pair = pair_at(a, k, m);
-    const int32_t exists = pair.in_row >= 0;
-    int32_t total;
-    const int32_t before = block_exclusive_scan<kThreads>(exists, &total);
-    if (exists) pairs[at + before] = pair;
-    at += total;
   }
 }
 
@@ -217,23 +159,20 @@ template <template <typename, int, LayoutA> class Tile, typename T>
 cudaError_t run(const ConvWgradArgs& a, cudaStream_t stream) {
   const int64_t sum_bytes = sizeof(Accumulator<T>);
   Plan plan;
-  plan.tiles = static_cast<int32_t>(div_up(a.out_rows.rows, kTilePairRows));
   plan.slots = static_cast<int32_t>(wgrad_slots(a.taps, a.in_channels, a.out_channels, sum_bytes));
   Workspace workspace(a.workspace);
   plan.pairs = workspace.take<Pair>(static_cast<int64_t>(a.taps) * a.out_rows.rows);
-  plan.tile_pairs = workspace.take<int32_t>(static_cast<int64_t>(a.taps) * (plan.tiles + 1));
   plan.tap_pairs = workspace.take<int32_t>(a.taps);
+  const PairsArgs list{a.table, a.out_rows, a.in_rows, a.taps, plan.pairs, plan.tap_pairs,
+                       workspace.take<char>(pairs_workspace(a.taps, a.out_rows.rows))};
   plan.first_slot = workspace.take<int32_t>(a.taps + 1);
   plan.pairs_in_slot = workspace.take<int32_t>(1);
   plan.partials = workspace.take<Accumulator<T>>(0);
 
-  const int64_t row_blocks = static_cast<int64_t>(a.taps) * plan.tiles;
   const int64_t pieces = div_up(a.in_channels, kTileCols) * div_up(a.out_channels, kTileCols);
   const int64_t weights = static_cast<int64_t>(a.taps) * a.in_channels * a.out_channels;
-  if (row_blocks > 0) JAXSPARSE_TRY(launch(count_pairs_kernel, row_blocks, {kThreads}, stream, a, plan));
-  JAXSPARSE_TRY(launch(scan_pairs_kernel, a.taps, {kThreads}, stream, plan));
+  JAXSPARSE_TRY(list_pairs(list, stream));
   JAXSPARSE_TRY(launch(plan_kernel, 1, {kThreads}, stream, plan, a.taps));
-  if (row_blocks > 0) JAXSPARSE_TRY(launch(write_pairs_kernel, row_blocks, {kThreads}, stream, a, plan));
   using PieceTile = Tile<T, kTileCols, LayoutA::kDepthMajor>;
   JAXSPARSE_TRY(launch(partial_kernel<PieceTile>, plan.slots * pieces, {kTileThreads}, stream, a, plan));
   return launch(reduce_kernel<T>, div_up(weights, kThreads), {kThreads}, stream, a, plan);

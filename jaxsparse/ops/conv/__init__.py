@@ -1,6 +1,6 @@
 """Sparse convolution: `api` is public, `primitives` holds the products and their derivatives, `reference` plain JAX."""
 
 from jaxsparse.ops.conv.api import conv, conv_transpose
-from jaxsparse.ops.conv.config import ConvConfig
+from jaxsparse.ops.conv.config import FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig, Tile
 
-__all__ = ["ConvConfig", "conv", "conv_transpose"]
+__all__ = ["FORWARD_TILES", "NARROW_TILES", "WGRAD_TILES", "ConvConfig", "Tile", "conv", "conv_transpose"]

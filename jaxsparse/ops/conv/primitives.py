@@ -23,9 +23,11 @@ from jaxsparse._compat import ad, batching, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
-from jaxsparse.ops.conv import reference
+from jaxsparse.ops.conv import config, reference
 from jaxsparse.ops.conv.config import ConvConfig
 
+_SCHEDULE_ROWS = 64  # kScheduleRows in cuda/conv/tiles.h
+_MOST_GROUP_WORDS = 12  # kMostGroupWords
 _PRECISION_CODES = {lax.Precision.DEFAULT: 0, lax.Precision.HIGH: 1, lax.Precision.HIGHEST: 2}
 
 
@@ -39,6 +41,7 @@ class Spec:
       in_rows: rows of the input, N_in.
       config: choice of kernel.
       is_symmetric: whether the map is its own reverse, see `KernelMap`.
+      tap_groups: groups of taps by which rows are sorted, see `KernelMap`.
     """
 
     dtype: jnp.dtype
@@ -46,6 +49,7 @@ class Spec:
     in_rows: int
     config: ConvConfig
     is_symmetric: bool
+    tap_groups: tuple[tuple[int, ...], ...] = ()
 
     def attributes(self) -> dict[str, int]:
         """As custom-call attributes."""
@@ -58,40 +62,98 @@ class Spec:
             return accumulation, accumulation
         return self.dtype, self.dtype if out_dtype == self.dtype else accumulation
 
+    def uses_tensor_cores(self, platform: str, c_in: int, c_out: int) -> bool:
+        """Whether the kernels of `cuda/conv/gemm.h` serve these channels."""
+        return platform == "cuda" and self.dtype.itemsize == 2 and c_in % 4 == 0 and c_out % 8 == 0
+
 
 # Operands of all three: two of (x, w, g) in that order, then the map: table, masks, in_counts, out_counts.
 
 
 def _forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
-    operand, result = spec.call_dtypes(platform, out_dtype)
-    x, w = (a.astype(spec.dtype).astype(operand) for a in (x, w))
-    struct = jax.ShapeDtypeStruct((table.shape[1], w.shape[2]), result)
-    (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, out_counts, **spec.attributes())
-    return [y.astype(out_dtype)]
+    return _rows_call(platform, x, w, table, masks, out_counts, spec, out_dtype, spec.config.forward, of_reverse=False)
 
 
 def _dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    """Forward over the reversed map with transposed weights."""
+    tile = spec.config.dgrad
     if spec.is_symmetric:
         w = jnp.swapaxes(w[::-1], 1, 2)
-        return _forward_call(platform, g, w, table, masks, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
+        return _rows_call(platform, g, w, table, masks, in_counts, spec, out_dtype, tile, of_reverse=False)
     taps, rows = table.shape[0], spec.in_rows
     structs = [jax.ShapeDtypeStruct((taps, rows), jnp.int32), jax.ShapeDtypeStruct((rows, masks.shape[1]), jnp.uint32)]
     reverse, reverse_masks = _ffi.call("jaxsparse_reverse_table_v1", structs, table, out_counts)
     w = jnp.swapaxes(w, 1, 2)
-    return _forward_call(platform, g, w, reverse, reverse_masks, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
+    return _rows_call(platform, g, w, reverse, reverse_masks, in_counts, spec, out_dtype, tile, of_reverse=True)
+
+
+def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, of_reverse):
+    """`y[m] = sum_k x[table[k, m]] @ w[k]` on the kernels that serve dtype and channels."""
+    taps, c_in, c_out = w.shape
+    rows = table.shape[1]
+    operand, result = spec.call_dtypes(platform, out_dtype)
+    x, w = (a.astype(spec.dtype).astype(operand) for a in (x, w))
+    struct = jax.ShapeDtypeStruct((rows, c_out), result)
+    if not spec.uses_tensor_cores(platform, c_in, c_out):
+        (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, counts, **spec.attributes())
+        return [y.astype(out_dtype)]
+    sort = config.sorts_rows(taps, of_reverse) if spec.config.sort is None else spec.config.sort
+    schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
+    tile = tile or config.forward_tile(rows, c_in, c_out)
+    (y,) = _ffi.call("jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile))
+    return [y.astype(out_dtype)]
+
+
+def _schedule(table, masks, counts, tap_groups):
+    """The order of rows and the map in that order: equal calls are one, for all layers that share a map."""
+    (taps, rows), words = table.shape, masks.shape[1]
+    if words > _MOST_GROUP_WORDS:
+        tap_groups = ()
+    groups = [sum(1 << k % 32 for k in group if k // 32 == word) for group in tap_groups for word in range(words)]
+    tiles = -(-rows // _SCHEDULE_ROWS)
+    structs = [
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((tiles, words), jnp.uint32),
+        jax.ShapeDtypeStruct((tiles, taps, _SCHEDULE_ROWS), jnp.int32),
+        _workspace.struct("cuda", _workspace.conv_schedule(rows)),
+    ]
+    return _ffi.call("jaxsparse_conv_schedule_v1", structs, table, masks, counts, groups=groups)[:3]
+
+
+def _tile_attributes(tile):
+    return {"tile_rows": tile.rows, "tile_cols": tile.cols, "stages": tile.stages}
 
 
 def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
     operand, result = spec.call_dtypes(platform, out_dtype)
     x, g = (a.astype(spec.dtype).astype(operand) for a in (x, g))
-    taps, c_in, c_out = table.shape[0], x.shape[1], g.shape[1]
+    (taps, rows), c_in, c_out = table.shape, x.shape[1], g.shape[1]
     struct = jax.ShapeDtypeStruct((taps, c_in, c_out), result)
+    if spec.uses_tensor_cores(platform, c_in, c_out):
+        return [_wgrad_gemm(x, g, table, out_counts, struct, spec.config.wgrad).astype(out_dtype)]
     sum_bytes = reference.accumulation_dtype(spec.dtype).itemsize
-    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, table.shape[1], sum_bytes))
+    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, rows, sum_bytes))
     dw, _ = _ffi.call(
         "jaxsparse_conv_wgrad_v1", [struct, workspace], x, g, table, masks, out_counts, **spec.attributes()
     )
     return [dw.astype(out_dtype)]
+
+
+def _wgrad_gemm(x, g, table, out_counts, struct, tile):
+    taps, c_in, c_out = struct.shape
+    rows = table.shape[1]
+    structs = [
+        jax.ShapeDtypeStruct((taps, rows, 2), jnp.int32),
+        jax.ShapeDtypeStruct((taps,), jnp.int32),
+        _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
+    ]
+    pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, out_counts, in_rows=x.shape[0])
+    tile = tile or config.wgrad_tile(c_in, c_out)
+    slots = config.wgrad_slots(taps, c_in, c_out, tile)
+    results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
+    return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **_tile_attributes(tile), slots=slots)[
+        0
+    ]
 
 
 def _real_entries(table, out_counts):

@@ -44,6 +44,16 @@ struct uint4 {
 struct int4 {
   int x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -233,6 +243,12 @@ inline unsigned ballot(int line, bool vote) {
   return bits;
 }
 
+inline unsigned reduce_or(int line, unsigned value) {
+  const uint64_t* shown = show(line, value);
+  for (int i = 0; i < kLanes; ++i) value |= static_cast<unsigned>(shown[i]);
+  return value;
+}
+
 template <typename T>
 unsigned match(int line, T value) {
   const uint64_t* shown = show(line, to_bits(value));
@@ -252,6 +268,7 @@ unsigned match(int line, T value) {
 #define __shfl_down_sync(mask, value, by) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() + (by))
 #define __shfl_xor_sync(mask, value, bits) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() ^ (bits))
 #define __ballot_sync(mask, vote) cuda_on_host::ballot(__LINE__, vote)
+#define __reduce_or_sync(mask, value) cuda_on_host::reduce_or(__LINE__, value)
 #define __match_any_sync(mask, value) cuda_on_host::match(__LINE__, value)
 #define __syncwarp() cuda_on_host::show(__LINE__, 0)
 

@@ -1,0 +1,47 @@
+// Sparse convolution of 16-bit features on tensor cores: forward over a schedule, the gradient of the weights over pairs.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/common/types.h"
+#include "cuda/conv/pairs.h"
+#include "cuda/conv/tiles.h"
+
+namespace jaxsparse::cuda {
+
+struct ConvGemmArgs {
+  Dtype dtype, out_dtype;      // of x and w, kF16 or kBF16; of y: the same, or float32
+  Tile tile;                   // changes speed, never the result
+  const void* x;               // [in_rows, in_channels], a multiple of 4
+  const void* w;               // [taps, in_channels, out_channels], a multiple of 8
+  const int32_t* order;        // of a schedule, see schedule.h
+  const uint32_t* tile_masks;
+  const int32_t* tile_table;
+  int32_t out_rows, taps, mask_words, in_channels, out_channels;
+  void* y;  // [out_rows, out_channels]
+};
+
+// y[m] = sum over taps k of x[table[k, m]] @ w[k] for real rows m, exactly 0 for the others.
+cudaError_t conv_gemm(const ConvGemmArgs& args, cudaStream_t stream);
+
+struct WgradGemmArgs {
+  Dtype dtype, out_dtype;    // of x and g, kF16 or kBF16; of dw: the same, or float32
+  Tile tile;                 // changes speed, never the result
+  int32_t slots;             // shares that all pairs are divided into, at least twice the taps; decides how sums are split
+  const void* x;             // [in_rows, in_channels], a multiple of 4
+  const void* g;             // [out_rows, out_channels], a multiple of 8
+  const Pair* pairs;         // of list_pairs
+  const int32_t* tap_pairs;
+  int32_t out_rows, taps, in_channels, out_channels;
+  void* dw;         // [taps, in_channels, out_channels]
+  void* workspace;  // wgrad_gemm_workspace(...)
+};
+
+// dw[k] = sum over the pairs (i, m) of tap k of outer(x[i], g[m]).
+cudaError_t wgrad_gemm(const WgradGemmArgs& args, cudaStream_t stream);
+
+constexpr int64_t wgrad_gemm_workspace(int64_t slots, int64_t in_channels, int64_t out_channels) {
+  return 4 * slots * in_channels * out_channels;
+}
+
+}  // namespace jaxsparse::cuda

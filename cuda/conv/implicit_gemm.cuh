@@ -1,0 +1,246 @@
+// y[m] = sum_k x[table[k, m]] @ w[k] as one implicit matrix product on tensor cores.
+//
+// A block owns kRows output rows and kCols output columns; their sums stay in registers. `order` says which rows: those
+// with like tap masks lie together, since a tap that no row of the block has is left out. The depth of the product is
+// the list of (tap, input channel) of the block's taps, whatever the number of channels; a step takes 128 bytes of it:
+//
+//     A [kRows, kDepth]   gathered rows of x, absent ones 0
+//     B [kDepth, kCols]   weights
+//
+// Both come to shared memory by cp.async, in pieces of 16 bytes where the channels allow it, through a ring of kStages
+// that is never drained within 32 taps. Rows of 128 bytes have their pieces exchanged by XOR with the row (the 128-byte
+// swizzle that wgmma and ldmatrix both read without bank conflicts).
+#pragma once
+
+#include <cstring>
+
+#include "cuda/conv/gemm.h"
+#include "cuda/conv/product.cuh"
+#include "cuda/conv/schedule.h"
+
+namespace jaxsparse::cuda {
+
+constexpr int kTapsAtOnce = 32;  // a word of a mask
+
+template <typename T>
+__device__ uint32_t pack(float low, float high) {
+  const T both[2] = {narrow<T>(low), narrow<T>(high)};
+  uint32_t bits;
+  memcpy(&bits, both, 4);
+  return bits;
+}
+
+// Turns v[i], a lane's part of column group i, into the four parts of the lane's own group: a transpose within a quad.
+__device__ inline void transpose_quad(uint32_t (&v)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? v[i] : v[i + 1], 1);
+    (odd ? v[i] : v[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, high ? v[i] : v[i + 2], 2);
+    (high ? v[i] : v[i + 2]) = other;
+  }
+}
+
+// Sizes of one kernel.
+template <typename T_, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_>
+struct ImplicitGemm {
+  using T = T_;
+  using Product = TensorProduct<T, kCols_, LayoutOfA::kRowMajor>;
+  static constexpr int kRows = kTileRows_, kCols = kCols_, kStages = kStages_;
+  static constexpr int kPieceBytes = kPieceBytes_;          // of A, that a copy moves
+  static constexpr int kGroups = kRows / kScheduleRows;     // a warpgroup for each tile of the schedule
+  static constexpr int kThreads = kWarpgroup * kGroups;
+  static constexpr int kStageBytes = kGroups * kBytesA + kBytesB<kCols>;
+  static int shared_bytes(int taps) {
+    return kStages * kStageBytes + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
+  }
+};
+
+// The place of a copying thread in the depth: a tap of the block's list, and a channel.
+struct Place {
+  int32_t tap, channel;
+  int32_t step_taps, step_channels;  // what a step adds
+
+  __device__ Place(int32_t depth, int32_t channels)
+      : tap(depth / channels), channel(depth % channels), step_taps(kDepth / channels), step_channels(kDepth % channels) {}
+  __device__ void advance(int32_t channels) {
+    tap += step_taps;
+    channel += step_channels;
+    if (channel >= channels) {
+      channel -= channels;
+      ++tap;
+    }
+  }
+};
+
+template <class P>
+__global__ void __launch_bounds__(P::kThreads) implicit_gemm_kernel(ConvGemmArgs a) {
+  using T = typename P::T;
+  using Product = typename P::Product;
+  constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
+  __shared__ int32_t taps[kTapsAtOnce];
+  char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
+  int32_t* const in_row_of = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // [listed taps, kRows]
+
+  const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
+  const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
+  const int32_t all_tiles = static_cast<int32_t>(div_up(a.out_rows, kScheduleRows));
+  const int32_t first_tile = static_cast<int32_t>(blockIdx.x / col_tiles) * kGroups;
+  const int32_t first_col = static_cast<int32_t>(blockIdx.x % col_tiles) * kCols;
+  const T* x = static_cast<const T*>(a.x);
+  const T* w = static_cast<const T*>(a.w);
+
+  int32_t out_row[2];  // of the lane's sums
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t m = first_tile * kScheduleRows + t / kWarp * 16 + lane / 4 + 8 * r;
+    out_row[r] = m < a.out_rows ? a.order[m] : -1;
+  }
+  float sums[kCols / 2];
+#pragma unroll
+  for (float& sum : sums) sum = 0;
+
+#pragma unroll 1
+  for (int word = 0; word < a.mask_words; ++word) {
+    // The taps that any row has, and the rows of x under them.
+    uint32_t own_mask = 0, mask = 0;
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      if (first_tile + i >= all_tiles) continue;
+      const uint32_t tile_mask = a.tile_masks[int64_t{first_tile + i} * a.mask_words + word];
+      if (i == group) own_mask = tile_mask;
+      mask |= tile_mask;
+    }
+    if (mask == 0) continue;
+    const int32_t tap_count = __popc(mask);
+    if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
+    {
+      constexpr int kPieces = kScheduleRows / 4, kTapsOfGroup = kWarpgroup / kPieces;  // a warpgroup copies its tile's entries
+      const int piece = t % kPieces;
+      const int32_t* from =
+          a.tile_table + (int64_t{first_tile + group} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece * 4;
+      int32_t* to = in_row_of + group * kScheduleRows + piece * 4;
+      uint32_t rest = mask;
+      for (int i = 0; i < tap_count; ++i, rest &= rest - 1, to += kRows) {
+        if (i % kTapsOfGroup != t % kWarpgroup / kPieces) continue;
+        const int bit = __ffs(static_cast<int>(rest)) - 1;
+        if (own_mask >> bit & 1) {
+          copy_piece<16>(reinterpret_cast<char*>(to), from + bit * kScheduleRows, true);
+        } else {
+          *reinterpret_cast<int4*>(to) = make_int4(-1, -1, -1, -1);
+        }
+      }
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+
+    // Copies: a thread has one piece of each kRowsA-th row of A, and each kOfRowB-th piece of one row of B.
+    constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA, kRowsA = kThreads / kPiecesA;
+    constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
+    const int32_t channels = a.in_channels, in_row_bytes = channels * static_cast<int>(sizeof(T));
+    const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
+    const int a_byte = a_piece * P::kPieceBytes;
+    const uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
+    const T* const b_from = w + first_col + b_piece * 8;
+    Place place_a(a_piece * kInPieceA, channels), place_b(b_row, channels);
+    const int32_t steps = static_cast<int32_t>(div_up(tap_count * channels, kDepth));
+    int copied = 0, to_stage = 0;
+    const auto copy_step = [&] {
+      if (copied < steps) {
+        char* to = stages + to_stage * P::kStageBytes;
+        int32_t rows[kRows / kRowsA];
+#pragma unroll
+        for (int i = 0; i < kRows / kRowsA; ++i) {
+          rows[i] = place_a.tap < tap_count ? in_row_of[place_a.tap * kRows + a_row + i * kRowsA] : -1;
+        }
+        const char* from = reinterpret_cast<const char*>(x + place_a.channel);
+#pragma unroll
+        for (int i = 0; i < kRows / kRowsA; ++i) {
+          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + int64_t{rows[i]} * in_row_bytes, rows[i] >= 0);
+        }
+        to += kGroups * kBytesA;
+        const bool row_exists = place_b.tap < tap_count;
+        const T* weights = b_from;
+        if (row_exists) weights += (int64_t{taps[place_b.tap]} * channels + place_b.channel) * a.out_channels;
+#pragma unroll
+        for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
+          if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
+          const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
+          copy_piece<16>(to + place_in_b<kCols>(b_row, b_piece + piece), weights + piece * 8, exists);
+        }
+        place_a.advance(channels);
+        place_b.advance(channels);
+        to_stage = next_stage<kStages>(to_stage);
+        ++copied;
+      }
+      commit_copies();
+    };
+
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) copy_step();
+    int stage = 0;
+#pragma unroll 1
+    for (int32_t step = 0; step < steps; ++step) {
+      Product::wait();  // of the step before: after the barrier its stage is free
+      wait_for_copies<kStages - 2>();
+      Product::see_copies();
+      __syncthreads();
+      const char* from = stages + stage * P::kStageBytes;
+      Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
+      copy_step();
+      stage = next_stage<kStages>(stage);
+    }
+    Product::wait();
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
+  // Sums to y: a lane has columns 2q, 2q + 1 of each eight, of rows g and g + 8.
+  const int q = lane % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t row = out_row[r];
+    if (a.out_dtype == a.dtype) {
+      T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + first_col;
+#pragma unroll
+      for (int j = 0; j + 4 <= kCols / 8; j += 4) {
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = pack<T>(sums[(j + i) * 4 + 2 * r], sums[(j + i) * 4 + 2 * r + 1]);
+        transpose_quad(v);
+        if (row >= 0 && first_col + (j + q) * 8 < a.out_channels) {
+          *reinterpret_cast<uint4*>(to + (j + q) * 8) = make_uint4(v[0], v[1], v[2], v[3]);
+        }
+      }
+#pragma unroll
+      for (int j = kCols / 32 * 4; j < kCols / 8; ++j) {
+        if (row >= 0 && first_col + j * 8 < a.out_channels) {
+          *reinterpret_cast<uint32_t*>(to + j * 8 + q * 2) = pack<T>(sums[j * 4 + 2 * r], sums[j * 4 + 2 * r + 1]);
+        }
+      }
+    } else {
+      float* to = static_cast<float*>(a.y) + int64_t{row} * a.out_channels + first_col;
+#pragma unroll
+      for (int j = 0; j < kCols / 8; ++j) {
+        if (row >= 0 && first_col + j * 8 < a.out_channels) {
+          *reinterpret_cast<float2*>(to + j * 8 + q * 2) = make_float2(sums[j * 4 + 2 * r], sums[j * 4 + 2 * r + 1]);
+        }
+      }
+    }
+  }
+}
+
+template <class P>
+cudaError_t launch_implicit_gemm(const ConvGemmArgs& a, cudaStream_t stream) {
+  const int64_t blocks = div_up(a.out_rows, P::kRows) * div_up(a.out_channels, P::kCols);
+  const int shared_bytes = P::shared_bytes(a.taps);
+  JAXSPARSE_TRY(cudaFuncSetAttribute(implicit_gemm_kernel<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  return launch(implicit_gemm_kernel<P>, blocks, {P::kThreads, shared_bytes}, stream, a);
+}
+
+}  // namespace jaxsparse::cuda

@@ -1,0 +1,111 @@
+// The product that both convolutions are made of, one step of its depth: a warpgroup's C [64, kCols] += A [64, kDepth] B
+// [kDepth, kCols], 16-bit operands in shared memory, float32 sums in registers as mma.sync.m16n8 lays them out: a lane has
+// columns 2 (lane % 4), + 1 of each eight, of rows lane / 4 and lane / 4 + 8 of its warp's 16.
+//
+// TensorProduct is the asynchronous WgmmaProduct on sm_90a, MmaProduct elsewhere.
+#pragma once
+
+#include "cuda/common/device.cuh"
+#include "cuda/conv/ptx.cuh"
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#include "cuda/conv/wgmma.cuh"
+#endif
+
+namespace jaxsparse::cuda {
+
+constexpr int kWarpgroup = 128;
+constexpr int kGroupRows = 64;  // rows of C
+constexpr int kDepth = 64;      // of a step: 128 bytes of a row-major row
+
+// Where a 16-byte piece of a row lies among rows of kRowBytes: pieces are exchanged by XOR with the row, so that neither
+// copies, nor ldmatrix, nor wgmma meet one bank twice.
+template <int kRowBytes>
+__device__ uint32_t swizzled(uint32_t row, uint32_t piece) {
+  return row * kRowBytes + ((piece ^ row * kRowBytes / 128 % (kRowBytes / 16)) << 4);
+}
+
+// The next of kStages stages in a ring.
+template <int kStages>
+__device__ int next_stage(int stage) {
+  return stage + 1 == kStages ? 0 : stage + 1;
+}
+
+// A row-major: 64 rows of 128 bytes, for forward. A depth-major, transposed: as B, for wgrad.
+enum class LayoutOfA { kRowMajor, kDepthMajor };
+
+// B has a row for each depth: 128 bytes, 64 columns, and further columns in blocks of such rows behind. A narrow B has
+// shorter rows.
+template <int kCols>
+constexpr int kRowBytesB = kCols > 32 ? 128 : kCols > 16 ? 64 : 32;
+template <int kCols>
+constexpr int kBlockBytesB = kDepth * kRowBytesB<kCols>;
+template <int kCols>
+constexpr int kBytesB = (kCols + 63) / 64 * kBlockBytesB<kCols>;
+constexpr int kBytesA = kGroupRows * 128;  // of a warpgroup, in either layout
+
+// Where a 16-byte piece of B's row lies.
+template <int kCols>
+__device__ uint32_t place_in_b(int depth, int piece) {
+  constexpr int kPieces = kRowBytesB<kCols> / 16;
+  return piece / kPieces * kBlockBytesB<kCols> + swizzled<kRowBytesB<kCols>>(depth, piece % kPieces);
+}
+
+// multiply begins a step; wait ends it, and with it the reading of shared memory; see_copies comes between the arrival of
+// copies and the barrier before multiply.
+template <typename T, int kCols, LayoutOfA kLayout>
+struct MmaProduct {
+  static constexpr bool kTransposed = kLayout == LayoutOfA::kDepthMajor;
+  __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
+    const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp % 4 * 16;
+#pragma unroll
+    for (int s = 0; s < kDepth / 16; ++s) {
+      uint32_t fa[4];
+      if constexpr (kTransposed) {
+        load_matrices<true>(fa, a + swizzled<128>(s * 16 + lane / 16 * 8 + lane % 8, warp_row / 8 + lane / 8 % 2));
+      } else {
+        load_matrices<false>(fa, a + swizzled<128>(warp_row + lane % 16, s * 2 + lane / 16));
+      }
+#pragma unroll
+      for (int n = 0; n < kCols / 16; ++n) {
+        uint32_t fb[4];
+        load_matrices<true>(fb, b + place_in_b<kCols>(s * 16 + lane % 16, n * 2 + lane / 16));
+        mma<T>(sums + n * 8, fa, fb[0], fb[1]);
+        mma<T>(sums + n * 8 + 4, fa, fb[2], fb[3]);
+      }
+    }
+  }
+  __device__ static void wait() {}
+  __device__ static void see_copies() {}
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <typename T, int kCols, LayoutOfA kLayout>
+struct WgmmaProduct {
+  static constexpr bool kTransposed = kLayout == LayoutOfA::kDepthMajor;
+  __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
+    wgmma_fence();
+    const uint64_t da = wgmma_descriptor<128>(shared_address(a), 0);
+    const uint64_t db = wgmma_descriptor<kRowBytesB<kCols>>(shared_address(b), kBlockBytesB<kCols>);
+#pragma unroll
+    for (int s = 0; s < kDepth / 16; ++s) {
+      constexpr int kStepA = kTransposed ? 16 * 128 : 32, kStepB = 16 * kRowBytesB<kCols>;
+      Wgmma<T, kCols, kTransposed>::multiply(sums, da + s * (kStepA >> 4), db + s * (kStepB >> 4));
+    }
+    wgmma_commit();
+  }
+  __device__ static void wait() {
+    wgmma_wait();
+  }
+  __device__ static void see_copies() {
+    fence_shared_for_wgmma();
+  }
+};
+
+template <typename T, int kCols, LayoutOfA kLayout>
+using TensorProduct = WgmmaProduct<T, kCols, kLayout>;
+#else
+template <typename T, int kCols, LayoutOfA kLayout>
+using TensorProduct = MmaProduct<T, kCols, kLayout>;
+#endif
+
+}  // namespace jaxsparse::cuda

@@ -1,0 +1,69 @@
+// Hopper's warpgroup product, operands in shared memory: D [64, N] += A [64, 16] B [16, N], float32 sums.
+//
+// Rows of shared memory have 128 bytes (64 or 32 for a narrow operand) and their 16-byte pieces exchanged as `swizzled` says:
+// the swizzles of the PTX manual's section on wgmma. A row-major A has a row for each row of the product. A transposed A,
+// and B, have a row for each depth, 64 of their columns long; 64 further columns lie `column_stride` bytes on.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace jaxsparse::cuda {
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// What ordinary writes or cp.async put into shared memory becomes visible to wgmma.
+__device__ inline void fence_shared_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// The matrix descriptor of an operand at a shared-memory address.
+template <int kRowBytes>
+__device__ uint64_t wgmma_descriptor(uint32_t address, int column_stride) {
+  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  constexpr uint64_t kEightRows = 8 * kRowBytes;
+  return kSwizzle << 62 | kEightRows >> 4 << 32 | static_cast<uint64_t>(column_stride >> 4) << 16 |
+         (address & 0x3FFFF) >> 4;
+}
+
+template <typename T, int N, bool kTransposedA>
+struct Wgmma;
+
+// The registers of D are listed out, since PTX takes no array.
+#define JAXSPARSE_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define JAXSPARSE_F8(i) JAXSPARSE_F4(i), JAXSPARSE_F4(i + 4)
+#define JAXSPARSE_F16(i) JAXSPARSE_F8(i), JAXSPARSE_F8(i + 8)
+#define JAXSPARSE_F32(i) JAXSPARSE_F16(i), JAXSPARSE_F16(i + 16)
+#define JAXSPARSE_F64(i) JAXSPARSE_F32(i), JAXSPARSE_F32(i + 32)
+#define JAXSPARSE_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define JAXSPARSE_D16 JAXSPARSE_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define JAXSPARSE_D24 JAXSPARSE_D16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define JAXSPARSE_D32 JAXSPARSE_D24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define JAXSPARSE_D48 JAXSPARSE_D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define JAXSPARSE_D64 JAXSPARSE_D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+#define JAXSPARSE_WGMMA(T, NAME, N, D, A, B, TRANSPOSED_A, ...)                                                    \
+  template <bool kTransposedA>                                                                                     \
+  struct Wgmma<T, N, kTransposedA> {                                                                               \
+    __device__ static void multiply(float (&d)[N / 2], uint64_t a, uint64_t b) {                                   \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" D "}, " A ", " B           \
+                   ", 1, 1, 1, " TRANSPOSED_A ", 1;"                                                               \
+                   : __VA_ARGS__                                                                                   \
+                   : "l"(a), "l"(b), "n"(static_cast<int>(kTransposedA)));                                         \
+    }                                                                                                              \
+  };
+#define JAXSPARSE_WGMMA_BOTH(...)             \
+  JAXSPARSE_WGMMA(__half, "f16", __VA_ARGS__) \
+  JAXSPARSE_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__)
+
+#define JAXSPARSE_OUT24 JAXSPARSE_F16(0), JAXSPARSE_F8(16)
+#define JAXSPARSE_OUT48 JAXSPARSE_F32(0), JAXSPARSE_F16(32)
+JAXSPARSE_WGMMA_BOTH(16, JAXSPARSE_D8, "%8", "%9", "%10", JAXSPARSE_F8(0))
+JAXSPARSE_WGMMA_BOTH(32, JAXSPARSE_D16, "%16", "%17", "%18", JAXSPARSE_F16(0))
+JAXSPARSE_WGMMA_BOTH(48, JAXSPARSE_D24, "%24", "%25", "%26", JAXSPARSE_OUT24)
+JAXSPARSE_WGMMA_BOTH(64, JAXSPARSE_D32, "%32", "%33", "%34", JAXSPARSE_F32(0))
+JAXSPARSE_WGMMA_BOTH(96, JAXSPARSE_D48, "%48", "%49", "%50", JAXSPARSE_OUT48)
+JAXSPARSE_WGMMA_BOTH(128, JAXSPARSE_D64, "%64", "%65", "%66", JAXSPARSE_F64(0))
+
+}  // namespace jaxsparse::cuda

@@ -1,0 +1,233 @@
+// dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), for 16-bit features, on tensor cores.
+//
+//     partial   a block takes a slot, an equal share of one tap's pairs, and a [64 kGroups, kCols] piece of dw: one product
+//               as deep as there are pairs, 64 a step. Rows of x and g come to shared memory as they are, a row a depth,
+//               by cp.async, through a ring of kStages that is never drained
+//     reduce    dw[k] = the slots of tap k, added in order
+//
+// The number of slots depends on taps and channels alone, never on rows, and no float is added atomically: equal rows give
+// equal bits. Bound by gathering: a pair moves (in_channels + out_channels) features for their product.
+#pragma once
+
+#include "cuda/conv/gemm.h"
+#include "cuda/conv/product.cuh"
+
+namespace jaxsparse::cuda {
+
+// Sizes of one kernel.
+template <typename T_, int kRows_, int kCols_, int kStages_>
+struct WgradGemm {
+  using T = T_;
+  using Product = TensorProduct<T, kCols_, LayoutOfA::kDepthMajor>;
+  static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_;
+  static constexpr int kGroups = kRows / kGroupRows, kThreads = kWarpgroup * kGroups;
+  static constexpr int kStageBytes = kGroups * kBytesA + kBytesB<kCols>;
+  static constexpr int kPairSteps = 2 * kStages;  // steps of pairs in shared memory
+  static constexpr int kSharedBytes = kStages * kStageBytes + kPairSteps * kDepth * static_cast<int>(sizeof(Pair)) + 1024;
+};
+
+// A slot of a tap: its pairs [begin, end).
+struct Slot {
+  int32_t tap, begin, end;
+};
+
+constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
+
+// By one warp: how many pairs a slot has. With R = ceil(pairs / (slots - taps)) in each, the taps need
+// sum_k ceil(pairs_k / R) <= pairs / R + taps <= slots.
+__device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots) {
+  int64_t pairs = 0;
+  for (int32_t k = threadIdx.x % kWarp; k < taps; k += kWarp) pairs += tap_pairs[k];
+  for (int step = 1; step < kWarp; step *= 2) pairs += __shfl_xor_sync(kAllLanes, pairs, step);
+  const int64_t even = div_up(div_up(pairs, slots - taps), kDepth) * kDepth;
+  return even > kMinPairsInSlot ? static_cast<int32_t>(even) : kMinPairsInSlot;
+}
+
+// By one warp: calls visit(k, first slot, slots of k) for the lane's taps k.
+template <typename Visit>
+__device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slot, Visit visit) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t first = 0;
+  for (int32_t base = 0; base < taps; base += kWarp) {
+    const int32_t k = base + lane, own = k < taps ? (tap_pairs[k] + in_slot - 1) / in_slot : 0;
+    int32_t upto = own;
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
+      if (lane >= step) upto += below;
+    }
+    if (k < taps) visit(k, first + upto - own, own);
+    first += __shfl_sync(kAllLanes, upto, kWarp - 1);
+  }
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::kThreads) wgrad_partial_kernel(WgradGemmArgs a) {
+  using T = typename P::T;
+  using Product = typename P::Product;
+  constexpr int kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
+  __shared__ Slot shared_slot;
+  char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);
+  Pair* const ring = reinterpret_cast<Pair*>(stages + kStages * P::kStageBytes);  // [kPairSteps, kDepth]
+
+  const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
+  const int32_t col_pieces = static_cast<int32_t>(div_up(a.out_channels, kCols));
+  const int32_t pieces = static_cast<int32_t>(div_up(a.in_channels, P::kRows)) * col_pieces;
+  const int32_t slot_number = static_cast<int32_t>(blockIdx.x) / pieces, piece = static_cast<int32_t>(blockIdx.x) % pieces;
+  const int32_t first_row = piece / col_pieces * P::kRows, first_col = piece % col_pieces * kCols;
+  if (t == 0) shared_slot.tap = -1;
+  __syncthreads();
+  if (t < kWarp) {
+    const int32_t in_slot = pairs_in_slot(a.tap_pairs, a.taps, a.slots);
+    for_slots(a.tap_pairs, a.taps, in_slot, [&](int32_t k, int32_t first, int32_t number) {
+      if (slot_number < first || slot_number >= first + number) return;
+      const int32_t begin = (slot_number - first) * in_slot;
+      shared_slot = {k, begin, min(begin + in_slot, a.tap_pairs[k])};
+    });
+  }
+  __syncthreads();
+  const Slot slot = shared_slot;
+  if (slot.tap < 0) return;
+  const int32_t count = slot.end - slot.begin, steps = (count + kDepth - 1) / kDepth;
+  const Pair* pairs = a.pairs + int64_t{slot.tap} * a.out_rows + slot.begin;
+  const T* x = static_cast<const T*>(a.x) + first_row;
+  const T* g = static_cast<const T*>(a.g) + first_col;
+
+  const bool x_has_whole_pieces = a.in_channels % 8 == 0;
+  const auto copy_pairs = [&](int32_t step) {  // 16 bytes a thread; two pairs may cross the end of the slot, not of the list
+    const int32_t at = step * kDepth + t * 2;
+    if (t < kDepth / 2 && step < steps) {
+      char* to = reinterpret_cast<char*>(ring + step % P::kPairSteps * kDepth + t * 2);
+      copy_piece<8>(to, pairs + at, at < count);
+      copy_piece<8>(to + 8, pairs + at + 1, at + 1 < count);
+    }
+  };
+  // Eight threads copy 128 bytes of a row, a block of 64 channels; then the next block, then the next rows.
+  const auto copy_step = [&](int32_t step, int stage) {
+    if (step < steps) {
+      char* to = stages + stage * P::kStageBytes;
+      const Pair* from = ring + step % P::kPairSteps * kDepth;
+      constexpr int kRowsAtOnce = kThreads / 8;
+      const int part = t % 8;
+#pragma unroll
+      for (int d = t / 8; d < kDepth; d += kRowsAtOnce) {
+        const Pair pair = from[d];
+        const bool exists = step * kDepth + d < count;
+#pragma unroll
+        for (int block = 0; block < kGroups; ++block) {
+          const int channel = block * 64 + part * 8;
+          char* const to_a = to + block * kBytesA + swizzled<128>(d, part);
+          const T* from_x = x + int64_t{pair.in_row} * a.in_channels + channel;
+          const int32_t there = exists ? a.in_channels - first_row - channel : 0;
+          if (x_has_whole_pieces) {
+            copy_piece<16>(to_a, from_x, there > 0);
+          } else {
+            copy_piece<8>(to_a, from_x, there > 0);
+            copy_piece<8>(to_a + 8, from_x + 4, there > 4);
+          }
+        }
+#pragma unroll
+        for (int block = 0; block < (kCols + 63) / 64; ++block) {
+          const int channel = block * 64 + part * 8;
+          if (channel >= kCols) continue;
+          copy_piece<16>(to + kGroups * kBytesA + place_in_b<kCols>(d, block * 8 + part),
+                         g + int64_t{pair.out_row} * a.out_channels + channel,
+                         exists && first_col + channel < a.out_channels);
+        }
+      }
+    }
+  };
+
+  float sums[kCols / 2];
+#pragma unroll
+  for (float& sum : sums) sum = 0;
+  // The pairs of a step come kStages - 1 steps before its rows are copied, in the same groups.
+  for (int i = 0; i < kStages - 1; ++i) copy_pairs(i);
+  commit_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+  for (int i = 0; i < kStages - 1; ++i) {
+    copy_step(i, i);
+    copy_pairs(i + kStages - 1);
+    commit_copies();
+  }
+  int stage = 0, to_stage = kStages - 1;
+#pragma unroll 1
+  for (int32_t step = 0; step < steps; ++step) {
+    Product::wait();
+    wait_for_copies<kStages - 2>();
+    Product::see_copies();
+    __syncthreads();
+    const char* from = stages + stage * P::kStageBytes;
+    Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
+    copy_step(step + kStages - 1, to_stage);
+    copy_pairs(step + 2 * (kStages - 1));
+    commit_copies();
+    stage = next_stage<kStages>(stage);
+    to_stage = next_stage<kStages>(to_stage);
+  }
+  Product::wait();
+
+  float* to = static_cast<float*>(a.workspace) + int64_t{slot_number} * a.in_channels * a.out_channels;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t row = first_row + t / kWarp * 16 + lane / 4 + 8 * r;
+    if (row >= a.in_channels) continue;
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+      const int32_t col = first_col + j * 8 + lane % 4 * 2;
+      if (col >= a.out_channels) continue;
+      *reinterpret_cast<float2*>(to + int64_t{row} * a.out_channels + col) =
+          make_float2(sums[j * 4 + 2 * r], sums[j * 4 + 2 * r + 1]);
+    }
+  }
+}
+
+constexpr int kReduceThreads = 256;
+
+// A block has 1024 weights of one tap, four a thread.
+template <typename T>
+__global__ void wgrad_reduce_kernel(WgradGemmArgs a, int32_t tap_blocks) {
+  __shared__ int32_t first_slot, slot_count;
+  const int32_t tap = static_cast<int32_t>(blockIdx.x) / tap_blocks;
+  if (threadIdx.x < kWarp) {
+    const int32_t in_slot = pairs_in_slot(a.tap_pairs, a.taps, a.slots);
+    for_slots(a.tap_pairs, a.taps, in_slot, [&](int32_t k, int32_t first, int32_t number) {
+      if (k != tap) return;
+      first_slot = first;
+      slot_count = number;
+    });
+  }
+  __syncthreads();
+  const int64_t weights = int64_t{a.in_channels} * a.out_channels;  // a multiple of 4
+  const int64_t i = (int64_t{blockIdx.x} % tap_blocks * kReduceThreads + threadIdx.x) * 4;
+  if (i >= weights) return;
+  const float* from = static_cast<const float*>(a.workspace) + first_slot * weights + i;
+  float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+  for (int32_t slot = 0; slot < slot_count; ++slot) {
+    const float4 part = *reinterpret_cast<const float4*>(from + slot * weights);
+    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+  }
+  const int64_t at = tap * weights + i;
+  const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
+  for (int e = 0; e < 4; ++e) {
+    if (a.out_dtype == a.dtype) {
+      static_cast<T*>(a.dw)[at + e] = narrow<T>(parts[e]);
+    } else {
+      static_cast<float*>(a.dw)[at + e] = parts[e];
+    }
+  }
+}
+
+template <class P>
+cudaError_t launch_wgrad_gemm(const WgradGemmArgs& a, cudaStream_t stream) {
+  const int64_t weights = int64_t{a.in_channels} * a.out_channels;
+  const int64_t pieces = div_up(a.in_channels, P::kRows) * div_up(a.out_channels, P::kCols);
+  const int32_t tap_blocks = static_cast<int32_t>(div_up(weights, kReduceThreads * 4));
+  JAXSPARSE_TRY(
+      cudaFuncSetAttribute(wgrad_partial_kernel<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSharedBytes));
+  JAXSPARSE_TRY(launch(wgrad_partial_kernel<P>, a.slots * pieces, {P::kThreads, P::kSharedBytes}, stream, a));
+  return launch(wgrad_reduce_kernel<typename P::T>, int64_t{a.taps} * tap_blocks, {kReduceThreads}, stream, a, tap_blocks);
+}
+
+}  // namespace jaxsparse::cuda
