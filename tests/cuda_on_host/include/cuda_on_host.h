@@ -233,6 +233,13 @@ inline unsigned ballot(int line, bool vote) {
   return bits;
 }
 
+inline unsigned reduce_or(int line, unsigned value) {
+  const uint64_t* shown = show(line, value);
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(shown[i]);
+  return bits;
+}
+
 template <typename T>
 unsigned match(int line, T value) {
   const uint64_t* shown = show(line, to_bits(value));
@@ -252,6 +259,7 @@ unsigned match(int line, T value) {
 #define __shfl_down_sync(mask, value, by) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() + (by))
 #define __shfl_xor_sync(mask, value, bits) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() ^ (bits))
 #define __ballot_sync(mask, vote) cuda_on_host::ballot(__LINE__, vote)
+#define __reduce_or_sync(mask, value) cuda_on_host::reduce_or(__LINE__, value)
 #define __match_any_sync(mask, value) cuda_on_host::match(__LINE__, value)
 #define __syncwarp() cuda_on_host::show(__LINE__, 0)
 
