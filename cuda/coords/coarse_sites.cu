@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
 
 // --- general ---
 
-// Sites of a block that rows of one warp reach.
+// Sites of a block that one row reaches, or a few rows of one warp.
 struct alignas(16) Entry {
   Key block;  // that of its first site
   uint64_t mask;
@@ -93,27 +93,39 @@ struct Scratch {
   int32_t* outside_of;  // [blocks]
 };
 
-// Calls meet(block, mask) for the blocks of coarse sites that a fine site reaches, equally often in each lane: where there
-// is nothing to meet the mask is 0. Returns how many coarse sites exist but have no key.
+template <int D>
+struct CoarseAxes {
+  CoarseAxis axis[D];
+  int32_t windows;   // that can hold one fine site
+  bool at_most_two;  // on each axis, as with kernel 3, stride 2
+
+  explicit CoarseAxes(const Geometry& g) : windows(static_cast<int32_t>(windows_per_site(g))), at_most_two(true) {
+    for (int d = 0; d < D; ++d) {
+      axis[d] = CoarseAxis(g, d);
+      at_most_two = at_most_two && axis[d].most() <= 2;
+    }
+  }
+};
+
+// Calls meet(block, mask) for the blocks of coarse sites that the lanes' fine sites reach. Returns how many coarse sites
+// exist but have no key. All lanes call it.
 template <int D, typename Meet>
-__device__ int32_t coarse_blocks(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D], const Site<D>& site, bool is_real,
-                                 int32_t windows, Meet meet) {
+__device__ int32_t coarse_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site, bool is_real,
+                                 Meet meet) {
   is_real = is_real && site.batch >= 0 && site.batch <= max_batch(D);
   for (int d = 0; d < D; ++d) is_real = is_real && axis_fits(site.coord[d], D);
   const Key batch = is_real ? batch_part<D>(site.batch) : 0;
   // The i-th coarse coordinate on an axis; 0 where there is none, kNoKey where it has no key.
   const auto coarse_part = [&](int d, int64_t i, bool* exists) -> Key {
     int64_t coarse;
-    *exists = is_real && axes[d].coarse(site.coord[d], i, &coarse) &&
+    *exists = is_real && axes.axis[d].coarse(site.coord[d], i, &coarse) &&
               (!a.bounded || (coarse >= 0 && coarse < a.bounds[d]));
     return *exists ? axis_part<D>(d, coarse) : 0;
   };
-  bool at_most_two = true;
-  for (int d = 0; d < D; ++d) at_most_two = at_most_two && axes[d].most() <= 2;
-  if (at_most_two) {  // as with kernel 3, stride 2: each axis is looked at once
+  if (axes.at_most_two) {  // each axis is looked at once
     Key parts[D][2];
     unsigned exists[2] = {0, 0};  // a bit an axis
-    unsigned in_one_block = 0;    // axes whose two coordinates are in the same block
+    unsigned in_one_block = 0;    // axes on which both are in the same block
     int32_t all = 1, with_key = 1;
 #pragma unroll
     for (int d = 0; d < D; ++d) {
@@ -121,7 +133,7 @@ __device__ int32_t coarse_blocks(const CoarseSitesArgs& a, const CoarseAxis (&ax
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         bool is_site = false;
-        parts[d][i] = i < axes[d].most() ? coarse_part(d, i, &is_site) : 0;
+        parts[d][i] = i < axes.axis[d].most() ? coarse_part(d, i, &is_site) : 0;
         const bool has_key = is_site && parts[d][i] != kNoKey;
         exists[i] |= static_cast<unsigned>(has_key) << d;
         sites += is_site;
@@ -131,61 +143,69 @@ __device__ int32_t coarse_blocks(const CoarseSitesArgs& a, const CoarseAxis (&ax
       with_key *= keys;
       in_one_block |= static_cast<unsigned>(parts[d][0] >> kBlockBits == parts[d][1] >> kBlockBits) << d;
     }
-#pragma unroll 1
-    for (unsigned second = 0; second < 1u << D; ++second) {  // the axes on which the block is that of the second
-      Key block = batch;
-      uint64_t mask = (second & in_one_block) == 0;
+    // The block that is the second one on some axes.
+    const auto block_at = [&](unsigned second, Key* block) {
+      *block = batch;
+      uint64_t mask = 1;
 #pragma unroll
       for (int d = 0; d < D; ++d) {  // a site's bit is at the sum of the axes' shares
         const unsigned axis = 1u << d;
-        const bool here[2] = {(exists[0] & axis & (in_one_block | ~second)) != 0,
-                              (exists[1] & axis & (in_one_block | second)) != 0};
-        mask = (here[0] ? mask << (parts[d][0] & kInBlock) : 0) | (here[1] ? mask << (parts[d][1] & kInBlock) : 0);
-        block |= second & axis ? parts[d][1] : parts[d][0];
+        const bool has_first = (exists[0] & axis & (in_one_block | ~second)) != 0;
+        const bool has_second = (exists[1] & axis & (in_one_block | second)) != 0;
+        mask = (has_first ? mask << (parts[d][0] & kInBlock) : 0) | (has_second ? mask << (parts[d][1] & kInBlock) : 0);
+        *block |= second & axis ? parts[d][1] : parts[d][0];
       }
-      meet(block & ~kInBlock, mask);
+      *block &= ~kInBlock;
+      return mask;
+    };
+    Key block;
+    uint64_t mask = block_at(0, &block);
+    const Key block_below = __shfl_up_sync(kAllLanes, block, 1);  // of sorted sites neighbours often reach the same
+    const bool leads = threadIdx.x % kWarp == 0 || block_below != block;
+    mask = or_of_run(mask, leads);
+    if (leads && mask != 0) meet(block, mask);
+#pragma unroll 1
+    for (unsigned second = 1; second < 1u << D; ++second) {
+      if ((second & (in_one_block | ~exists[1])) != 0) continue;
+      mask = block_at(second, &block);
+      if (mask != 0) meet(block, mask);
     }
     return all - with_key;
   }
   int32_t outside = 0;
 #pragma unroll 1
-  for (int32_t window = 0; window < windows; ++window) {  // numbered by their places on the axes, the last the fastest
+  for (int32_t window = 0; window < axes.windows; ++window) {  // numbered by places on the axes, the last the fastest
     Key key = batch;
     bool all_exist = is_real;
     int32_t rest = window;
     for (int d = D - 1; d >= 0; --d) {
-      const int32_t most = static_cast<int32_t>(axes[d].most());
+      const int32_t most = static_cast<int32_t>(axes.axis[d].most());
       bool exists;
       key |= coarse_part(d, rest % most, &exists);
       all_exist = all_exist && exists;
       rest /= most;
     }
     outside += all_exist && key == kNoKey;
-    meet(key & ~kInBlock, all_exist && key != kNoKey ? uint64_t{1} << (key & kInBlock) : 0);
+    if (all_exist && key != kNoKey) meet(key & ~kInBlock, uint64_t{1} << (key & kInBlock));
   }
   return outside;
 }
 
 // Lists the blocks of coarse sites that this block's rows reach; returns how many entries it wrote.
 template <int D>
-__device__ int32_t list_blocks(const CoarseSitesArgs& a, int32_t windows, Range rows, Entry* entries, const Scratch& s) {
-  __shared__ CoarseAxis axes[D];
+__device__ int32_t list_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, Range rows, Entry* entries,
+                               const Scratch& s) {
   __shared__ int32_t number;
-  if (threadIdx.x == 0) {
-    for (int d = 0; d < D; ++d) axes[d] = CoarseAxis(a.geometry, d);
-    number = 0;
-  }
+  if (threadIdx.x == 0) number = 0;
   __syncthreads();
   uint64_t bits = 0;
   int32_t outside = 0;
   for (int32_t begin = rows.begin; begin < rows.end; begin += kGridThreads) {
     const int32_t row = begin + threadIdx.x;
     const Site<D> site(a.coords, min(row, rows.end - 1));
-    outside += coarse_blocks(a, axes, site, row < rows.end, windows, [&](Key block, uint64_t mask) {
-      for_each_distinct(block, mask, [&](Key, uint64_t all) {
-        entries[atomicAdd(&number, 1)] = {block, all};
-        bits |= KeySpan<D>::bits_of(block);
-      });
+    outside += coarse_blocks(a, axes, site, row < rows.end, [&](Key block, uint64_t mask) {
+      entries[atomicAdd(&number, 1)] = {block, mask};
+      bits |= KeySpan<D>::bits_of(block);
     });
   }
   bits = block_or(bits);
@@ -198,37 +218,39 @@ __device__ int32_t list_blocks(const CoarseSitesArgs& a, int32_t windows, Range 
 }
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 1) coarse_sites_kernel(CoarseSitesArgs a, int32_t windows, Scratch s) {
+__global__ void __launch_bounds__(kGridThreads, 1) coarse_sites_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
   const Range rows = share(real_rows(a), kWarp, gridDim.x);
   clear_tree(s.tree);
-  const int32_t first = rows.begin * windows;
-  const Range entries = {first, first + list_blocks<D>(a, windows, rows, s.entries + first, s)};
+  const int32_t first = rows.begin * axes.windows;
+  const Range entries = {first, first + list_blocks<D>(a, axes, rows, s.entries + first, s)};
   grid.sync();
   const KeySpan<D> span(or_blocks(s.bits_of), false);
   const Leaves leaves = grow_tree(
       grid, s.tree, entries, span.bits(), [&](int32_t i) { return span.code(s.entries[i].block); },
       [&](int32_t i) { return s.entries[i].mask; });
   write_leaves<D>(s.tree, leaves, a.sites, a.capacity, [&](int32_t i) { return s.entries[i].block; });
-  write_end<D>(a, leaves.sites.all, sum_blocks(s.outside_of).all);
+  write_end<D>(a, leaves.sites, sum_blocks(s.outside_of).all);
 }
 
 template <int D>
 cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
-  const int32_t windows = static_cast<int32_t>(windows_per_site(a.geometry));
-  const int64_t candidates = int64_t{a.rows} * windows;
   const int shift = coarse_shift(a.geometry);
   if (a.sorted && shift > 0) {
     return launch_grid(shifted_sites_kernel<D>, div_up(a.rows, kGridThreads), stream, a, shift,
                        workspace.take<int32_t>(kMostBlocks));
   }
+  const CoarseAxes<D> axes(a.geometry);
+  const int64_t candidates = int64_t{a.rows} * axes.windows;
   Scratch s;
   s.entries = workspace.take<Entry>(candidates);
   s.tree = take_tree(workspace, candidates);
   s.bits_of = workspace.take<uint64_t>(kMostBlocks);
   s.outside_of = workspace.take<int32_t>(kMostBlocks);
-  return launch_grid(coarse_sites_kernel<D>, tree_blocks(a.rows), stream, a, windows, s);
+  constexpr int64_t least = 64;  // few sites too have the tree's top to clear and to number
+  const int64_t blocks = div_up(a.rows, kGridThreads);
+  return launch_grid(coarse_sites_kernel<D>, blocks > least ? blocks : least, stream, a, axes, s);
 }
 
 }  // namespace

@@ -1,14 +1,19 @@
-// Puts sites in order inside a cooperative kernel, as many as a device value says, in no order and met any number of times.
+// Puts sites in order inside a cooperative kernel, as many as a device value says, met in any order and any number of times.
 //
-// A node of the tree is a mask of 64 bits: which of its children there are, and among a leaf's, which sites. A level has a
-// digit of 6 bits of the sites' codes (see KeySpan), the leaf the last. The top level's nodes are addressed by the bits
+// A node of the tree is a mask of 64 bits: which of its children there are, and in a leaf which sites. A level has a digit
+// of 6 bits of the sites' codes (see KeySpan), the leaves the last. The nodes of the top level are addressed by the bits
 // above; those of the others have the numbers 0, 1 .. in the order of their codes. Level by level:
 //
-//     mark    each entry sets its bits in its node; who sets one adds to what the node's share of nodes has
-//     number  a sum over the shares before and a scan over each say where the children of each node begin
+//     mark    each entry sets its bits in its node; a block of threads first gathers in shared memory what goes to one node
+//     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin
 //
-// So 33 bits, those of a scan's coarse sites, take 3 levels and 6 barriers of the grid, where a radix sort takes 4 passes of
-// 3, and equal sites cost an atomic each instead of a place in every pass. All of it is bound by latency.
+// 33 bits, those of a scan's coarse sites, are 3 levels. All of it is bound by latency: barriers of 0.75 us, and between
+// them a few dependent accesses to L2 each.
+//
+// Tried and left, on an H100, coarse sites of 111,028 sorted sites, kernel 3^3, stride 2:
+//     marks straight to global memory, one a warp and node: 20 us more, hundreds of atomics wait for one address
+//     who sets a leaf's bits adds to its share's count: 10 us more than a phase that counts, for the same reason
+//     each block writes the sites of its own share of leaves: twice the time, shares differ in sites
 #pragma once
 
 #include "cuda/common/grid.cuh"
@@ -24,9 +29,9 @@ struct Level {
 struct Tree {
   Level top;          // [kTopNodes]
   Level odd, even;    // [entries], the levels below in turn
-  int32_t* node_of;   // [entries], on the level at hand, in the end the leaf
+  int32_t* node_of;   // [entries], on the level at hand
   int32_t* entry_of;  // [kTopNodes + entries], of each leaf one that has it
-  int32_t* nodes_of;  // [kMostLevels, kMostBlocks], children of a block's share of nodes
+  int32_t* nodes_of;  // [kMostLevels, kMostBlocks], children in a block's share of nodes
 
   __device__ Level level(int depth) const { return depth == 0 ? top : depth % 2 == 1 ? odd : even; }
 };
@@ -48,46 +53,46 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
   return tree;
 }
 
-// Blocks to launch for so many rows: few of them too have the top level to clear and to number.
-inline int64_t tree_blocks(int64_t rows) {
-  constexpr int64_t least = 64;
-  const int64_t blocks = div_up(rows, kGridThreads);
-  return blocks < least ? least : blocks;
-}
-
 // A barrier of the grid must follow before grow_tree.
 __device__ inline void clear_tree(const Tree& tree) {
   for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top.children[node] = 0;
   if (threadIdx.x < kMostLevels) tree.nodes_of[threadIdx.x * kMostBlocks + blockIdx.x] = 0;
 }
 
-// Calls act(value, bits) in one lane for each value that lanes of the warp hold with some bits, those of all its lanes.
-template <typename Act>
-__device__ void for_each_distinct(uint64_t value, uint64_t bits, Act act) {
-  const int lane = threadIdx.x % kWarp;
-  unsigned left = __ballot_sync(kAllLanes, bits != 0);
-  while (left != 0) {
-    const int first = __ffs(static_cast<int>(left)) - 1;
-    const bool shares = __shfl_sync(kAllLanes, value, first) == value && bits != 0;
-    const uint64_t own = shares ? bits : 0;
-    const uint32_t low = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(own));
-    const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(own >> 32));
-    if (lane == first) act(value, static_cast<uint64_t>(high) << 32 | low);
-    left &= ~__ballot_sync(kAllLanes, shares);
-  }
+// What the threads of a block mark in inner nodes, gathered: a slot for each node, unless another has it.
+struct Gathered {
+  static constexpr int kSlots = kGridThreads;
+  int32_t node[kSlots];  // -1 in an empty one
+  uint32_t bits[2][kSlots];
+};
+
+__device__ inline void clear(Gathered& gathered) {
+  gathered.node[threadIdx.x] = -1;
+  gathered.bits[0][threadIdx.x] = gathered.bits[1][threadIdx.x] = 0;
+}
+
+// Whether the bits found a place.
+__device__ inline bool gather(Gathered& gathered, int32_t node, uint64_t bits) {
+  const int slot = node % Gathered::kSlots;
+  const int32_t holder = atomicCAS(&gathered.node[slot], -1, node);
+  if (holder != -1 && holder != node) return false;
+  const uint32_t halves[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+  if (halves[0] != 0) atomicOr(&gathered.bits[0][slot], halves[0]);
+  if (halves[1] != 0) atomicOr(&gathered.bits[1][slot], halves[1]);
+  return true;
 }
 
 struct Leaves {
-  Level level;      // of the nodes in `own`; of all after the next barrier of the grid
-  Range own;        // this block's share of them
-  BlockSums sites;  // those of the leaves before its share, and all
+  Level level;  // of a leaf: which sites, and the row of the first of them
+  int32_t number, sites;
 };
 
 // Builds the tree of the entries that the blocks have, `entries` in this one: code_of(i) has `bits` bits, the last six of
-// which say nothing; sites_of(i) is the mask of them that entry i has, 0 if none.
+// which say nothing; sites_of(i) is the mask of the sites that entry i has in its leaf. Ends with a barrier of the grid.
 template <typename CodeOf, typename SitesOf>
 __device__ Leaves grow_tree(Grid grid, const Tree& tree, Range entries, int bits, CodeOf code_of, SitesOf sites_of) {
-  int levels = 1;
+  __shared__ Gathered gathered;
+  int levels = bits < 2 * kBlockBits ? 1 : 2;
   while (bits - levels * kBlockBits > kTopBits) ++levels;
   int32_t nodes = 1 << (bits - levels * kBlockBits);
   for (int depth = 0;; ++depth) {
@@ -95,35 +100,53 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, Range entries, int bits
     const Level level = tree.level(depth);
     const uint32_t each = share_size(nodes, kWarp, gridDim.x);
     int32_t* const children_of = tree.nodes_of + depth * kMostBlocks;
-    const auto mark = [&](int32_t node, uint64_t children) {
-      const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(level.children + node),
-                                       static_cast<unsigned long long>(children));
-      const int added = __popcll(children & ~before);
+    const auto set = [&](int32_t node, uint64_t children) {
+      return atomicOr(reinterpret_cast<unsigned long long*>(level.children + node),
+                      static_cast<unsigned long long>(children));
+    };
+    const auto set_inner = [&](int32_t node, uint64_t children) {
+      const int added = __popcll(children & ~set(node, children));
       if (added != 0) atomicAdd(children_of + node / each, added);
-      return before;
     };
     for (int32_t begin = entries.begin; begin < entries.end; begin += kGridThreads) {
       const int32_t i = begin + threadIdx.x;
-      const uint64_t sites = i < entries.end ? sites_of(i) : 0;
-      const uint64_t code = sites != 0 ? code_of(i) : 0;
+      const bool exists = i < entries.end;
+      const uint64_t code = exists ? code_of(i) : 0;
       const auto digit = [&](int of) { return code >> (levels - 1 - of) * kBlockBits & kInBlock; };
       int32_t node = static_cast<int32_t>(code >> levels * kBlockBits);
-      if (depth > 0 && sites != 0) {
+      if (exists && depth > 0) {
         const Level above = tree.level(depth - 1);
         const int32_t parent = tree.node_of[i];
         node = above.first[parent] + __popcll(above.children[parent] & ((uint64_t{1} << digit(depth - 1)) - 1));
       }
-      if (sites != 0) tree.node_of[i] = node;
-      if (!is_leaf) {
-        for_each_distinct(node, sites != 0 ? uint64_t{1} << digit(depth) : 0, mark);
-      } else if (sites != 0 && mark(node, sites) == 0) {
-        tree.entry_of[node] = i;
+      if (is_leaf) {
+        if (exists && set(node, sites_of(i)) == 0) tree.entry_of[node] = i;
+        continue;
       }
+      if (exists) tree.node_of[i] = node;
+      clear(gathered);
+      __syncthreads();
+      const int32_t node_below = __shfl_up_sync(kAllLanes, node, 1);  // neighbours often have the same
+      const bool leads = threadIdx.x % kWarp == 0 || node_below != node;
+      const uint64_t children = or_of_run(exists ? uint64_t{1} << digit(depth) : 0, leads);
+      if (leads && children != 0 && !gather(gathered, node, children)) set_inner(node, children);
+      __syncthreads();
+      const uint64_t high = gathered.bits[1][threadIdx.x], low = gathered.bits[0][threadIdx.x];
+      if (gathered.node[threadIdx.x] != -1) set_inner(gathered.node[threadIdx.x], high << 32 | low);
     }
     grid.sync();
 
-    const BlockSums children = sum_blocks(children_of);
     const Range own = share(nodes, kWarp, gridDim.x);
+    if (is_leaf) {
+      int32_t sites = 0;
+      for (int32_t leaf = own.begin + threadIdx.x; leaf < own.end; leaf += kGridThreads) {
+        sites += __popcll(level.children[leaf]);
+      }
+      sites = block_sum(sites);
+      if (threadIdx.x == 0) children_of[blockIdx.x] = sites;
+      grid.sync();
+    }
+    const BlockSums children = sum_blocks(children_of);
     int32_t next = children.before;
     for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
       const int32_t node = begin + threadIdx.x;
@@ -133,59 +156,50 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, Range entries, int bits
       if (node < own.end) level.first[node] = next + before;
       next += total;
     }
-    if (is_leaf) return {level, own, children};
-    uint64_t* const below = tree.level(depth + 1).children;
-    for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below[child] = 0;
-    nodes = children.all;
-    grid.sync();
-  }
-}
-
-// Position of the n-th set bit, n = 0 for the lowest.
-__device__ inline int nth_bit(uint64_t mask, int n) {
-  int position = 0;
-  for (int width = 32; width > 0; width /= 2) {
-    const int below = __popcll(mask & ((uint64_t{1} << width) - 1));
-    if (n >= below) {
-      n -= below;
-      mask >>= width;
-      position += width;
+    if (!is_leaf) {
+      uint64_t* const below = tree.level(depth + 1).children;
+      for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below[child] = 0;
     }
+    grid.sync();
+    if (is_leaf) return {level, nodes, children.all};
+    nodes = children.all;
   }
-  return position;
 }
 
-// Writes the sites of this block's leaves, those that fit, to their rows; block_of(i) is the block of entry i.
+// Writes the sites that fit to their rows; block_of(i) is the key of the block of entry i. A warp has a few leaves at a
+// time, a lane two sites of each.
 template <int D, typename BlockOf>
 __device__ void write_leaves(const Tree& tree, const Leaves& leaves, int32_t* sites, int32_t capacity,
                              BlockOf block_of) {
-  __shared__ int32_t first[kGridThreads];  // site of each of the tile's leaves, counted from the tile's first
-  __shared__ uint64_t masks[kGridThreads];
-  __shared__ Key blocks[kGridThreads];
-  int32_t next = leaves.sites.before;
-  for (int32_t begin = leaves.own.begin; begin < leaves.own.end; begin += kGridThreads) {
-    const int32_t leaf = begin + threadIdx.x, number = min(kGridThreads, leaves.own.end - begin);
-    const uint64_t mask = leaf < leaves.own.end ? leaves.level.children[leaf] : 0;
-    int32_t total;
-    first[threadIdx.x] = block_exclusive_scan<kGridThreads>(__popcll(mask), &total);
-    masks[threadIdx.x] = mask;
-    if (mask != 0) blocks[threadIdx.x] = block_of(tree.entry_of[leaf]);
-    __syncthreads();
-    for (int32_t j = threadIdx.x; j < min(total, capacity - next); j += kGridThreads) {
-      int low = 0, high = number - 1;  // the last leaf that begins at j or before has site j
-      while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (first[middle] <= j) {
-          low = middle;
-        } else {
-          high = middle - 1;
-        }
+  constexpr int kLeaves = 8;
+  const int lane = threadIdx.x % kWarp;
+  int32_t origin[1 + D], within[2][1 + D];  // of the lane's sites in a block
+  write_site<D>(0, origin);
+  for (int half = 0; half < 2; ++half) {
+    write_site<D>(lane + half * kWarp, within[half]);
+    for (int d = 1; d <= D; ++d) within[half][d] -= origin[d];
+  }
+  for (int64_t begin = global_thread() / kWarp * kLeaves; begin < leaves.number;
+       begin += all_threads() / kWarp * kLeaves) {
+    const int64_t leaf = begin + lane % kLeaves;
+    const uint64_t own_mask = leaf < leaves.number ? leaves.level.children[leaf] : 0;
+    const int32_t own_first = own_mask != 0 ? leaves.level.first[leaf] : 0;
+    int32_t own_site[1 + D];  // the block's first
+    write_site<D>(own_mask != 0 ? block_of(tree.entry_of[leaf]) : 0, own_site);
+    for (int i = 0; i < kLeaves; ++i) {
+      const uint64_t mask = __shfl_sync(kAllLanes, own_mask, i);
+      const int32_t first = __shfl_sync(kAllLanes, own_first, i);
+      int32_t block[1 + D];
+      for (int d = 0; d <= D; ++d) block[d] = __shfl_sync(kAllLanes, own_site[d], i);
+      for (int half = 0; half < 2; ++half) {
+        const int bit = lane + half * kWarp;
+        const int32_t row = first + __popcll(mask & ((uint64_t{1} << bit) - 1));
+        if ((mask >> bit & 1) == 0 || row >= capacity) continue;
+        int32_t* const site = sites + static_cast<int64_t>(row) * (1 + D);
+        site[0] = block[0];
+        for (int d = 1; d <= D; ++d) site[d] = block[d] + within[half][d];
       }
-      const Key key = blocks[low] | nth_bit(masks[low], j - first[low]);
-      write_site<D>(key, sites + static_cast<int64_t>(next + j) * (1 + D));
     }
-    next += total;
-    __syncthreads();
   }
 }
 

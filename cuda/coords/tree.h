@@ -7,7 +7,7 @@
 namespace jaxsparse::cuda {
 
 // How many nodes the tree's top level may have, and how many levels there may be for keys of 64 bits.
-constexpr int kTopBits = 18;
+constexpr int kTopBits = 16;
 constexpr int64_t kTopNodes = int64_t{1} << kTopBits;
 constexpr int kMostLevels = (64 - kTopBits + kBlockBits - 1) / kBlockBits;
 

@@ -1,16 +1,14 @@
 // One cooperative kernel:
 //
 //     keys    a key a point, and which of their bits differ
-//     tree    of the keys' codes, which puts the sites in order, see tree.cuh; writes them
-//     rows    each point finds its site in the tree
-//     sort    points by row, stably: those of a site come in increasing order
-//     write   order and where each row begins; then padding
+//     sort    (key, point) pairs, stably: the points of a site come in increasing order
+//     count   how many keys each block's share has that differ from the one before
+//     write   rows: sites, their points, the row of each point; then padding
 //
-// A sort by row has half the passes of one by key: 17 bits for 130,000 voxels, where a scan's keys differ in 36 to 45.
-// All of it is bound by latency up to a million points, by 24 bytes a point and pass beyond.
+// Bound by the sort's passes, about 5 for a scan of 36 bits; each is a few microseconds of latency up to a million points,
+// 24 bytes a point beyond.
 #include "cuda/coords/unique_sites.h"
 
-#include "cuda/coords/tree.cuh"
 #include "cuda/sort/radix_sort.cuh"
 
 namespace jaxsparse::cuda {
@@ -18,23 +16,22 @@ namespace {
 
 struct Scratch {
   SortBuffers sort;
-  Tree tree;            // an entry a point
   uint64_t* bits_of;    // [blocks], of the keys in a block's share
   int32_t* no_keys_of;  // [blocks], points without a key
+  int32_t* heads_of;    // [blocks], keys that differ from the one before
 };
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 1) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
+__global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
   __shared__ SortShared shared;
   const Grid grid = cooperative_groups::this_grid();
+  const int64_t first_thread = global_thread();
   const int32_t n = a.count[0] < a.points ? (a.count[0] > 0 ? a.count[0] : 0) : a.points;
-  const Range own = share(n, kWarp, gridDim.x);
 
-  clear_tree(s.tree);
   uint64_t bits = 0;
   int32_t no_keys = 0;
-  for (int32_t p = own.begin + threadIdx.x; p < own.end; p += kGridThreads) {
-    const Key key = key_of_row<D>(a.coords + int64_t{p} * (1 + D));
+  for (int64_t p = first_thread; p < n; p += all_threads()) {
+    const Key key = key_of_row<D>(a.coords + p * (1 + D));
     s.sort.keys[p] = key;
     if (key != kNoKey) bits |= KeySpan<D>::bits_of(key);
     no_keys += key == kNoKey;
@@ -47,42 +44,41 @@ __global__ void __launch_bounds__(kGridThreads, 1) unique_sites_kernel(UniqueSit
   }
   grid.sync();
 
-  const KeySpan<D> span(or_blocks(s.bits_of), false);
-  const auto site_in_block = [&](Key key) { return key == kNoKey ? 0 : uint64_t{1} << (key & kInBlock); };
-  const Leaves leaves = grow_tree(
-      grid, s.tree, own, span.bits(), [&](int32_t p) { return span.code(s.sort.keys[p]); },
-      [&](int32_t p) { return site_in_block(s.sort.keys[p]); });
-  const int32_t found = leaves.sites.all, with_key = n - sum_blocks(s.no_keys_of).all;
-  write_leaves<D>(s.tree, leaves, a.sites, a.capacity, [&](int32_t p) { return s.sort.keys[p] & ~kInBlock; });
+  const int32_t with_key = n - sum_blocks(s.no_keys_of).all;
+  const KeySpan<D> span(or_blocks(s.bits_of), with_key < n);
+  radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key key) { return span.code(key); });
+  const Key* keys = s.sort.keys;
+  const uint32_t* points = s.sort.values;
+
+  const auto is_head = [&](int32_t i) { return i < with_key && (i == 0 || keys[i - 1] != keys[i]); };
+  const Range own = share(n, kGridThreads, gridDim.x);
+  int32_t heads = 0;
+  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += is_head(i);
+  heads = block_sum(heads);
+  if (threadIdx.x == 0) s.heads_of[blockIdx.x] = heads;
   grid.sync();
 
-  for (int32_t p = own.begin + threadIdx.x; p < own.end; p += kGridThreads) {
-    const uint64_t site = site_in_block(s.sort.keys[p]);
-    int32_t row = found;  // after all others
-    if (site != 0) {
-      const int32_t leaf = s.tree.node_of[p];
-      row = leaves.level.first[leaf] + __popcll(leaves.level.children[leaf] & (site - 1));
-    }
-    s.sort.keys[p] = static_cast<uint32_t>(row);
-    a.row_of[p] = row < found && row < a.capacity ? row : -1;
+  const BlockSums rows = sum_blocks(s.heads_of);
+  int32_t next = rows.before;
+  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
+    const int32_t i = begin + threadIdx.x;
+    const bool head = i < own.end && is_head(i);
+    int32_t total;
+    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(head), &total) - (head ? 0 : 1);
+    next += total;
+    if (i >= own.end) continue;
+    if (head && row < a.capacity) write_site<D>(keys[i], a.sites + static_cast<int64_t>(row) * (1 + D));
+    if (head && row <= a.capacity) a.offsets[row] = static_cast<int32_t>(i);
+    const bool kept = i < with_key && row < a.capacity;
+    a.row_of[points[i]] = kept ? row : -1;
+    a.order[i] = kept ? static_cast<int32_t>(points[i]) : -1;
   }
-  grid.sync();
-
-  int row_bits = 0;
-  while (found >> row_bits != 0) ++row_bits;
-  radix_sort(grid, s.sort, n, row_bits, shared, [](uint64_t row) { return row; });
-  for (int64_t i = global_thread(); i < n; i += all_threads()) {
-    const int32_t row = static_cast<int32_t>(s.sort.keys[i]);
-    const bool is_first = i == 0 || static_cast<int32_t>(s.sort.keys[i - 1]) != row;
-    if (is_first && row < found && row <= a.capacity) a.offsets[row] = static_cast<int32_t>(i);
-    a.order[i] = row < found && row < a.capacity ? static_cast<int32_t>(s.sort.values[i]) : -1;
-  }
-  for (int64_t i = n + global_thread(); i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
-  for (int64_t row = found + global_thread(); row <= a.capacity; row += all_threads()) {
-    a.offsets[row] = with_key;
+  for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
+  for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) {
+    a.offsets[row] = static_cast<int32_t>(with_key);
     if (row < a.capacity) write_padding<D>(a.sites + row * (1 + D));
   }
-  if (global_thread() == 0) *a.found = found;
+  if (first_thread == 0) *a.found = rows.all;
 }
 
 template <int D>
@@ -90,10 +86,10 @@ cudaError_t unique_sites_in(const UniqueSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   Scratch s;
   s.sort = take_sort_buffers(workspace, a.points);
-  s.tree = take_tree(workspace, a.points);
   s.bits_of = workspace.take<uint64_t>(kMostBlocks);
   s.no_keys_of = workspace.take<int32_t>(kMostBlocks);
-  return launch_grid(unique_sites_kernel<D>, tree_blocks(a.points), stream, a, s);
+  s.heads_of = workspace.take<int32_t>(kMostBlocks);
+  return launch_grid(unique_sites_kernel<D>, div_up(a.points, kGridThreads), stream, a, s);
 }
 
 }  // namespace

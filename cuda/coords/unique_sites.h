@@ -4,15 +4,12 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/coords/key.h"
-#include "cuda/coords/tree.h"
 #include "cuda/sort/workspace.h"
 
 namespace jaxsparse::cuda {
 
 // Bytes of workspace for a list of n.
-constexpr int64_t unique_sites_workspace(int64_t n) {
-  return sort_workspace(n) + tree_workspace(n) + padded(8 * 512) + padded(4 * 512);
-}
+constexpr int64_t unique_sites_workspace(int64_t n) { return sort_workspace(n) + padded(16 * 512); }
 
 struct UniqueSitesArgs {
   const int32_t* coords;  // [points, 1 + dims]

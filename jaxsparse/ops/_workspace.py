@@ -32,12 +32,12 @@ def _sort(keys: int) -> int:
 
 def _tree(entries: int) -> int:
     """`tree_workspace` in cuda/coords/tree.h."""
-    return 16 * 2**18 + 2 * _padded(8 * entries) + 4 * _padded(4 * entries) + 8 * 4 * 512
+    return 16 * 2**16 + 2 * _padded(8 * entries) + 4 * _padded(4 * entries) + 8 * 4 * 512
 
 
 def unique_sites(points: int) -> int:
     """`unique_sites_workspace` in cuda/coords/unique_sites.h."""
-    return _sort(points) + _tree(points) + 12 * 512
+    return _sort(points) + 16 * 512
 
 
 def coarse_sites(rows: int, geometry: Geometry) -> int:
