@@ -4,18 +4,17 @@
 //     write   those
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
-// there are few of them: neighbouring fine sites reach the same blocks over and over. A plain kernel marks:
+// there are few of them: neighbouring fine sites reach the same blocks over and over. One cooperative kernel:
 //
-//     mark    each block of threads gathers the masks that its rows reach in a hash map in shared memory, and lists them
+//     list    each block of threads lists the masks that its rows reach, those of neighbouring lanes together
+//     tree    puts the listed sites in order, see tree.cuh
+//     write   its leaves
 //
-// and a cooperative one turns the list into sites:
-//
-//     sort    the list by block
-//     merge   masks of the same block; how many sites each share has
-//     write   the sites of each mask
-//
-// On a LiDAR scan the 880,000 candidates of a 3^3 kernel with stride 2 become some 40,000 list entries. All of it is
-// bound by latency: barriers of the grid and of blocks, dependent loads.
+// On an H100 with 111,028 sites of a scan, kernel 3^3, stride 2: 41 us; 11 for the list, 24 for the tree, 3 to write.
+// Tried and left:
+//     a sort of the list, made in a hash map in shared memory, by block: 106 us with the launch (now 46)
+//     the list merged over all lanes of a warp, block by block, not only neighbours: 28 us, up to 32 rounds of collectives
+//     two blocks of threads a processor, 64 registers: spills, 2 us more
 #include "cuda/coords/coarse_sites.h"
 
 #include "cuda/coords/tree.cuh"

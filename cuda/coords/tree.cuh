@@ -7,13 +7,14 @@
 //     mark    each entry sets its bits in its node; a block of threads first gathers in shared memory what goes to one node
 //     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin
 //
-// 33 bits, those of a scan's coarse sites, are 3 levels. All of it is bound by latency: barriers of 0.75 us, and between
-// them a few dependent accesses to L2 each.
+// 33 bits, those of a scan's coarse sites, are 3 levels. All of it is bound by latency: a barrier of the grid is 0.75 us, a
+// sum over the blocks as much, and each phase between them 2 to 3 us of dependent accesses to L2.
 //
-// Tried and left, on an H100, coarse sites of 111,028 sorted sites, kernel 3^3, stride 2:
-//     marks straight to global memory, one a warp and node: 20 us more, hundreds of atomics wait for one address
-//     who sets a leaf's bits adds to its share's count: 10 us more than a phase that counts, for the same reason
-//     each block writes the sites of its own share of leaves: twice the time, shares differ in sites
+// Tried and left, on an H100, the entries of coarse_sites.cu's scan:
+//     each warp marks in global memory: 9 and 22 us for the two inner levels (now 3 and 4), atomics wait for one address
+//     who sets a leaf's bits adds to its share's count: 12 us for the leaves (now 5, and 2 for a phase that counts)
+//     each block writes its own share of leaves: 7 us (now 3), shares differ in sites
+//     18 bits for the top level: as fast for 33, 6 us more where 24 then have no other
 #pragma once
 
 #include "cuda/common/grid.cuh"
