@@ -48,6 +48,13 @@ def random_kernel(seed, geometry: Geometry, c_in, c_out, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(geometry.volume, c_in, c_out)), dtype)
 
 
+def on_cpu(f, *args):
+    """f(*args) on the CPU whatever the default device: XLA for GPUs has no float64 convolution of every geometry."""
+    cpu = jax.devices("cpu")[0]
+    with jax.default_device(cpu):
+        return jax.device_get(f(*jax.device_put(args, cpu)))
+
+
 def dense_conv(x: js.SparseTensor, feats, kernel, geometry: Geometry, out_coords):
     """The convolution by `lax.conv_general_dilated` on the whole grid, read at `out_coords` [M, 1 + D].
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scenes import dense_conv, random_coords, random_kernel, random_tensor, row_error
+from scenes import dense_conv, on_cpu, random_coords, random_kernel, random_tensor, row_error
 
 import jaxsparse as js
 from jaxsparse.geometry import Geometry
@@ -57,9 +57,9 @@ def check_against_dense(case):
         def dense(feats, kernel):
             return dense_conv(x, feats, kernel, geometry, coords)
 
-        np.testing.assert_allclose(values, dense(x.feats, kernel), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(values, on_cpu(dense, x.feats, kernel), rtol=0, atol=1e-12)
         ours = jax.grad(lambda f, k: (sparse(f, k).feats[: len(coords)] * weights).sum(), (0, 1))(x.feats, kernel)
-        theirs = jax.grad(lambda f, k: (dense(f, k) * weights).sum(), (0, 1))(x.feats, kernel)
+        theirs = on_cpu(jax.grad(lambda f, k, w: (dense(f, k) * w).sum(), (0, 1)), x.feats, kernel, weights)
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
 

@@ -370,3 +370,68 @@ def test_results_are_repeatable_with_many_rows():
     first = all_results(coords, count, 40_000)
     for _ in range(3):
         equal(all_results(coords, count, 40_000), first)
+
+
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+
+def sites_and_maps(points, count, capacity=4096):
+    """Sites of two strided layers and every map of theirs by each builder; what rows hold past the count is hidden."""
+    x, _ = js.voxelize(points, points[:, :1], 1.0, capacity=capacity, count=count)
+    levels = [x.sites]
+    for kernel in (3, 2):
+        geometry = Geometry.create(3, kernel, 2)
+        levels.append(levels[-1].coarse(geometry, "reachable", capacity=capacity))
+    cases = [(levels[0], levels[1], 3, 2), (levels[1], levels[2], 2, 2), *((s, s, 3, 1) for s in levels)]
+    results = [(s.coords, s.count) for s in levels]
+    for fine, coarse, kernel, strides in cases:
+        real = jnp.arange(capacity) < coarse.count
+        for builder in _coords.BUILDERS:
+            m = js.kernel_map(fine, coarse, kernel, strides, builder=builder)
+            results.append((jnp.where(real[None], m.table, -1), jnp.where(real[:, None], m.masks, 0)))
+    return results
+
+
+def clouds_of_one_capacity():
+    rng = np.random.default_rng(3)
+    return [
+        (rng.normal(scale=scale, size=(4000, 3)).astype(np.float32), jnp.int32(count))
+        for scale, count in ((8, 4000), (30, 2500), (2, 100), (15, 0))
+    ]
+
+
+def test_builders_and_runs_give_the_same_bits():
+    run = jax.jit(sites_and_maps)
+    for cloud in clouds_of_one_capacity():
+        once, again = run(*cloud), run(*cloud)
+        for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
+            np.testing.assert_array_equal(a, b)
+        maps = once[3:]
+        for by_hash, by_blocks in zip(maps[::2], maps[1::2], strict=True):
+            equal(by_hash, by_blocks)
+
+
+@on_gpu
+def test_gpu_and_cpu_give_the_same_bits():
+    run = jax.jit(sites_and_maps)
+    for cloud in clouds_of_one_capacity():
+        with jax.default_device(jax.devices("cpu")[0]):
+            expected = run(*jax.device_put(cloud, jax.devices("cpu")[0]))
+        for a, b in zip(jax.tree.leaves(run(*cloud)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@on_gpu
+def test_a_captured_graph_replays_with_other_counts():
+    run = jax.jit(sites_and_maps)  # runs of five and more custom calls become one CUDA graph
+    clouds = [jax.device_put(cloud) for cloud in clouds_of_one_capacity()]
+    first = [jax.device_get(run(*cloud)) for cloud in clouds]
+    for _ in range(3):
+        for cloud, expected in zip(clouds, first, strict=True):
+            for a, b in zip(jax.tree.leaves(run(*cloud)), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_array_equal(a, b)
+    counts = [int(results[0][1]) for results in first]
+    assert len(set(counts)) == len(counts)
+    eager = [jax.device_get(sites_and_maps(*cloud)) for cloud in clouds]
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(eager), strict=True):
+        np.testing.assert_array_equal(a, b)

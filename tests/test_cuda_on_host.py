@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _workspace
+from jaxsparse.ops import _coords, _workspace
 from jaxsparse.ops.conv import FORWARD_TILES, NARROW_TILES, WGRAD_TILES
 
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
@@ -246,6 +246,66 @@ def test_kernel_map_by_blocks_finds_the_same(geometry):
     coords = np.array(sorted(coords, key=key), I32)
     out_coords = rng.permutation(np.concatenate([coords[:120], random_coords(rng, 80, dims, 4)]))
     kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=1)
+
+
+LINE = np.stack([np.zeros(150), np.arange(150) - 75, np.zeros(150), np.zeros(150)], 1)
+CUBE = np.indices((1, 6, 6, 6)).reshape(4, -1).T - [0, 3, 3, 3]
+ENDS = np.array(list(itertools.product([0, 1022], *[[-(2**17), 1 - 2**17, -1, 0, 2**17 - 2, 2**17 - 1]] * 3)))
+SCENES = {
+    "line": LINE,
+    "far line": LINE - [0, 75 - 2**17, 2**17, 1 - 2**17],
+    "plane": np.indices((1, 14, 1, 14)).reshape(4, -1).T - [0, 7, 0, 7],
+    "cube": CUBE,
+    "checkerboard": CUBE[CUBE.sum(1) % 2 == 0],
+    "equal low bits": np.indices((3, 4, 4, 4)).reshape(4, -1).T * [1, 2**15, 2**15, 2**15] - [0, *[2**16] * 3],
+    "batches of one voxel": np.stack([np.arange(1000), *np.full((3, 1000), -1)], 1),
+    "far ends": ENDS,
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_regular_scenes(name):
+    coords = np.array(sorted(map(tuple, SCENES[name].astype(I32)), key=key), I32)
+    count, capacity = np.array([len(coords)], I32), 8 * len(coords)
+    geometry = ((3,) * 3, (1,) * 3, (1,) * 3, (1,) * 3)
+    shuffled = np.random.default_rng(0).permutation(coords)
+    kernel_map(shuffled, len(coords), coords, len(coords), geometry, builder=0)
+    kernel_map(coords, len(coords), coords, len(coords), geometry, builder=1)
+    strided = ((3,) * 3, (2,) * 3, (1,) * 3, (1,) * 3)
+    reached = {
+        (b, *site)
+        for b, *fine in coords.tolist()
+        for site in itertools.product(*({c >> 1, (c + 1) >> 1} for c in fine))
+    }
+    expected = sorted(reached, key=key)  # half as far from 0 as the fine ones: each has a key
+    size = _workspace.coarse_sites(len(coords), Geometry(*strided))
+    results = [((capacity, 4), I32), ((1,), I32), ((1,), I32), ((size,), U8)]
+    for rows, is_sorted in ((coords, 1), (shuffled, 0)):
+        attrs = attributes(strided, bounds=np.array([], I32), is_sorted=is_sorted)
+        got, found, outside, _ = call("coarse_sites", results, rows, count, **attrs)
+        assert (found[0], outside[0]) == (len(expected), 0)
+        np.testing.assert_array_equal(got, sites_array(expected, capacity, 3))
+
+
+def test_kernels_give_the_bits_of_the_cpu_handlers():
+    rng = np.random.default_rng(8)
+    coords = random_coords(rng, 4000, 3, 30)
+    count, capacity = np.array([3900], I32), 9000
+    results = [((capacity, 4), I32), ((1,), I32), ((4000,), I32), ((4000,), I32), ((capacity + 1,), I32)]
+    results.append(((_workspace.unique_sites(4000),), U8))
+    *found, _ = call("unique_sites", results, coords, count)
+    for a, b in zip(found, _coords.unique_sites(coords, count, capacity=capacity, implementation="auto"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    sites, number = found[:2]
+    for kernel in (2, 3, (1, 3, 1)):
+        geometry = Geometry.create(3, kernel, 2)
+        options = {"geometry": geometry, "capacity": 4 * capacity, "bounds": None, "is_sorted": True}
+        expected = _coords.coarse_sites(sites, number, implementation="auto", **options)
+        results = [((4 * capacity, 4), I32), ((1,), I32), ((1,), I32)]
+        results.append(((_workspace.coarse_sites(capacity, geometry),), U8))
+        attrs = {**geometry.attributes(), "bounds": np.array([], I32), "is_sorted": 1}
+        for a, b in zip(call("coarse_sites", results, sites, number, **attrs)[:3], expected, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def random_table(rng, volume, in_rows, out_rows, density, centre=False):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from scenes import pad_rows, quick_rngs, random_tensor, row_error
+from scenes import on_cpu, pad_rows, quick_rngs, random_tensor, row_error
 
 import jaxsparse as js
 from jaxsparse.ops import _coords
@@ -59,7 +59,8 @@ def train_step(net):
     def step(params, x):
         def loss(params):
             model = nnx.merge(graph, params, rest, copy=True)
-            outputs = model(x)
+            with jax.default_matmul_precision("highest"):  # float32 in full on a GPU too
+                outputs = model(x)
             total = sum((y.feats**2).sum() / jnp.maximum(y.count, 1).astype(y.dtype) for y in outputs)
             return total, (outputs, nnx.state(model, nnx.BatchStat))
 
@@ -183,7 +184,7 @@ def test_outputs_and_gradients_are_those_of_dense_float64(net, scene, x64):
         outputs = dense_stages(nnx.merge(graph, params, rest, copy=True), grid, active)
         return sum((y**2).sum() / active.sum() for y, active in outputs), outputs
 
-    (dense_value, dense), dense_gradient = jax.jit(jax.value_and_grad(dense_loss, has_aux=True))(params)
+    (dense_value, dense), dense_gradient = on_cpu(jax.jit(jax.value_and_grad(dense_loss, has_aux=True)), params)
     for y, stride, (expected, reached) in zip(outputs, STRIDES, dense, strict=True):
         assert y.stride == stride
         assert y.count == y.capacity == reached.sum()  # as planned

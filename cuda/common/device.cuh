@@ -96,6 +96,20 @@ struct Site {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// In a lane that leads, the OR of the bits of it and the lanes above that do not, up to the next that leads. All lanes
+// call it, and lane 0 leads.
+__device__ inline uint64_t or_of_run(uint64_t bits, bool leads) {
+  const int lane = threadIdx.x % kWarp;
+  const unsigned leaders = __ballot_sync(kAllLanes, leads);
+  const int leader = 31 - __clz(leaders & (0xffffffffu >> (31 - lane)));
+  for (int step = 1; step < kWarp; step *= 2) {  // each adds what the lanes above it have gathered
+    const uint64_t above = __shfl_down_sync(kAllLanes, bits, step);
+    const int leader_above = __shfl_down_sync(kAllLanes, leader, step);
+    if (lane + step < kWarp && leader_above == leader) bits |= above;
+  }
+  return bits;
+}
+
 // Sum of `value` over the threads before this one; *total is the sum over the block. All threads of the block call it.
 template <int kThreads, typename V>
 __device__ V block_exclusive_scan(V value, V* total) {

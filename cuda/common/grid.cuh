@@ -42,9 +42,14 @@ struct Range {
   int32_t begin, end;
 };
 
-// This block's share of 0 .. n - 1, n < 2^31: consecutive, in multiples of `unit`, spread over the first `blocks` blocks.
+// How many of 0 .. n - 1, n < 2^31, a block has: a multiple of `unit`, so that `blocks` blocks have all.
+__device__ inline uint32_t share_size(uint32_t n, uint32_t unit, uint32_t blocks) {
+  return ((n + unit - 1) / unit + blocks - 1) / blocks * unit;  // 32 bits divide much faster than 64
+}
+
+// This block's share of them: consecutive, spread over the first `blocks` blocks.
 __device__ inline Range share(uint32_t n, uint32_t unit, uint32_t blocks) {
-  const uint32_t each = ((n + unit - 1) / unit + blocks - 1) / blocks * unit;  // 32 bits divide much faster than 64
+  const uint32_t each = share_size(n, unit, blocks);
   const uint64_t begin = uint64_t{each} * blockIdx.x, end = begin + each;
   return {static_cast<int32_t>(begin < n ? begin : n), static_cast<int32_t>(end < n ? end : n)};
 }

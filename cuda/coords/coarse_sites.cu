@@ -4,22 +4,20 @@
 //     write   those
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
-// there are few of them: neighbouring fine sites reach the same blocks over and over. A plain kernel marks:
+// there are few of them: neighbouring fine sites reach the same blocks over and over. One cooperative kernel:
 //
-//     mark    each block of threads gathers the masks that its rows reach in a hash map in shared memory, and lists them
+//     list    each block of threads lists the masks that its rows reach, those of neighbouring lanes together
+//     tree    puts the listed sites in order, see tree.cuh
+//     write   its leaves
 //
-// and a cooperative one turns the list into sites:
-//
-//     sort    the list by block
-//     merge   masks of the same block; how many sites each share has
-//     write   the sites of each mask
-//
-// On a LiDAR scan the 880,000 candidates of a 3^3 kernel with stride 2 become some 40,000 list entries. All of it is
-// bound by latency: barriers of the grid and of blocks, dependent loads.
+// On an H100 with 111,028 sites of a scan, kernel 3^3, stride 2: 41 us; 11 for the list, 24 for the tree, 3 to write.
+// Tried and left:
+//     a sort of the list, made in a hash map in shared memory, by block: 106 us with the launch (now 46)
+//     the list merged over all lanes of a warp, block by block, not only neighbours: 28 us, up to 32 rounds of collectives
+//     two blocks of threads a processor, 64 registers: spills, 2 us more
 #include "cuda/coords/coarse_sites.h"
 
-#include "cuda/hash/hash_map.cuh"
-#include "cuda/sort/radix_sort.cuh"
+#include "cuda/coords/tree.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
@@ -81,226 +79,177 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
 
 // --- general ---
 
-// A block of coarse sites met in a round, and which of its sites were.
-struct alignas(16) Mark {
-  uint64_t key;
-  uint32_t masks[2];
-};
-constexpr int kMarkThreads = 128;
-constexpr int kEach = 8;                          // candidates of a thread in a round, at most
-constexpr int kSlots = 2 * kMarkThreads * kEach;  // so at most half of them are taken
-
-struct Found {
-  unsigned long long bits;  // in which the list's keys differ, see KeySpan
-  int32_t entries;          // in the list
-  int32_t outside;
+// Sites of a block that one row reaches, or a few rows of one warp.
+struct alignas(16) Entry {
+  Key block;  // that of its first site
+  uint64_t mask;
 };
 
 struct Scratch {
-  SortBuffers sort;   // its keys are the list's blocks
-  uint64_t* masks;    // [candidates], of the list's entries
-  Found* found;       // [1]
-  int32_t* sites_of;  // [blocks], distinct sites in a block's share of the sorted list
+  Entry* entries;       // [candidates], those of a block of threads from its first row's candidates on
+  Tree tree;            // of the entries
+  uint64_t* bits_of;    // [blocks], of a block's entries, see KeySpan
+  int32_t* outside_of;  // [blocks]
 };
 
-// Calls meet(key) for the coarse sites of windows [first, first + kEach) of a fine site; kNoKey for a site that exists but
-// has no key. Windows are numbered by their places on the axes, the last the fastest.
+template <int D>
+struct CoarseAxes {
+  CoarseAxis axis[D];
+  int32_t windows;   // that can hold one fine site
+  bool at_most_two;  // on each axis, as with kernel 3, stride 2
+
+  explicit CoarseAxes(const Geometry& g) : windows(static_cast<int32_t>(windows_per_site(g))), at_most_two(true) {
+    for (int d = 0; d < D; ++d) {
+      axis[d] = CoarseAxis(g, d);
+      at_most_two = at_most_two && axis[d].most() <= 2;
+    }
+  }
+};
+
+// Calls meet(block, mask) for the blocks of coarse sites that the lanes' fine sites reach. Returns how many coarse sites
+// exist but have no key. All lanes call it.
 template <int D, typename Meet>
-__device__ void coarse_keys(const CoarseSitesArgs& a, const CoarseAxis (&axes)[D], const Site<D>& site, int32_t first,
-                            int32_t windows, Meet meet) {
-  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
-  for (int d = 0; d < D; ++d) fits = fits && axis_fits(site.coord[d], D);
-  if (!fits) return;
-  const Key batch = batch_part<D>(site.batch);
-  const auto coarse_part = [&](int d, int64_t i, Key* part) {
+__device__ int32_t coarse_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site, bool is_real,
+                                 Meet meet) {
+  is_real = is_real && site.batch >= 0 && site.batch <= max_batch(D);
+  for (int d = 0; d < D; ++d) is_real = is_real && axis_fits(site.coord[d], D);
+  const Key batch = is_real ? batch_part<D>(site.batch) : 0;
+  // The i-th coarse coordinate on an axis; 0 where there is none, kNoKey where it has no key.
+  const auto coarse_part = [&](int d, int64_t i, bool* exists) -> Key {
     int64_t coarse;
-    if (!axes[d].coarse(site.coord[d], i, &coarse)) return false;
-    *part = axis_part<D>(d, coarse);
-    return !a.bounded || (coarse >= 0 && coarse < a.bounds[d]);
+    *exists = is_real && axes.axis[d].coarse(site.coord[d], i, &coarse) &&
+              (!a.bounded || (coarse >= 0 && coarse < a.bounds[d]));
+    return *exists ? axis_part<D>(d, coarse) : 0;
   };
-  bool at_most_two = true;
-  for (int d = 0; d < D; ++d) at_most_two = at_most_two && axes[d].most() <= 2;
-  if (at_most_two && windows <= kEach) {  // as with kernel 3, stride 2: each axis is looked at once
+  if (axes.at_most_two) {  // each axis is looked at once
     Key parts[D][2];
-    bool exists[D][2];
+    unsigned exists[2] = {0, 0};  // a bit an axis
+    unsigned in_one_block = 0;    // axes on which both are in the same block
+    int32_t all = 1, with_key = 1;
 #pragma unroll
     for (int d = 0; d < D; ++d) {
+      int32_t sites = 0, keys = 0;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) exists[d][i] = i < axes[d].most() && coarse_part(d, i, &parts[d][i]);
-    }
-#pragma unroll
-    for (int window = 0; window < 1 << D; ++window) {
-      Key key = batch;
-      bool all_exist = true;
-#pragma unroll
-      for (int d = 0; d < D; ++d) {
-        key |= parts[d][window >> d & 1];
-        all_exist = all_exist && exists[d][window >> d & 1];
+      for (int i = 0; i < 2; ++i) {
+        bool is_site = false;
+        parts[d][i] = i < axes.axis[d].most() ? coarse_part(d, i, &is_site) : 0;
+        const bool has_key = is_site && parts[d][i] != kNoKey;
+        exists[i] |= static_cast<unsigned>(has_key) << d;
+        sites += is_site;
+        keys += has_key;
       }
-      if (all_exist) meet(key);
+      all *= sites;
+      with_key *= keys;
+      in_one_block |= static_cast<unsigned>(parts[d][0] >> kBlockBits == parts[d][1] >> kBlockBits) << d;
     }
-    return;
+    // The block that is the second one on some axes.
+    const auto block_at = [&](unsigned second, Key* block) {
+      *block = batch;
+      uint64_t mask = 1;
+#pragma unroll
+      for (int d = 0; d < D; ++d) {  // a site's bit is at the sum of the axes' shares
+        const unsigned axis = 1u << d;
+        const bool has_first = (exists[0] & axis & (in_one_block | ~second)) != 0;
+        const bool has_second = (exists[1] & axis & (in_one_block | second)) != 0;
+        mask = (has_first ? mask << (parts[d][0] & kInBlock) : 0) | (has_second ? mask << (parts[d][1] & kInBlock) : 0);
+        *block |= second & axis ? parts[d][1] : parts[d][0];
+      }
+      *block &= ~kInBlock;
+      return mask;
+    };
+    Key block;
+    uint64_t mask = block_at(0, &block);
+    const Key block_below = __shfl_up_sync(kAllLanes, block, 1);  // of sorted sites neighbours often reach the same
+    const bool leads = threadIdx.x % kWarp == 0 || block_below != block;
+    mask = or_of_run(mask, leads);
+    if (leads && mask != 0) meet(block, mask);
+#pragma unroll 1
+    for (unsigned second = 1; second < 1u << D; ++second) {
+      if ((second & (in_one_block | ~exists[1])) != 0) continue;
+      mask = block_at(second, &block);
+      if (mask != 0) meet(block, mask);
+    }
+    return all - with_key;
   }
-  for (int32_t window = first; window < first + kEach && window < windows; ++window) {
+  int32_t outside = 0;
+#pragma unroll 1
+  for (int32_t window = 0; window < axes.windows; ++window) {  // numbered by places on the axes, the last the fastest
     Key key = batch;
-    bool all_exist = true;
+    bool all_exist = is_real;
     int32_t rest = window;
     for (int d = D - 1; d >= 0; --d) {
-      const int32_t most = static_cast<int32_t>(axes[d].most());
-      Key part = 0;
-      all_exist = all_exist && coarse_part(d, rest % most, &part);
-      key |= part;
+      const int32_t most = static_cast<int32_t>(axes.axis[d].most());
+      bool exists;
+      key |= coarse_part(d, rest % most, &exists);
+      all_exist = all_exist && exists;
       rest /= most;
     }
-    if (all_exist) meet(key);
+    outside += all_exist && key == kNoKey;
+    if (all_exist && key != kNoKey) meet(key & ~kInBlock, uint64_t{1} << (key & kInBlock));
   }
+  return outside;
 }
 
-// Lists the blocks of coarse sites that the rows reach, each once a round, with the mask of the sites reached.
+// Lists the blocks of coarse sites that this block's rows reach; returns how many entries it wrote.
 template <int D>
-__global__ void __launch_bounds__(kMarkThreads) mark_kernel(CoarseSitesArgs a, int32_t windows, Scratch s) {
-  __shared__ Mark marks[kSlots];
-  __shared__ CoarseAxis axes[D];
-  __shared__ int32_t first_entry;
-  if (threadIdx.x == 0) {
-    for (int d = 0; d < D; ++d) axes[d] = CoarseAxis(a.geometry, d);
-  }
+__device__ int32_t list_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, Range rows, Entry* entries,
+                               const Scratch& s) {
+  __shared__ int32_t number;
+  if (threadIdx.x == 0) number = 0;
   __syncthreads();
-  const int32_t chunks = (windows + kEach - 1) / kEach;
-  const int64_t end = real_rows(a) * chunks;
-  HashMap<Mark> map(marks, kSlots);
   uint64_t bits = 0;
   int32_t outside = 0;
-  for (int64_t begin = int64_t{kMarkThreads} * blockIdx.x; begin < end; begin += int64_t{kMarkThreads} * gridDim.x) {
-    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) marks[slot] = {kNoKey, {0, 0}};
-    __syncthreads();
-    // Neighbouring sites often meet the same block: a warp takes distant ones, so that its lanes rarely want one slot.
-    const int64_t unit = begin + threadIdx.x % kWarp * (kMarkThreads / kWarp) + threadIdx.x / kWarp;
-    if (unit < end) {
-      const int32_t row = static_cast<int32_t>(unit) / chunks, chunk = static_cast<int32_t>(unit) % chunks;
-      coarse_keys(a, axes, Site<D>(a.coords, row), chunk * kEach, windows, [&](Key key) {
-        outside += key == kNoKey;
-        if (key == kNoKey) return;
-        const int site = static_cast<int>(key & kInBlock);
-        atomicOr(&map.find_or_insert(key & ~kInBlock)->masks[site / 32], 1u << (site % 32));
-      });
-    }
-    __syncthreads();
-    int32_t taken = 0, total;
-    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) taken += marks[slot].key != kNoKey;
-    int32_t entry = block_exclusive_scan<kMarkThreads>(taken, &total);
-    if (threadIdx.x == 0) first_entry = atomicAdd(&s.found->entries, total);
-    __syncthreads();
-    entry += first_entry;
-    for (int slot = threadIdx.x; slot < kSlots; slot += kMarkThreads) {
-      const Mark mark = marks[slot];
-      if (mark.key == kNoKey) continue;
-      bits |= KeySpan<D>::bits_of(mark.key);
-      s.sort.keys[entry] = mark.key;
-      s.masks[entry++] = static_cast<uint64_t>(mark.masks[1]) << 32 | mark.masks[0];
-    }
-    __syncthreads();
+  for (int32_t begin = rows.begin; begin < rows.end; begin += kGridThreads) {
+    const int32_t row = begin + threadIdx.x;
+    const Site<D> site(a.coords, min(row, rows.end - 1));
+    outside += coarse_blocks(a, axes, site, row < rows.end, [&](Key block, uint64_t mask) {
+      entries[atomicAdd(&number, 1)] = {block, mask};
+      bits |= KeySpan<D>::bits_of(block);
+    });
   }
-  bits = block_or<kMarkThreads>(bits);
-  outside = block_sum<kMarkThreads>(outside);
-  if (threadIdx.x == 0 && bits != 0) atomicOr(&s.found->bits, static_cast<unsigned long long>(bits));
-  if (threadIdx.x == 0 && outside != 0) atomicAdd(&s.found->outside, outside);
-}
-
-// Position of the n-th set bit, n = 0 for the lowest.
-__device__ int nth_bit(uint64_t mask, int n) {
-  int position = 0;
-  for (int width = 32; width > 0; width /= 2) {
-    const int below = __popcll(mask & ((uint64_t{1} << width) - 1));
-    if (n >= below) {
-      n -= below;
-      mask >>= width;
-      position += width;
-    }
+  bits = block_or(bits);
+  outside = block_sum(outside);
+  if (threadIdx.x == 0) {
+    s.bits_of[blockIdx.x] = bits;
+    s.outside_of[blockIdx.x] = outside;
   }
-  return position;
+  return number;
 }
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 2) coarse_sites_kernel(CoarseSitesArgs a, Scratch s) {
-  __shared__ union {
-    SortShared sort;
-    struct {
-      int32_t first[kGridThreads];  // sites of the tile's masks before each
-      uint64_t masks[kGridThreads];
-    } tile;
-  } shared;
+__global__ void __launch_bounds__(kGridThreads, 1) coarse_sites_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
-  const int32_t n = s.found->entries;
-  const KeySpan<D> span(s.found->bits, false);
-  radix_sort(grid, s.sort, n, span.bits() - kBlockBits, shared.sort,
-             [&](Key key) { return span.code(key) >> kBlockBits; });
-  const Key* blocks = s.sort.keys;
-  const uint32_t* entries = s.sort.values;
-  uint64_t* merged = s.sort.other_keys;  // the mask of a block at its first entry, 0 at the others
-
-  const Range own = share(n, kGridThreads, gridDim.x);
-  int32_t sites = 0;
-  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) {
-    uint64_t mask = 0;
-    if (i == 0 || blocks[i - 1] != blocks[i]) {
-      for (int32_t j = i; j < n && blocks[j] == blocks[i]; ++j) mask |= s.masks[entries[j]];
-    }
-    merged[i] = mask;
-    sites += __popcll(mask);
-  }
-  sites = block_sum(sites);
-  if (threadIdx.x == 0) s.sites_of[blockIdx.x] = sites;
+  const Range rows = share(real_rows(a), kWarp, gridDim.x);
+  clear_tree(s.tree);
+  const int32_t first = rows.begin * axes.windows;
+  const Range entries = {first, first + list_blocks<D>(a, axes, rows, s.entries + first, s)};
   grid.sync();
-
-  const BlockSums rows = sum_blocks(s.sites_of);
-  int64_t next = rows.before;
-  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-    const int32_t i = begin + threadIdx.x;
-    const uint64_t mask = i < own.end ? merged[i] : 0;
-    int32_t total;
-    const int32_t first = block_exclusive_scan<kGridThreads>(__popcll(mask), &total);
-    shared.tile.first[threadIdx.x] = first;
-    shared.tile.masks[threadIdx.x] = mask;
-    __syncthreads();
-    for (int32_t j = threadIdx.x; j < total && next + j < a.capacity; j += kGridThreads) {
-      int low = 0, high = kGridThreads - 1;  // the last entry that begins at j or before: it holds site j
-      while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (shared.tile.first[middle] <= j) {
-          low = middle;
-        } else {
-          high = middle - 1;
-        }
-      }
-      const Key key = blocks[begin + low] | nth_bit(shared.tile.masks[low], j - shared.tile.first[low]);
-      write_site<D>(key, a.sites + (next + j) * (1 + D));
-    }
-    next += total;
-    __syncthreads();
-  }
-  write_end<D>(a, rows.all, s.found->outside);
+  const KeySpan<D> span(or_blocks(s.bits_of), false);
+  const Leaves leaves = grow_tree(
+      grid, s.tree, entries, span.bits(), [&](int32_t i) { return span.code(s.entries[i].block); },
+      [&](int32_t i) { return s.entries[i].mask; });
+  write_leaves<D>(s.tree, leaves, a.sites, a.capacity, [&](int32_t i) { return s.entries[i].block; });
+  write_end<D>(a, leaves.sites, sum_blocks(s.outside_of).all);
 }
 
 template <int D>
 cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
-  const int32_t windows = static_cast<int32_t>(windows_per_site(a.geometry));
-  const int64_t candidates = int64_t{a.rows} * windows;
   const int shift = coarse_shift(a.geometry);
   if (a.sorted && shift > 0) {
     return launch_grid(shifted_sites_kernel<D>, div_up(a.rows, kGridThreads), stream, a, shift,
                        workspace.take<int32_t>(kMostBlocks));
   }
+  const CoarseAxes<D> axes(a.geometry);
+  const int64_t candidates = int64_t{a.rows} * axes.windows;
   Scratch s;
-  s.sort = take_sort_buffers(workspace, candidates);
-  s.masks = workspace.take<uint64_t>(candidates);
-  s.found = workspace.take<Found>(1);
-  s.sites_of = workspace.take<int32_t>(kMostBlocks);
-  JAXSPARSE_TRY(cudaMemsetAsync(s.found, 0, sizeof(Found), stream));
-  const int64_t units = a.rows * div_up(windows, kEach);
-  JAXSPARSE_TRY(launch(mark_kernel<D>, striding_blocks(units, kMarkThreads), {kMarkThreads}, stream, a, windows, s));
-  return launch_grid(coarse_sites_kernel<D>, div_up(candidates, kSortTile), stream, a, s);
+  s.entries = workspace.take<Entry>(candidates);
+  s.tree = take_tree(workspace, candidates);
+  s.bits_of = workspace.take<uint64_t>(kMostBlocks);
+  s.outside_of = workspace.take<int32_t>(kMostBlocks);
+  constexpr int64_t least = 64;  // few sites too have the tree's top to clear and to number
+  const int64_t blocks = div_up(a.rows, kGridThreads);
+  return launch_grid(coarse_sites_kernel<D>, blocks > least ? blocks : least, stream, a, axes, s);
 }
 
 }  // namespace

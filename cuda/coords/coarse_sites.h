@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/coords/key.h"
-#include "cuda/sort/workspace.h"
+#include "cuda/coords/tree.h"
 
 namespace jaxsparse::cuda {
 
@@ -31,7 +31,7 @@ inline int coarse_shift(const Geometry& geometry) {
 
 // Bytes of workspace for so many candidates, rows times windows.
 constexpr int64_t coarse_sites_workspace(int64_t candidates) {
-  return sort_workspace(candidates) + padded(8 * candidates) + padded(16 * 512);
+  return padded(16 * candidates) + tree_workspace(candidates) + padded(8 * 512) + padded(4 * 512);
 }
 
 struct CoarseSitesArgs {

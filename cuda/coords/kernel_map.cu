@@ -96,15 +96,7 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
     Key block_below = __shfl_up_sync(kAllLanes, block, 1);
     if (lane == 0) block_below = row > 0 ? key_of(Site<D>(a.coords, row - 1)) | kInBlock : kNoKey;
     const bool leads = lane == 0 || block_below != block;
-    const unsigned leaders = __ballot_sync(kAllLanes, leads);
-    const int leader = 31 - __clz(leaders & (0xffffffffu >> (31 - lane)));
-    // OR over the lanes of the same leader: each adds what the lanes above it have gathered
-    uint64_t bits = key == kNoKey ? 0 : uint64_t{1} << (key & kInBlock);
-    for (int step = 1; step < kWarp; step *= 2) {
-      const uint64_t above = __shfl_down_sync(kAllLanes, bits, step);
-      const int leader_above = __shfl_down_sync(kAllLanes, leader, step);
-      if (lane + step < kWarp && leader_above == leader) bits |= above;
-    }
+    const uint64_t bits = or_of_run(key == kNoKey ? 0 : uint64_t{1} << (key & kInBlock), leads);
     if (key == kNoKey || !leads) continue;
     BlockSlot* const slot = map.insert_if_absent(key & ~kInBlock);
     atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(bits));

@@ -244,10 +244,16 @@ class CoarseAxis {
 
   // The i-th of them, i = 0 .. most() - 1. False where there is no i-th one.
   JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
+    const int64_t padded = fine + padding_;
+    if (dilation_ == 1 && shift_ >= 0) {
+      const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
+      *out = (padded - tap) >> shift_;
+      return tap < kernel_;
+    }
     for (int64_t first = 0; first < period_ && first < kernel_; ++first) {
-      if (!divides(fine + padding_ - dilation_ * first)) continue;
+      if ((padded - dilation_ * first) % stride_ != 0) continue;
       const int64_t tap = first + i * period_;
-      *out = quotient(fine + padding_ - dilation_ * tap);
+      *out = (padded - dilation_ * tap) / stride_;
       return tap < kernel_;
     }
     return false;
@@ -263,13 +269,9 @@ class CoarseAxis {
     return a;
   }
 
-  // Division by a power of two is much quicker on a GPU, and most strides are one.
-  JAXSPARSE_HD bool divides(int64_t v) const { return shift_ >= 0 ? (v & (stride_ - 1)) == 0 : v % stride_ == 0; }
-  JAXSPARSE_HD int64_t quotient(int64_t v) const { return shift_ >= 0 ? v >> shift_ : v / stride_; }
-
   int64_t kernel_, stride_, padding_, dilation_;
   int64_t period_, most_;  // taps that give a whole coarse coordinate are `period_` apart
-  int shift_;              // log2 of the stride, -1 where it is no power of two
+  int shift_;              // log2 of the stride, -1 where it is no power of two: division is slow on a GPU
 };
 
 }  // namespace jaxsparse

@@ -1,4 +1,4 @@
-// A hash map of 64-bit keys in global or shared memory: open addressing, linear probing, a power of two slots.
+// A hash map of 64-bit keys in global memory: open addressing, linear probing, a power of two slots.
 //
 // A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key: a search reads key and values in
 // one access. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees what was
@@ -23,18 +23,6 @@ class HashMap {
   // The slot of a key, which is entered if it is absent.
   __device__ Slot* insert_if_absent(uint64_t key) {
     for (uint64_t at = hash(key) & last_;; at = (at + 1) & last_) {
-      const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(&slots_[at].key), kEmpty,
-                                        static_cast<unsigned long long>(key));
-      if (before == kNoKey || before == key) return slots_ + at;
-    }
-  }
-
-  // The same where most keys are there already, many lanes want the same one, and a read is cheap: in shared memory.
-  __device__ Slot* find_or_insert(uint64_t key) {
-    for (uint64_t at = hash(key) & last_;; at = (at + 1) & last_) {
-      const uint64_t held = *static_cast<volatile uint64_t*>(&slots_[at].key);
-      if (held == key) return slots_ + at;
-      if (held != kNoKey) continue;
       const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(&slots_[at].key), kEmpty,
                                         static_cast<unsigned long long>(key));
       if (before == kNoKey || before == key) return slots_ + at;
