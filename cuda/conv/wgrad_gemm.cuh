@@ -26,6 +26,12 @@ struct WgradGemm {
   static constexpr int kSharedBytes = kStages * kStageBytes + kPairSteps * kDepth * static_cast<int>(sizeof(Pair)) + 1024;
 };
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int kRowsUnrolled = 4;  // of those that a thread copies
+#else
+constexpr int kRowsUnrolled = 2;  // with four, the products of mma.sync spill
+#endif
+
 // A slot of a tap: its pairs [begin, end).
 struct Slot {
   int32_t tap, begin, end;
@@ -108,7 +114,7 @@ __global__ void __launch_bounds__(P::kThreads) wgrad_partial_kernel(WgradGemmArg
       const Pair* from = ring + step % P::kPairSteps * kDepth;
       constexpr int kRowsAtOnce = kThreads / 8;
       const int part = t % 8;
-#pragma unroll
+#pragma unroll kRowsUnrolled
       for (int d = t / 8; d < kDepth; d += kRowsAtOnce) {
         const Pair pair = from[d];
         const bool exists = step * kDepth + d < count;
