@@ -44,23 +44,9 @@ auto with_tile(Binding binding) {
       .template Attr<int64_t>("stages");
 }
 
-// The tensor-core products, which CUDA alone has: JAXSPARSE_ON_CUDA is defined before this file is included there.
-#ifdef JAXSPARSE_ON_CUDA
-#define JAXSPARSE_DEFINE_GEMM_HANDLERS(Context, ...)                                                                  \
-  XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Context, 3, 4>().Attr<AxisAttribute>("groups")), __VA_ARGS__); \
-  XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Context, 5, 1>())), __VA_ARGS__);                      \
-  XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Context, 2, 3>().Attr<int64_t>("in_rows")), __VA_ARGS__);      \
-  XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm, (with_tile(bind<Context, 4, 2>()).Attr<int64_t>("slots")), __VA_ARGS__);
-#define JAXSPARSE_GEMM_HANDLERS                                                                      \
-  {"jaxsparse_conv_schedule_v1", kConvSchedule}, {"jaxsparse_conv_gemm_v1", kConvGemm},              \
-      {"jaxsparse_conv_pairs_v1", kConvPairs}, {"jaxsparse_wgrad_gemm_v1", kWgradGemm},
-#else
-#define JAXSPARSE_DEFINE_GEMM_HANDLERS(Context, ...)
-#define JAXSPARSE_GEMM_HANDLERS
-#endif
-
-// Defines the handlers of all custom calls from the functions of their names in scope, and `kHandlers`, which lists
-// them. `Context` is the functions' first argument; traits may follow. A macro, because XLA's own is one.
+// Defines the handlers of the custom calls that CPU and CUDA share, from the functions of their names in scope, and
+// `kHandlers`, which lists them. `Context` is the functions' first argument; traits may follow. A macro, because XLA's own
+// is one.
 #define JAXSPARSE_DEFINE_HANDLERS(Context, ...)                                                               \
   XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<Context, 2, 6>()), __VA_ARGS__);                   \
   XLA_FFI_DEFINE_HANDLER(                                                                                     \
@@ -74,14 +60,12 @@ auto with_tile(Binding binding) {
   XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad, (with_choices(bind<Context, 5, 2>())), __VA_ARGS__);         \
   XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index, (bind<Context, 1, 3>()), __VA_ARGS__);                   \
   XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum, (bind<Context, 3, 1>()), __VA_ARGS__);                     \
-  JAXSPARSE_DEFINE_GEMM_HANDLERS(Context, __VA_ARGS__)                                                        \
   const Handlers kHandlers = {                                                                                \
       {"jaxsparse_unique_sites_v1", kUniqueSites},   {"jaxsparse_coarse_sites_v1", kCoarseSites},             \
       {"jaxsparse_site_index_v1", kSiteIndex},       {"jaxsparse_kernel_map_v1", kKernelMap},                 \
       {"jaxsparse_reverse_table_v1", kReverseTable}, {"jaxsparse_conv_forward_v1", kConvForward},             \
       {"jaxsparse_conv_wgrad_v1", kConvWgrad},       {"jaxsparse_invert_index_v1", kInvertIndex},             \
       {"jaxsparse_segment_sum_v1", kSegmentSum},                                                              \
-      JAXSPARSE_GEMM_HANDLERS                                                                                 \
   }
 
 }  // namespace jaxsparse

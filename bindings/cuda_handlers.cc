@@ -4,7 +4,6 @@
 
 #include <string>
 
-#define JAXSPARSE_ON_CUDA
 #include "bindings/bind.h"
 #include "bindings/checks.h"
 #include "bindings/handlers.h"
@@ -316,8 +315,27 @@ using Stream = ffi::PlatformStream<cudaStream_t>;
 // Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
 JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
+// The tensor-core products, which CUDA alone has.
+XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>())), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 2, 3>().Attr<int64_t>("in_rows")),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm, (with_tile(bind<Stream, 4, 2>()).Attr<int64_t>("slots")),
+                       {ffi::Traits::kCmdBufferCompatible});
+
 }  // namespace
 
-const Handlers& cuda_handlers() { return kHandlers; }
+const Handlers& cuda_handlers() {
+  static const Handlers all = [] {
+    Handlers handlers = kHandlers;
+    handlers.insert(handlers.end(), {{"jaxsparse_conv_schedule_v1", kConvSchedule},
+                                     {"jaxsparse_conv_gemm_v1", kConvGemm},
+                                     {"jaxsparse_conv_pairs_v1", kConvPairs},
+                                     {"jaxsparse_wgrad_gemm_v1", kWgradGemm}});
+    return handlers;
+  }();
+  return all;
+}
 
 }  // namespace jaxsparse

@@ -32,6 +32,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("ffi_version", [] { return py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
         "XLA FFI API version of the headers that this module was built with.");
   m.def("jaxlib_version", [] { return JAXSPARSE_JAXLIB_VERSION; }, "The jaxlib whose headers were used.");
+  m.attr("schedule_rows") = jaxsparse::cuda::kScheduleRows;
+  m.attr("most_group_words") = jaxsparse::cuda::kMostGroupWords;
   m.attr("forward_tiles") = as_tuples(jaxsparse::cuda::kForwardTiles);
   m.attr("narrow_tiles") = as_tuples(jaxsparse::cuda::kNarrowTiles);
   m.attr("wgrad_tiles") = as_tuples(jaxsparse::cuda::kWgradTiles);

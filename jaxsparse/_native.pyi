@@ -2,6 +2,8 @@ from typing import Any
 
 cuda_version: int | None
 cuda_architectures: str | None
+schedule_rows: int
+most_group_words: int
 forward_tiles: list[tuple[int, int, int]]
 narrow_tiles: list[tuple[int, int, int]]
 wgrad_tiles: list[tuple[int, int, int]]

@@ -87,6 +87,20 @@ def dense_conv(x: js.SparseTensor, feats, kernel, geometry: Geometry, out_coords
     return y[(out_coords[:, 0], *place.T)]
 
 
+def regular_scenes(line, plane, cube):
+    """Sites [N, 4] without anything random, by name: so many on a line, on each side of a plane and of a cube."""
+    on_line = np.stack([np.zeros(line), np.arange(line) - line // 2, np.zeros(line), np.zeros(line)], 1)
+    in_cube = np.indices((1, cube, cube, cube)).reshape(4, -1).T - [0, *[cube // 2] * 3]
+    return {
+        "line": on_line,
+        "far line": on_line - [0, line // 2 - 2**17, 2**17, 1 - 2**17],
+        "plane": np.indices((1, plane, 1, plane)).reshape(4, -1).T - [0, plane // 2, 0, plane // 2],
+        "cube": in_cube,
+        "checkerboard": in_cube[in_cube.sum(1) % 2 == 0],
+        "batches of one voxel": np.stack([np.arange(1000), *np.full((3, 1000), -1)], 1),
+    }
+
+
 def row_error(actual, expected):
     """Largest error of any element over the norm of the largest row."""
     scale = np.linalg.norm(np.asarray(expected, np.float64).reshape(len(expected), -1), axis=1).max(initial=0.0)

@@ -13,7 +13,7 @@ from conftest import raises
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax import lax
-from scenes import pad_rows, random_coords
+from scenes import pad_rows, random_coords, regular_scenes
 
 import jaxsparse as js
 from jaxsparse import _keys
@@ -171,17 +171,7 @@ def test_masks_hold_more_than_32_taps(kernel):
     assert (np.asarray(table)[32:] >= 0).any() or np.prod(kernel) == 32
 
 
-LINE = np.stack([np.zeros(300), np.arange(300) - 150, np.zeros(300), np.zeros(300)], 1)
-CUBE = np.indices((1, 8, 8, 8)).reshape(4, -1).T - [0, 4, 4, 4]
-ADVERSARIAL = {
-    "line": LINE,
-    "far line": LINE - [0, 150 - 2**17, 2**17, 1 - 2**17],
-    "plane": np.indices((1, 20, 1, 20)).reshape(4, -1).T - [0, 10, 0, 10],
-    "cube": CUBE,
-    "checkerboard": CUBE[CUBE.sum(1) % 2 == 0],
-    "batches of one voxel": np.stack([np.arange(1000), *np.full((3, 1000), -1)], 1),
-    "one voxel many times": np.zeros((500, 4)),
-}
+ADVERSARIAL = {**regular_scenes(line=300, plane=20, cube=8), "one voxel many times": np.zeros((500, 4))}
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)

@@ -8,6 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from scenes import regular_scenes
 
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, _workspace
@@ -248,17 +249,10 @@ def test_kernel_map_by_blocks_finds_the_same(geometry):
     kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=1)
 
 
-LINE = np.stack([np.zeros(150), np.arange(150) - 75, np.zeros(150), np.zeros(150)], 1)
-CUBE = np.indices((1, 6, 6, 6)).reshape(4, -1).T - [0, 3, 3, 3]
 ENDS = np.array(list(itertools.product([0, 1022], *[[-(2**17), 1 - 2**17, -1, 0, 2**17 - 2, 2**17 - 1]] * 3)))
 SCENES = {
-    "line": LINE,
-    "far line": LINE - [0, 75 - 2**17, 2**17, 1 - 2**17],
-    "plane": np.indices((1, 14, 1, 14)).reshape(4, -1).T - [0, 7, 0, 7],
-    "cube": CUBE,
-    "checkerboard": CUBE[CUBE.sum(1) % 2 == 0],
+    **regular_scenes(line=150, plane=14, cube=6),
     "equal low bits": np.indices((3, 4, 4, 4)).reshape(4, -1).T * [1, 2**15, 2**15, 2**15] - [0, *[2**16] * 3],
-    "batches of one voxel": np.stack([np.arange(1000), *np.full((3, 1000), -1)], 1),
     "far ends": ENDS,
 }
 

@@ -45,6 +45,11 @@ cudaError_t for_dims(int dims, F&& f) {
   }
 }
 
+// How many of `rows` rows in one segment are real.
+__device__ inline int32_t real_rows(const int32_t* count, int32_t rows) {
+  return count[0] < 0 ? 0 : count[0] < rows ? count[0] : rows;
+}
+
 __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
   if (row >= segments.rows) return false;
   if (segments.number == 1) return row < segments.counts[0];

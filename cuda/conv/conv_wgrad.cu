@@ -2,9 +2,9 @@
 //
 //     list      the pairs (i, m) of each tap, in the order of m; see pairs.h
 //     plan      how many pairs one slot takes, so that all pairs fill the fixed number of slots; first slot of a tap
-//     partial       a block a slot and 64 x 64 piece of dw: one matrix product over the slot's pairs, as deep as there
-//                   are pairs, gathered to shared memory three steps in flight; the sum goes to the slot
-//     reduce        dw[k] = the slots of tap k, added in order
+//     partial   a block a slot and 64 x 64 piece of dw: one matrix product over the slot's pairs, as deep as there are
+//               pairs, gathered to shared memory three steps in flight; the sum goes to the slot
+//     reduce    dw[k] = the slots of tap k, added in order
 //
 // So work follows the number of pairs and is split evenly whatever the tap. The split depends on the pairs of the real
 // rows and on channels and taps, never on capacity, and no float is added atomically: equal rows give equal bits.
@@ -20,11 +20,11 @@ constexpr int kThreads = 256;
 constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
 
 struct Plan {
-  Pair* pairs;            // [taps, out_rows], the first tap_pairs[k] of each tap written
-  int32_t* tap_pairs;     // [taps]
-  int32_t* first_slot;    // [taps + 1]
+  Pair* pairs;             // [taps, out_rows], the first tap_pairs[k] of each tap written
+  int32_t* tap_pairs;      // [taps]
+  int32_t* first_slot;     // [taps + 1]
   int32_t* pairs_in_slot;  // [1]
-  void* partials;         // [slots, in_channels, out_channels]
+  void* partials;          // [slots, in_channels, out_channels]
   int32_t slots;
 };
 

@@ -62,9 +62,10 @@ template <typename T_, int kTileRows_, int kCols_, int kStages_, int kPieceBytes
 struct ImplicitGemm {
   using T = T_;
   using Product = TensorProduct<T, kCols_, LayoutOfA::kRowMajor>;
+  static_assert(kScheduleRows == kGroupRows, "a warpgroup for each tile of the schedule");
   static constexpr int kRows = kTileRows_, kCols = kCols_, kStages = kStages_;
-  static constexpr int kPieceBytes = kPieceBytes_;          // of A, that a copy moves
-  static constexpr int kGroups = kRows / kScheduleRows;     // a warpgroup for each tile of the schedule
+  static constexpr int kPieceBytes = kPieceBytes_;  // of A, that a copy moves
+  static constexpr int kGroups = kRows / kGroupRows;
   static constexpr int kThreads = kWarpgroup * kGroups;
   static constexpr int kStageBytes = kGroups * kBytesA + kBytesB<kCols>;
   static int shared_bytes(int taps) {

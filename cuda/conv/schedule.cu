@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) schedule_kernel(ScheduleArgs 
   const Grid grid = cooperative_groups::this_grid();
   const int32_t rows = a.rows.rows;
   const bool sorts = a.groups > 0;
-  int32_t n = rows;  // rows that may be real
-  if (a.rows.number == 1) n = a.rows.counts[0] < 0 ? 0 : a.rows.counts[0] < rows ? a.rows.counts[0] : rows;
+  const int32_t n = a.rows.number == 1 ? real_rows(a.rows.counts, rows) : rows;  // rows that may be real
   if (sorts) {
     for (int64_t row = global_thread(); row < n; row += all_threads()) {
       sort.keys[row] = row_is_real(a.rows, row) ? sort_key(a, row) : uint64_t{1} << a.groups;

@@ -22,11 +22,6 @@
 namespace jaxsparse::cuda {
 namespace {
 
-__device__ int64_t real_rows(const CoarseSitesArgs& a) {
-  const int32_t count = a.count[0];
-  return count < 0 ? 0 : count < a.rows ? count : a.rows;
-}
-
 template <int D>
 __device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outside) {
   for (int64_t row = found + global_thread(); row < a.capacity; row += all_threads()) {
@@ -43,7 +38,7 @@ __device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outsi
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSitesArgs a, int shift, int32_t* heads_of) {
   const Grid grid = cooperative_groups::this_grid();
-  const int64_t n = real_rows(a);
+  const int32_t n = real_rows(a.count, a.rows);
   const auto coarse_key = [&](int64_t row) {
     const Site<D> site(a.coords, row);
     int64_t coarse[D];
@@ -219,7 +214,7 @@ __device__ int32_t list_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& ax
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 1) coarse_sites_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
-  const Range rows = share(real_rows(a), kWarp, gridDim.x);
+  const Range rows = share(real_rows(a.count, a.rows), kWarp, gridDim.x);
   clear_tree(s.tree);
   const int32_t first = rows.begin * axes.windows;
   const Range entries = {first, first + list_blocks<D>(a, axes, rows, s.entries + first, s)};

@@ -33,10 +33,6 @@ constexpr int kTileThreads = kTileWarps * kWarp;
 constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
 constexpr int kAtOnce = 4;      // taps that a thread looks up together
 
-__device__ int32_t real_rows(const int32_t* count, int32_t rows) {
-  return count[0] < 0 ? 0 : count[0] < rows ? count[0] : rows;
-}
-
 template <int D>
 __device__ Key key_of(const Site<D>& site) {
   int64_t coord[D];

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
   __shared__ SortShared shared;
   const Grid grid = cooperative_groups::this_grid();
   const int64_t first_thread = global_thread();
-  const int32_t n = a.count[0] < a.points ? (a.count[0] > 0 ? a.count[0] : 0) : a.points;
+  const int32_t n = real_rows(a.count, a.points);
 
   uint64_t bits = 0;
   int32_t no_keys = 0;

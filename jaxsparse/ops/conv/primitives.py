@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse import _ffi
+from jaxsparse import _ffi, _native
 from jaxsparse._compat import ad, batching, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
@@ -26,8 +26,6 @@ from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv import config, reference
 from jaxsparse.ops.conv.config import ConvConfig
 
-_SCHEDULE_ROWS = 64  # kScheduleRows in cuda/conv/tiles.h
-_MOST_GROUP_WORDS = 12  # kMostGroupWords
 _PRECISION_CODES = {lax.Precision.DEFAULT: 0, lax.Precision.HIGH: 1, lax.Precision.HIGHEST: 2}
 
 
@@ -107,14 +105,15 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, o
 def _schedule(table, masks, counts, tap_groups):
     """The order of rows and the map in that order: equal calls are one, for all layers that share a map."""
     (taps, rows), words = table.shape, masks.shape[1]
-    if words > _MOST_GROUP_WORDS:
+    if words > _native.most_group_words:
         tap_groups = ()
     groups = [sum(1 << k % 32 for k in group if k // 32 == word) for group in tap_groups for word in range(words)]
-    tiles = -(-rows // _SCHEDULE_ROWS)
+    tile_rows = _native.schedule_rows
+    tiles = -(-rows // tile_rows)
     structs = [
         jax.ShapeDtypeStruct((rows,), jnp.int32),
         jax.ShapeDtypeStruct((tiles, words), jnp.uint32),
-        jax.ShapeDtypeStruct((tiles, taps, _SCHEDULE_ROWS), jnp.int32),
+        jax.ShapeDtypeStruct((tiles, taps, tile_rows), jnp.int32),
         _workspace.struct("cuda", _workspace.conv_schedule(rows)),
     ]
     return _ffi.call("jaxsparse_conv_schedule_v1", structs, table, masks, counts, groups=groups)[:3]

@@ -249,14 +249,6 @@ inline unsigned reduce_or(int line, unsigned value) {
   return value;
 }
 
-template <typename T>
-unsigned match(int line, T value) {
-  const uint64_t* shown = show(line, to_bits(value));
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(shown[i] == to_bits(value)) << i;
-  return bits;
-}
-
 }  // namespace cuda_on_host
 
 #define __syncthreads() cuda_on_host::barrier(__LINE__, false)
@@ -269,7 +261,6 @@ unsigned match(int line, T value) {
 #define __shfl_xor_sync(mask, value, bits) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() ^ (bits))
 #define __ballot_sync(mask, vote) cuda_on_host::ballot(__LINE__, vote)
 #define __reduce_or_sync(mask, value) cuda_on_host::reduce_or(__LINE__, value)
-#define __match_any_sync(mask, value) cuda_on_host::match(__LINE__, value)
 #define __syncwarp() cuda_on_host::show(__LINE__, 0)
 
 template <typename... Params>
