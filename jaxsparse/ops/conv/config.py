@@ -35,8 +35,8 @@ FLOAT_WGRAD_TILES = tuple(Tile(*t) for t in _native.float_wgrad_tiles)
 class ConvConfig:
     """The choice of kernels for one convolution, forward and backward. It changes speed, and sums within rounding.
 
-    The scheduled kernels of CUDA serve float16, bfloat16 and float32 with channels that are multiples of 8 (input: of 4);
-    everything else runs on kernels for all dtypes and widths, on CPU and CUDA.
+    The scheduled kernels of CUDA serve float16, bfloat16 and float32 with channels that are multiples of 8 (input:
+    of 4); everything else runs on kernels for all dtypes and widths, on CPU and CUDA.
 
     Attributes:
       tile_rows: output rows that one block (CUDA) or task (CPU) of the kernels for everything computes: 32, 64 or 128.
