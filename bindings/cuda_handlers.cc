@@ -314,7 +314,7 @@ using Stream = ffi::PlatformStream<cudaStream_t>;
 // Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
 JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
-// The tensor-core products, which CUDA alone has.
+// The scheduled products, which CUDA alone has.
 XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>())), {ffi::Traits::kCmdBufferCompatible});
