@@ -41,7 +41,7 @@ template <typename T_, int kCols>
 struct HalfOperands {
   using T = T_;
   static constexpr bool kRowsOfBAreColumns = false;
-  static constexpr int kThreadsAtLeast = 0;  // on a multiprocessor, which bounds registers; 0 leaves them to the compiler
+  static constexpr int kThreadsAtLeast = 512;  // on a multiprocessor, which bounds registers: 128
   static constexpr int kDepth = 64;  // of a step: 128 bytes of a row-major row
   static constexpr int kRowBytesB = kCols > 32 ? 128 : kCols > 16 ? 64 : 32;
   static constexpr int kBlockBytesB = kDepth * kRowBytesB;

@@ -15,19 +15,19 @@ namespace jaxsparse::cuda {
 struct Tf32 {};
 struct Exact {};
 
-// How float32 operands lie. Pieces of a depth's row are exchanged two by two, so that the four depths of a fragment of
-// mma.sync, eight channels of each, lie in different banks.
-template <int kCols, LayoutOfA kLayout>
+// How float32 operands lie. For mma.sync the pieces of a depth's row are exchanged two by two, so that the four depths of a
+// fragment, eight channels of each, lie in different banks.
+template <int kCols, LayoutOfA kLayout, bool kExchanged>
 struct FloatOperands {
   using T = float;
   static constexpr bool kRowsOfBAreColumns = kLayout == LayoutOfA::kRowMajor;
-  static constexpr int kThreadsAtLeast = 0;
+  static constexpr int kThreadsAtLeast = 512;
   static constexpr int kDepth = 32;  // of a step: 128 bytes of a row-major row
   static constexpr int kBlockBytes = kDepth * 128;  // 32 channels, depth-major
   static constexpr int kBytesB = kRowsOfBAreColumns ? kCols * 128 : (kCols + 31) / 32 * kBlockBytes;
 
   __device__ static int place_in_a(int depth, int piece) {
-    return piece / 8 * kBlockBytes + depth * 128 + ((piece % 8 ^ depth % 4 * 2) << 4);
+    return piece / 8 * kBlockBytes + depth * 128 + ((piece % 8 ^ (kExchanged ? depth % 4 * 2 : 0)) << 4);
   }
   __device__ static int place_in_b(int depth, int piece) { return place_in_a(depth, piece); }
 };
@@ -55,8 +55,8 @@ constexpr int kMoveBytes = kGroupRows * (kCols + 4) * 4;
 // ldmatrix would have to transpose, which it does with 16-bit elements alone: lanes read single elements, and a warp takes
 // 32 rows and half of the columns, which reads least.
 template <int kCols, LayoutOfA kLayout>
-struct Tf32MmaProduct : FloatOperands<kCols, kLayout> {
-  using Operands = FloatOperands<kCols, kLayout>;
+struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true> {
+  using Operands = FloatOperands<kCols, kLayout, true>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kIsWgrad ? kMoveBytes<kCols> : 0;
 
@@ -69,7 +69,7 @@ struct Tf32MmaProduct : FloatOperands<kCols, kLayout> {
         const char* row = from + block * Operands::kBlockBytes + (depth + q) * 128;
         return *reinterpret_cast<const uint32_t*>(row + (((piece + g / 4) ^ q * 2) << 4) + g % 4 * 4);
       };
-#pragma unroll
+#pragma unroll 2
       for (int d = 0; d < Operands::kDepth; d += 8) {
         uint32_t fa[2][4];
 #pragma unroll
@@ -116,7 +116,7 @@ struct Tf32MmaProduct : FloatOperands<kCols, kLayout> {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <int kCols>
-struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor> {
+struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true> {
   static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     wgmma_fence();
@@ -136,61 +136,64 @@ struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor> {
 #endif
 
 // Fused multiply-adds. A warp has 8 x 4 lanes, and a lane kOwnRows x kOwnCols sums, as square as the tile allows: shared
-// memory gives a lane 16 bytes for every (kOwnRows kOwnCols) / (kOwnRows + kOwnCols) x 4 of its products. Lanes are numbered
-// so that neighbours by lane ^ 1 read the same of A and by lane ^ 2 the same of B, which halves the passes of a 16-byte load.
+// memory gives a lane 16 bytes for every kOwnRows kOwnCols / (kOwnRows + kOwnCols) x 4 of its products. Lanes are numbered so
+// that neighbours by lane ^ 1 read the same of A and by lane ^ 2 the same of B, which halves the passes of a 16-byte load.
+// A lane's rows and columns come in runs that one load of a depth reads, 1 in forward; between two of its runs lie those of
+// the other lanes and warps, so that they are a constant number of bytes apart.
 template <int kCols, LayoutOfA kLayout>
-struct FmaProduct : FloatOperands<kCols, kLayout> {
-  using Operands = FloatOperands<kCols, kLayout>;
+struct FmaProduct : FloatOperands<kCols, kLayout, false> {
+  using Operands = FloatOperands<kCols, kLayout, false>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kMoveBytes<kCols>;
-  static constexpr int kThreadsAtLeast = kCols > 64 ? 384 : 512;  // 168 registers, or 128
-  static constexpr int kWarpsAcross = kCols >= 48 ? 4 : kCols >= 32 ? 2 : 1;
-  static constexpr int kOwnRows = 2 * kWarpsAcross, kOwnCols = kCols / kWarpsAcross / 4;
-  // The lane's rows are first + kRun r (+ 1 ... kRun - 1), in wgrad runs of neighbours that one load reads.
-  static constexpr int kRunOfRows = kIsWgrad ? (kOwnRows < 4 ? 2 : 4) : 1;
-  static constexpr int kRunOfCols = kIsWgrad ? (kOwnCols % 4 == 0 ? 4 : kOwnCols % 2 == 0 ? 2 : 1) : 1;
+  static constexpr int kThreadsAtLeast = kCols > 64 && !kIsWgrad ? 384 : 512;  // 168 registers, or 128
+  static constexpr int kWarpsAcross = kCols >= 48 ? 4 : 2, kWarpsDown = 4 / kWarpsAcross;
+  static constexpr int kOwnRows = kGroupRows / kWarpsDown / 8, kOwnCols = kCols / kWarpsAcross / 4;
+  static constexpr int kRunOfRows = kIsWgrad ? 4 : 1;
+  static constexpr int kRunOfCols = !kIsWgrad ? 1 : kOwnCols % 4 == 0 ? 4 : kOwnCols % 2 == 0 ? 2 : 1;
 
-  __device__ static int lane_row() { return (threadIdx.x >> 1 & 1) | (threadIdx.x >> 2 & 6); }
-  __device__ static int lane_col() { return (threadIdx.x & 1) | (threadIdx.x >> 1 & 2); }
-  __device__ static int first_row() { return threadIdx.x / kWarp % 4 / kWarpsAcross * 8 * kOwnRows + lane_row() * kRunOfRows; }
-  __device__ static int first_col() { return threadIdx.x / kWarp % kWarpsAcross * 4 * kOwnCols + lane_col() * kRunOfCols; }
-  __device__ static constexpr int row_step(int i) { return i / kRunOfRows * 8 * kRunOfRows + i % kRunOfRows; }
-  __device__ static constexpr int col_step(int j) { return j / kRunOfCols * 4 * kRunOfCols + j % kRunOfCols; }
+  __device__ static int first_row() {
+    const int lane_row = (threadIdx.x >> 1 & 1) | (threadIdx.x >> 2 & 6);
+    return (threadIdx.x / kWarp % 4 / kWarpsAcross * 8 + lane_row) * kRunOfRows;
+  }
+  __device__ static int first_col() {
+    const int lane_col = (threadIdx.x & 1) | (threadIdx.x >> 1 & 2);
+    return (threadIdx.x / kWarp % kWarpsAcross * 4 + lane_col) * kRunOfCols;
+  }
+  __device__ static constexpr int row_step(int i) { return i / kRunOfRows * 8 * kWarpsDown * kRunOfRows + i % kRunOfRows; }
+  __device__ static constexpr int col_step(int j) { return j / kRunOfCols * 4 * kWarpsAcross * kRunOfCols + j % kRunOfCols; }
 
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     const int row = first_row(), col = first_col();
     if constexpr (kIsWgrad) {
-#pragma unroll 1
-      for (int depth = 0; depth < Operands::kDepth; depth += 4) {
+      const auto byte_step = [](int channels) { return channels / 32 * Operands::kBlockBytes + channels % 32 * 4; };
+      const char* const from_a = a + Operands::place_in_a(0, row / 4);
+      const char* const from_b = b + Operands::place_in_b(0, col / 4) + col % 4 * 4;
+#pragma unroll 4
+      for (int d = 0; d < Operands::kDepth; ++d) {
+        float left[kOwnRows], right[kOwnCols];
 #pragma unroll
-        for (int d = 0; d < 4; ++d) {
-          float left[kOwnRows], right[kOwnCols];
-          const char *const from_a = a + depth * 128, *const from_b = b + depth * 128;
+        for (int i = 0; i < kOwnRows; i += kRunOfRows) {
+          load<kRunOfRows>(left + i, from_a + d * 128 + byte_step(row_step(i)));
+        }
 #pragma unroll
-          for (int i = 0; i < kOwnRows; i += kRunOfRows) {
-            load<kRunOfRows>(left + i, from_a + Operands::place_in_a(d, (row + row_step(i)) / 4), row % 4);
-          }
+        for (int j = 0; j < kOwnCols; j += kRunOfCols) {
+          load<kRunOfCols>(right + j, from_b + d * 128 + byte_step(col_step(j)));
+        }
 #pragma unroll
-          for (int j = 0; j < kOwnCols; j += kRunOfCols) {
-            load<kRunOfCols>(right + j, from_b + Operands::place_in_b(d, (col + col_step(j)) / 4), (col + col_step(j)) % 4);
-          }
+        for (int i = 0; i < kOwnRows; ++i) {
 #pragma unroll
-          for (int i = 0; i < kOwnRows; ++i) {
-#pragma unroll
-            for (int j = 0; j < kOwnCols; ++j) sums[i * kOwnCols + j] = fmaf(left[i], right[j], sums[i * kOwnCols + j]);
-          }
+          for (int j = 0; j < kOwnCols; ++j) sums[i * kOwnCols + j] = fmaf(left[i], right[j], sums[i * kOwnCols + j]);
         }
       }
     } else {
 #pragma unroll 2
-      for (int piece = 0; piece < 8; ++piece) {  // four depths
+      for (int piece = 0; piece < 8; ++piece) {  // four depths; rows and columns are 8 or more apart, their swizzle the same
         float left[kOwnRows][4], right[kOwnCols][4];
-        const char* const from_a = a + swizzled<128>(row, piece);  // the swizzle of all the lane's rows: they are 8 apart
+        const char *const from_a = a + swizzled<128>(row, piece), *const from_b = b + swizzled<128>(col, piece);
 #pragma unroll
-        for (int i = 0; i < kOwnRows; ++i) load<4>(left[i], from_a + i * 8 * 128, 0);
-        const char* const from_b[2] = {b + swizzled<128>(col, piece), b + swizzled<128>(col, piece ^ 4)};
+        for (int i = 0; i < kOwnRows; ++i) load<4>(left[i], from_a + row_step(i) * 128);
 #pragma unroll
-        for (int j = 0; j < kOwnCols; ++j) load<4>(right[j], from_b[j % 2] + j * 4 * 128, 0);
+        for (int j = 0; j < kOwnCols; ++j) load<4>(right[j], from_b + col_step(j) * 128);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
 #pragma unroll
@@ -214,8 +217,7 @@ struct FmaProduct : FloatOperands<kCols, kLayout> {
 
  private:
   template <int kNumber>
-  __device__ static void load(float* to, const char* piece, int first) {
-    const float* from = reinterpret_cast<const float*>(piece) + first;
+  __device__ static void load(float* to, const char* from) {
     if constexpr (kNumber == 4) {
       const float4 v = *reinterpret_cast<const float4*>(from);
       to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
@@ -223,7 +225,7 @@ struct FmaProduct : FloatOperands<kCols, kLayout> {
       const float2 v = *reinterpret_cast<const float2*>(from);
       to[0] = v.x, to[1] = v.y;
     } else {
-      to[0] = *from;
+      to[0] = *reinterpret_cast<const float*>(from);
     }
   }
 };

@@ -100,7 +100,7 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, o
         return [y.astype(out_dtype)]
     sort = config.sorts_rows(taps, of_reverse) if spec.config.sort is None else spec.config.sort
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
-    tile = tile or config.forward_tile(rows, c_in, c_out, spec.dtype, spec.is_exact)
+    tile = tile or config.forward_tile(rows, c_in, c_out, spec.dtype)
     if spec.dtype == jnp.float32:
         w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
     (y,) = _ffi.call("jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile, spec))
