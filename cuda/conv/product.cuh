@@ -41,15 +41,15 @@ template <typename T_, int kCols>
 struct HalfOperands {
   using T = T_;
   static constexpr bool kRowsOfBAreColumns = false;
-  static constexpr int kThreadsAtLeast = 512;  // on a multiprocessor, which bounds registers: 128
+  static constexpr int kThreadsAtLeast = 0;  // on a multiprocessor, which bounds registers; 0 leaves them to the compiler
   static constexpr int kDepth = 64;  // of a step: 128 bytes of a row-major row
   static constexpr int kRowBytesB = kCols > 32 ? 128 : kCols > 16 ? 64 : 32;
-  static constexpr int kBlockBytesB = kDepth * kRowBytesB;
+  static constexpr int kBlockBytesA = kBytesA, kBlockBytesB = kDepth * kRowBytesB;
   static constexpr int kBytesB = (kCols + 63) / 64 * kBlockBytesB;
 
-  // Where a 16-byte piece of a depth's row lies: of a depth-major A, and of B.
-  __device__ static int place_in_a(int depth, int piece) { return piece / 8 * kBytesA + swizzled<128>(depth, piece % 8); }
-  __device__ static int place_in_b(int depth, int piece) {
+  // Where a 16-byte piece of a depth's row lies: of a depth-major A, in its block; of B, in its block or from the start of B.
+  __device__ static uint32_t place_in_a(int depth, int piece) { return swizzled<128>(depth, piece); }
+  __device__ static uint32_t place_in_b(int depth, int piece) {
     constexpr int kPieces = kRowBytesB / 16;
     return piece / kPieces * kBlockBytesB + swizzled<kRowBytesB>(depth, piece % kPieces);
   }

@@ -21,15 +21,15 @@ template <int kCols, LayoutOfA kLayout, bool kExchanged>
 struct FloatOperands {
   using T = float;
   static constexpr bool kRowsOfBAreColumns = kLayout == LayoutOfA::kRowMajor;
-  static constexpr int kThreadsAtLeast = 512;
+  static constexpr int kThreadsAtLeast = 0;
   static constexpr int kDepth = 32;  // of a step: 128 bytes of a row-major row
-  static constexpr int kBlockBytes = kDepth * 128;  // 32 channels, depth-major
-  static constexpr int kBytesB = kRowsOfBAreColumns ? kCols * 128 : (kCols + 31) / 32 * kBlockBytes;
+  static constexpr int kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // 32 channels, depth-major
+  static constexpr int kBytesB = kRowsOfBAreColumns ? kCols * 128 : (kCols + 31) / 32 * kBlockBytesB;
 
-  __device__ static int place_in_a(int depth, int piece) {
-    return piece / 8 * kBlockBytes + depth * 128 + ((piece % 8 ^ (kExchanged ? depth % 4 * 2 : 0)) << 4);
+  __device__ static uint32_t place_in_a(int depth, int piece) {
+    return depth * 128 + ((piece ^ (kExchanged ? depth % 4 * 2 : 0)) << 4);
   }
-  __device__ static int place_in_b(int depth, int piece) { return place_in_a(depth, piece); }
+  __device__ static uint32_t place_in_b(int depth, int piece) { return place_in_a(depth, piece); }
 };
 
 // Moves sums from the lanes that computed them to those of mma.sync.m16n8: row(i) and col(i) say where the i-th lies.
@@ -66,10 +66,10 @@ struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true> {
       constexpr int kColTiles = kCols / 16;  // of eight columns: every other one, so that blocks are known when compiling
       const int g = lane / 4, q = lane % 4, across = warp % 2;
       const auto element = [&](const char* from, int depth, int block, int piece) {
-        const char* row = from + block * Operands::kBlockBytes + (depth + q) * 128;
+        const char* row = from + block * Operands::kBlockBytesA + (depth + q) * 128;
         return *reinterpret_cast<const uint32_t*>(row + (((piece + g / 4) ^ q * 2) << 4) + g % 4 * 4);
       };
-#pragma unroll 2
+#pragma unroll
       for (int d = 0; d < Operands::kDepth; d += 8) {
         uint32_t fa[2][4];
 #pragma unroll
@@ -145,7 +145,7 @@ struct FmaProduct : FloatOperands<kCols, kLayout, false> {
   using Operands = FloatOperands<kCols, kLayout, false>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kMoveBytes<kCols>;
-  static constexpr int kThreadsAtLeast = kCols > 64 && !kIsWgrad ? 384 : 512;  // 168 registers, or 128
+  static constexpr int kThreadsAtLeast = kCols > 64 && !kIsWgrad ? 384 : 512;  // of at most 168 registers, or 128
   static constexpr int kWarpsAcross = kCols >= 48 ? 4 : 2, kWarpsDown = 4 / kWarpsAcross;
   static constexpr int kOwnRows = kGroupRows / kWarpsDown / 8, kOwnCols = kCols / kWarpsAcross / 4;
   static constexpr int kRunOfRows = kIsWgrad ? 4 : 1;
@@ -165,19 +165,18 @@ struct FmaProduct : FloatOperands<kCols, kLayout, false> {
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     const int row = first_row(), col = first_col();
     if constexpr (kIsWgrad) {
-      const auto byte_step = [](int channels) { return channels / 32 * Operands::kBlockBytes + channels % 32 * 4; };
-      const char* const from_a = a + Operands::place_in_a(0, row / 4);
-      const char* const from_b = b + Operands::place_in_b(0, col / 4) + col % 4 * 4;
+      const auto offset_of = [](int channels) { return channels / 32 * Operands::kBlockBytesA + channels % 32 * 4; };
+      const char *const from_a = a + offset_of(row), *const from_b = b + offset_of(col);
 #pragma unroll 4
       for (int d = 0; d < Operands::kDepth; ++d) {
         float left[kOwnRows], right[kOwnCols];
 #pragma unroll
         for (int i = 0; i < kOwnRows; i += kRunOfRows) {
-          load<kRunOfRows>(left + i, from_a + d * 128 + byte_step(row_step(i)));
+          load<kRunOfRows>(left + i, from_a + d * 128 + offset_of(row_step(i)));
         }
 #pragma unroll
         for (int j = 0; j < kOwnCols; j += kRunOfCols) {
-          load<kRunOfCols>(right + j, from_b + d * 128 + byte_step(col_step(j)));
+          load<kRunOfCols>(right + j, from_b + d * 128 + offset_of(col_step(j)));
         }
 #pragma unroll
         for (int i = 0; i < kOwnRows; ++i) {

@@ -1,8 +1,8 @@
 // dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), on tensor cores unless float32 is to be exact.
 //
 //     partial   a block takes a slot, an equal share of one tap's pairs, and a [64 kGroups, kCols] piece of dw: one product
-//               as deep as there are pairs, 64 a step (32 in float32). Rows of x and g come to shared memory as they are, a row a depth,
-//               by cp.async, through a ring of kStages that is never drained
+//               as deep as there are pairs, 64 a step, 32 in float32. Rows of x and g come to shared memory as they are, a
+//               row a depth, by cp.async, through a ring of kStages that is never drained
 //     reduce    dw[k] = the slots of tap k, added in order
 //
 // The number of slots depends on taps and channels alone, never on rows, and no float is added atomically: equal rows give
@@ -21,10 +21,12 @@ struct WgradGemm {
   using T = typename Product::T;
   static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_;
   static constexpr int kGroups = kRows / kGroupRows, kThreads = kWarpgroup * kGroups;
+  static constexpr int kBlocksAtLeast = Product::kThreadsAtLeast / kThreads;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
   static constexpr int kPairSteps = 2 * kStages;  // steps of pairs in shared memory
-  static constexpr int kSharedBytes = kStages * kStageBytes + kPairSteps * Product::kDepth * static_cast<int>(sizeof(Pair)) + 1024;
+  static constexpr int kPairBytes = kPairSteps * Product::kDepth * static_cast<int>(sizeof(Pair));
+  static constexpr int kSharedBytes = kStages * kStageBytes + kPairBytes + 1024;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -69,7 +71,7 @@ __device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slo
 }
 
 template <class P>
-__global__ void __launch_bounds__(P::kThreads, P::Product::kThreadsAtLeast / P::kThreads) wgrad_partial_kernel(WgradGemmArgs a) {
+__global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_kernel(WgradGemmArgs a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
@@ -123,8 +125,8 @@ __global__ void __launch_bounds__(P::kThreads, P::Product::kThreadsAtLeast / P::
         const bool exists = step * kDepth + d < count;
 #pragma unroll
         for (int block = 0; block < P::kRows / kInBlock; ++block) {
-          const int piece = block * 8 + part, channel = piece * kInPiece;
-          char* const to_a = to + Product::place_in_a(d, piece);
+          const int channel = (block * 8 + part) * kInPiece;
+          char* const to_a = to + block * Product::kBlockBytesA + Product::place_in_a(d, part);
           const T* from_x = x + int64_t{pair.in_row} * a.in_channels + channel;
           const int32_t there = exists ? a.in_channels - first_row - channel : 0;
           if (x_has_whole_pieces) {
@@ -136,9 +138,9 @@ __global__ void __launch_bounds__(P::kThreads, P::Product::kThreadsAtLeast / P::
         }
 #pragma unroll
         for (int block = 0; block < (kCols + kInBlock - 1) / kInBlock; ++block) {
-          const int piece = block * 8 + part, channel = piece * kInPiece;
+          const int channel = (block * 8 + part) * kInPiece;
           if (channel >= kCols) continue;
-          copy_piece<16>(to + kGroups * kBytesA + Product::place_in_b(d, piece),
+          copy_piece<16>(to + kGroups * kBytesA + block * Product::kBlockBytesB + Product::place_in_b(d, part),
                          g + int64_t{pair.out_row} * a.out_channels + channel,
                          exists && first_col + channel < a.out_channels);
         }
