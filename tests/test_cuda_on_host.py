@@ -443,6 +443,10 @@ def test_negative_underflow_leaves_no_negative_zero():
     alone = forward(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32)
     with_mate = forward(x, w, np.array([[0, -1], [-1, 1]], I32), [2], F32)
     assert alone[0].tobytes() == with_mate[0].tobytes() == bytes(4)
+    x, w = (np.zeros((2, 32), F32), np.zeros((2, 32, 8), F32))
+    x[:, -1], w[:, -1] = 1e-30, -1e-30
+    y = conv_gemm(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, (64, 16, 4), exact=1)
+    assert y[0].tobytes() == bytes(32)
 
 
 # --- convolution over a schedule ---
@@ -631,16 +635,25 @@ def test_every_float_wgrad_tile_is_right_to_the_last_rounding(tile, exact, kind)
         assert_within_rounding(dw, product(*read), product(*map(np.abs, read)), rows)
 
 
-def test_tensor_core_rows_do_not_depend_on_tile_mates_or_capacity():
+@pytest.mark.parametrize(
+    ("dtype", "tiles", "exact"),
+    [
+        (F16, [(128, 16, 4), (128, 32, 3), (64, 16, 4)], 0),
+        (F32, [(64, 16, 4), (64, 32, 4), (128, 64, 3)], 0),
+        (F32, [(64, 16, 4), (64, 48, 4), (128, 64, 3)], 1),
+    ],
+)
+def test_scheduled_rows_do_not_depend_on_tile_mates_or_capacity(dtype, tiles, exact):
     rng = np.random.default_rng(1)
     count, volume = 150, 9
-    x, w = rng.normal(size=(count, 24)).astype(F16), rng.normal(size=(volume, 24, 16)).astype(F16)
+    x, w = rng.normal(size=(count, 24)).astype(dtype), rng.normal(size=(volume, 24, 16)).astype(dtype)
     table = random_table(rng, volume, count, count, 0.3)
-    y = conv_gemm(x, w, table, [count], F16, (128, 16, 4))
+    y = conv_gemm(x, w, table, [count], dtype, tiles[0], exact=exact)
     groups = Geometry.create(1, volume, 1).tap_groups
-    assert conv_gemm(x, w, table, [count], F16, (128, 32, 3), groups).tobytes() == y.tobytes()
+    assert conv_gemm(x, w, table, [count], dtype, tiles[1], groups, exact).tobytes() == y.tobytes()
     more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
-    y_more = conv_gemm(np.concatenate([x, np.full((90, 24), np.nan, F16)]), w, more, [count], F16, (64, 16, 4), groups)
+    padded = np.concatenate([x, np.full((90, 24), np.nan, dtype)])
+    y_more = conv_gemm(padded, w, more, [count], dtype, tiles[2], groups, exact)
     assert y_more[:count].tobytes() == y.tobytes()
     assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
 

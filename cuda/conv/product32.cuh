@@ -32,14 +32,15 @@ struct FloatOperands {
   __device__ static uint32_t place_in_b(int depth, int piece) { return place_in_a(depth, piece); }
 };
 
-// Moves sums from the lanes that computed them to those of mma.sync.m16n8: row(i) and col(i) say where the i-th lies.
+// Moves sums from the lanes that computed them to those of mma.sync.m16n8: row(i) and col(i) say where the i-th lies. A sum
+// that underflowed to -0 becomes +0, which the absent taps of a row, whose products are +0, may or may not have made it.
 template <int kCols, typename Row, typename Col>
 __device__ void move_sums(float (&sums)[kCols / 2], char* shared, Row row, Col col) {
   constexpr int kStride = kCols + 4;  // rows of eight lanes start in different banks
   float* const c = reinterpret_cast<float*>(shared);
   __syncthreads();  // operands are no longer read
 #pragma unroll
-  for (int i = 0; i < kCols / 2; ++i) c[row(i) * kStride + col(i)] = sums[i];
+  for (int i = 0; i < kCols / 2; ++i) c[row(i) * kStride + col(i)] = sums[i] + 0.0f;
   __syncthreads();
   const int lane = threadIdx.x % kWarp, first_row = threadIdx.x / kWarp % 4 * 16 + lane / 4;
 #pragma unroll

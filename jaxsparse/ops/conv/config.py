@@ -74,8 +74,8 @@ def forward_tile(rows: int, c_in: int, c_out: int, dtype) -> Tile:
     float32 64 rows were, TF32 and exact: at half the rate of products, those that are computed in vain cost more.
     """
     is_float = dtype == np.float32
-    tiles = FLOAT_TILES if is_float else FORWARD_TILES if c_in % 8 == 0 else NARROW_TILES
-    tiles = [t for t in tiles if t.rows == (64 if is_float else 128)]
+    built = FLOAT_TILES if is_float else FORWARD_TILES if c_in % 8 == 0 else NARROW_TILES
+    tiles = [t for t in built if t.rows == (64 if is_float else 128)]
     computed = {t: -(-c_out // t.cols) * t.cols for t in tiles}
     blocks = {t: -(-rows // t.rows) * -(-c_out // t.cols) for t in tiles}
 
