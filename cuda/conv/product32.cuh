@@ -146,7 +146,7 @@ struct FmaProduct : FloatOperands<kCols, kLayout, false> {
   using Operands = FloatOperands<kCols, kLayout, false>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kMoveBytes<kCols>;
-  static constexpr int kThreadsAtLeast = kCols > 64 && !kIsWgrad ? 384 : 512;  // of at most 168 registers, or 128
+  static constexpr int kThreadsAtLeast = kCols > 64 ? 384 : 512;  // of at most 168 registers, or 128
   static constexpr int kWarpsAcross = kCols >= 48 ? 4 : 2, kWarpsDown = 4 / kWarpsAcross;
   static constexpr int kOwnRows = kGroupRows / kWarpsDown / 8, kOwnCols = kCols / kWarpsAcross / 4;
   static constexpr int kRunOfRows = kIsWgrad ? 4 : 1;
