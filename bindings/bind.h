@@ -32,16 +32,12 @@ auto with_geometry(Binding binding) {
 }
 
 template <typename Binding>
-auto with_choices(Binding binding) {
-  return std::move(binding).template Attr<int64_t>("precision").template Attr<int64_t>("tile_rows");
-}
-
-template <typename Binding>
 auto with_tile(Binding binding) {
   return std::move(binding)
       .template Attr<int64_t>("tile_rows")
       .template Attr<int64_t>("tile_cols")
-      .template Attr<int64_t>("stages");
+      .template Attr<int64_t>("stages")
+      .template Attr<int64_t>("exact");
 }
 
 // Defines the handlers of the custom calls that CPU and CUDA share, from the functions of their names in scope, and
@@ -56,8 +52,9 @@ auto with_tile(Binding binding) {
   XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<Context, 5, 2>()).Attr<int64_t>("builder")), \
                          __VA_ARGS__);                                                                        \
   XLA_FFI_DEFINE_HANDLER(kReverseTable, reverse_table, (bind<Context, 2, 2>()), __VA_ARGS__);                 \
-  XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward, (with_choices(bind<Context, 5, 1>())), __VA_ARGS__);     \
-  XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad, (with_choices(bind<Context, 5, 2>())), __VA_ARGS__);         \
+  XLA_FFI_DEFINE_HANDLER(kConvForward, conv_forward, (bind<Context, 5, 1>().Attr<int64_t>("tile_rows")),       \
+                         __VA_ARGS__);                                                                        \
+  XLA_FFI_DEFINE_HANDLER(kConvWgrad, conv_wgrad, (bind<Context, 5, 2>().Attr<int64_t>("tile_rows")), __VA_ARGS__); \
   XLA_FFI_DEFINE_HANDLER(kInvertIndex, invert_index, (bind<Context, 1, 3>()), __VA_ARGS__);                   \
   XLA_FFI_DEFINE_HANDLER(kSegmentSum, segment_sum, (bind<Context, 3, 1>()), __VA_ARGS__);                     \
   const Handlers kHandlers = {                                                                                \

@@ -280,7 +280,6 @@ inline ffi::Error check_reverse_table(In table, In out_counts, Out reverse, Out 
 struct Conv {
   ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
   ffi::DataType out_dtype = ffi::DataType::INVALID;  // of y, or of dw
-  bool exact = false;                      // float32 products in full: no TF32
   int tile_rows = 0;
   int64_t taps = kUnbound, in_rows = kUnbound, out_rows = kUnbound, in_channels = kUnbound, out_channels = kUnbound;
   int64_t segments = kUnbound, mask_words = kUnbound, workspace = kUnbound;
@@ -288,7 +287,7 @@ struct Conv {
 
 // What both convolutions share: the map, the dtypes, the attributes.
 inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, ffi::DataType out_dtype,
-                       int64_t precision, int64_t tile_rows, Conv* s) {
+                       int64_t tile_rows, Conv* s) {
   s->dtype = x.element_type();
   s->out_dtype = out_dtype;
   checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
@@ -299,19 +298,17 @@ inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, 
   checks.require(is_feature_dtype(s->dtype), "x must be float16, bfloat16, float32 or float64");
   checks.require(out_dtype == s->dtype || (out_dtype == ffi::F32 && is_16_bit(s->dtype)),
                  "the result must have the dtype of x, or float32 where x has 16 bits");
-  checks.require(precision >= 0 && precision <= 2, "precision must be 0 (default), 1 (high) or 2 (highest)");
   checks.require(tile_rows == 32 || tile_rows == 64 || tile_rows == 128, "tile_rows must be 32, 64 or 128");
   checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
   checks.require(s->in_channels >= 1, "x must have at least one channel");
   check_segments(checks, s->out_rows, s->segments);
-  s->exact = precision != 0;
   s->tile_rows = static_cast<int>(tile_rows);
 }
 
-inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_counts, Out y, int64_t precision,
+inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_counts, Out y,
                                      int64_t tile_rows, Conv* s) {
   Checks checks("jaxsparse_conv_forward_v1");
-  check_conv(checks, x, table, masks, out_counts, y->element_type(), precision, tile_rows, s);
+  check_conv(checks, x, table, masks, out_counts, y->element_type(), tile_rows, s);
   checks.operand("w", w, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
   checks.operand("y", y, s->out_dtype, {&s->out_rows, &s->out_channels});
   checks.require(s->out_channels >= 1, "w must have at least one output channel");
@@ -319,9 +316,9 @@ inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_coun
 }
 
 inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
-                                   int64_t precision, int64_t tile_rows, Conv* s) {
+                                   int64_t tile_rows, Conv* s) {
   Checks checks("jaxsparse_conv_wgrad_v1");
-  check_conv(checks, x, table, masks, out_counts, dw->element_type(), precision, tile_rows, s);
+  check_conv(checks, x, table, masks, out_counts, dw->element_type(), tile_rows, s);
   checks.operand("g", g, s->dtype, {&s->out_rows, &s->out_channels});
   checks.operand("dw", dw, s->out_dtype, {&s->taps, &s->in_channels, &s->out_channels});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
@@ -374,7 +371,7 @@ struct Gemm {
 };
 
 inline void check_gemm(Checks& checks, const Gemm& s) {
-  checks.require(is_16_bit(s.dtype), "x must be float16 or bfloat16");
+  checks.require(is_16_bit(s.dtype) || s.dtype == ffi::F32, "x must be float16, bfloat16 or float32");
   checks.require(s.out_dtype == s.dtype || s.out_dtype == ffi::F32, "the result must have the dtype of x, or float32");
   checks.require(s.taps >= 1 && s.taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
   checks.require(s.in_channels >= 4 && s.in_channels % 4 == 0, "input channels must be a multiple of 4");
@@ -387,7 +384,11 @@ inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_t
   s->dtype = x.element_type();
   s->out_dtype = y->element_type();
   checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
-  checks.operand("w", w, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  if (s->dtype == ffi::F32) {
+    checks.operand("w", w, s->dtype, {&s->taps, &s->out_channels, &s->in_channels});
+  } else {
+    checks.operand("w", w, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  }
   checks.operand("order", order, ffi::S32, {&s->out_rows});
   if (checks.ok()) {
     s->mask_words = (s->taps + 31) / 32;

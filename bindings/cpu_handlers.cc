@@ -161,10 +161,9 @@ ffi::Error reverse_table(ffi::ThreadPool pool, In table, In out_counts, Out reve
   });
 }
 
-ffi::Error conv_forward(ffi::ThreadPool pool, In x, In w, In table, In masks, In out_counts, Out y, int64_t precision,
-                        int64_t tile_rows) {
+ffi::Error conv_forward(ffi::ThreadPool pool, In x, In w, In table, In masks, In out_counts, Out y, int64_t tile_rows) {
   Conv s;
-  if (auto e = check_conv_forward(x, w, table, masks, out_counts, y, precision, tile_rows, &s); e.failure()) return e;
+  if (auto e = check_conv_forward(x, w, table, masks, out_counts, y, tile_rows, &s); e.failure()) return e;
   const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
   return for_float("jaxsparse_conv_forward_v1", s.dtype, [&](auto t) {
     using T = decltype(t);
@@ -174,11 +173,9 @@ ffi::Error conv_forward(ffi::ThreadPool pool, In x, In w, In table, In masks, In
 }
 
 ffi::Error conv_wgrad(ffi::ThreadPool pool, In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
-                      int64_t precision, int64_t tile_rows) {
+                      int64_t tile_rows) {
   Conv s;
-  if (auto e = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, precision, tile_rows, &s); e.failure()) {
-    return e;
-  }
+  if (auto e = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, tile_rows, &s); e.failure()) return e;
   const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
   return for_float("jaxsparse_conv_wgrad_v1", s.dtype, [&](auto t) {
     using T = decltype(t);

@@ -135,15 +135,13 @@ ffi::Error reverse_table(cudaStream_t stream, In table, In out_counts, Out rever
   return launch_error("jaxsparse_reverse_table_v1", cuda::reverse_table(args, stream));
 }
 
-ffi::Error conv_forward(cudaStream_t stream, In x, In w, In table, In masks, In out_counts, Out y, int64_t precision,
-                        int64_t tile_rows) {
+ffi::Error conv_forward(cudaStream_t stream, In x, In w, In table, In masks, In out_counts, Out y, int64_t tile_rows) {
   Conv s;
-  ffi::Error error = check_conv_forward(x, w, table, masks, out_counts, y, precision, tile_rows, &s);
+  ffi::Error error = check_conv_forward(x, w, table, masks, out_counts, y, tile_rows, &s);
   if (error.failure()) return error;
   cuda::ConvForwardArgs args{};
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
-  args.exact = s.exact;
   args.tile_rows = s.tile_rows;
   args.x = x.untyped_data();
   args.w = w.untyped_data();
@@ -160,10 +158,10 @@ ffi::Error conv_forward(cudaStream_t stream, In x, In w, In table, In masks, In 
 }
 
 ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
-                      int64_t precision, int64_t tile_rows) {
+                      int64_t tile_rows) {
   constexpr const char* call = "jaxsparse_conv_wgrad_v1";
   Conv s;
-  ffi::Error error = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, precision, tile_rows, &s);
+  ffi::Error error = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, tile_rows, &s);
   if (error.failure()) return error;
   const cuda::Dtype dtype = kernel_dtype(s.dtype);
   error = check_workspace(call, s.workspace,
@@ -173,7 +171,6 @@ ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In ou
   cuda::ConvWgradArgs args{};
   args.dtype = dtype;
   args.out_dtype = kernel_dtype(s.out_dtype);
-  args.exact = s.exact;
   args.x = x.untyped_data();
   args.g = g.untyped_data();
   args.table = ints(table);
@@ -224,12 +221,13 @@ ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& ti
 }
 
 ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, Out y, int64_t tile_rows,
-                     int64_t tile_cols, int64_t stages) {
+                     int64_t tile_cols, int64_t stages, int64_t exact) {
   Gemm s;
   if (ffi::Error error = check_conv_gemm(x, w, order, tile_masks, tile_table, y, &s); error.failure()) return error;
   cuda::ConvGemmArgs args{};
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
+  args.exact = exact != 0;
   args.tile = tile_of(tile_rows, tile_cols, stages);
   args.x = x.untyped_data();
   args.w = w.untyped_data();
@@ -264,7 +262,7 @@ ffi::Error conv_pairs(cudaStream_t stream, In table, In out_counts, Out pairs, O
 }
 
 ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, Out dw, Out workspace, int64_t tile_rows,
-                      int64_t tile_cols, int64_t stages, int64_t slots) {
+                      int64_t tile_cols, int64_t stages, int64_t exact, int64_t slots) {
   constexpr const char* call = "jaxsparse_wgrad_gemm_v1";
   Gemm s;
   ffi::Error error = check_wgrad_gemm(x, g, pairs, tap_pairs, dw, workspace, slots, &s);
@@ -274,6 +272,7 @@ ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, O
   cuda::WgradGemmArgs args{};
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
+  args.exact = exact != 0;
   args.tile = tile_of(tile_rows, tile_cols, stages);
   args.slots = narrow(slots);
   args.x = x.untyped_data();
@@ -315,7 +314,7 @@ using Stream = ffi::PlatformStream<cudaStream_t>;
 // Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
 JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
-// The tensor-core products, which CUDA alone has.
+// The scheduled products, which CUDA alone has.
 XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>())), {ffi::Traits::kCmdBufferCompatible});

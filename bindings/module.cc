@@ -37,6 +37,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("forward_tiles") = as_tuples(jaxsparse::cuda::kForwardTiles);
   m.attr("narrow_tiles") = as_tuples(jaxsparse::cuda::kNarrowTiles);
   m.attr("wgrad_tiles") = as_tuples(jaxsparse::cuda::kWgradTiles);
+  m.attr("float_tiles") = as_tuples(jaxsparse::cuda::kFloatTiles);
+  m.attr("float_wgrad_tiles") = as_tuples(jaxsparse::cuda::kFloatWgradTiles);
   m.def("cpu_handlers", [] { return capsules(jaxsparse::cpu_handlers()); });
 #ifdef JAXSPARSE_WITH_CUDA
   m.def("cuda_handlers", [] { return capsules(jaxsparse::cuda_handlers()); });

@@ -7,6 +7,8 @@ most_group_words: int
 forward_tiles: list[tuple[int, int, int]]
 narrow_tiles: list[tuple[int, int, int]]
 wgrad_tiles: list[tuple[int, int, int]]
+float_tiles: list[tuple[int, int, int]]
+float_wgrad_tiles: list[tuple[int, int, int]]
 
 def ffi_version() -> tuple[int, int]: ...
 def jaxlib_version() -> str: ...

@@ -174,14 +174,13 @@ def test_config_travels_to_the_custom_calls(tile_rows):
     config = js.ops.ConvConfig(tile_rows=tile_rows)
 
     def loss(feats, kernel):
-        return js.ops.conv(x.with_feats(feats), kernel, kernel_size=3, config=config, precision="high").feats.sum()
+        return js.ops.conv(x.with_feats(feats), kernel, kernel_size=3, config=config).feats.sum()
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(x.feats, kernel).as_text()
     calls = [line for line in text.splitlines() if "@jaxsparse_conv_" in line]
     assert len(calls) == 2  # dgrad and wgrad: the value itself is not asked for
     for line in calls:
         assert f"tile_rows = {tile_rows} : i64" in line
-        assert "precision = 1 : i64" in line
 
 
 def test_output_onto_given_sites():
@@ -215,12 +214,16 @@ def test_bias_reaches_every_output_site_and_no_padding():
 
 
 def test_default_precision_of_jax_is_honoured():
-    x = random_tensor(0, rows=40)
-    kernel = random_kernel(0, Geometry.create(3, 3), 3, 4)
-    lower = jax.jit(lambda k: js.ops.conv(x, k, kernel_size=3).feats).lower
+    x = random_tensor(0, rows=40, features=8)
+    kernel = random_kernel(0, Geometry.create(3, 3), 8, 8)
+
+    def text_for_cuda():
+        traced = jax.jit(lambda k: js.ops.conv(x, k, kernel_size=3).feats).trace(kernel)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
     with jax.default_matmul_precision("float32"):
-        assert "precision = 2 : i64" in lower(kernel).as_text()
-    assert "precision = 0 : i64" in lower(kernel).as_text()
+        assert "exact = 1 : i64" in text_for_cuda()
+    assert "exact = 0 : i64" in text_for_cuda()
 
 
 def test_results_are_bitwise_repeatable():

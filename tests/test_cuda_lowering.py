@@ -90,13 +90,39 @@ def test_products_of_every_dtype_agree_with_plain_jax_in_float64(kind, dtype):
             assert row_error(got, truth) < tolerance
 
 
-def test_default_precision_takes_tf32_and_highest_does_not():
-    x = random_tensor(0, rows=70, features=16, low=-3, high=4)
-    kernel = random_kernel(0, Geometry.create(3, 3), 16, 16)
-    exact = products("submanifold", x, kernel, "xla")[0]
-    highest = row_error(products("submanifold", x, kernel, "auto")[0], exact)
-    default = row_error(products("submanifold", x, kernel, "auto", "default")[0], exact)
-    assert highest < 1e-6 < default < 2e-3
+@pytest.mark.parametrize("precision", ["default", "high", "highest"])
+@pytest.mark.parametrize(("c_in", "c_out", "gemms"), [(16, 24, 3), (12, 16, 2), (16, 20, 1), (9, 8, 0)])
+def test_float32_runs_on_the_scheduled_kernels_and_takes_tf32_by_default(calls, precision, c_in, c_out, gemms):
+    """Input channels in multiples of 4 and output channels of 8; dgrad has them the other way round."""
+    x = random_tensor(0, rows=70, features=c_in, low=-3, high=4)
+    kernel = random_kernel(0, Geometry.create(3, 3), c_in, c_out)
+    exact = products("submanifold", x, kernel, "xla")
+    calls.clear()
+    ours = products("submanifold", x, kernel, "auto", precision)
+    names = ("conv_gemm", "wgrad_gemm", "conv_forward", "conv_wgrad")
+    made = {name: calls.count(f"jaxsparse_{name}_v1") for name in names}
+    scheduled = [c % 4 == 0 and d % 8 == 0 for c, d in ((c_in, c_out), (c_out, c_in), (c_in, c_out))]
+    assert sum(scheduled) == gemms
+    assert made == {
+        "conv_gemm": sum(scheduled[:2]),
+        "wgrad_gemm": int(scheduled[2]),
+        "conv_forward": 2 - sum(scheduled[:2]),
+        "conv_wgrad": 1 - int(scheduled[2]),
+    }
+    for got, truth, is_scheduled in zip(ours, exact, scheduled, strict=True):
+        error = row_error(got, truth)
+        if is_scheduled and precision == "default":
+            assert 1e-6 < error < 2e-3
+        else:
+            assert error < 1e-6
+
+
+def test_tf32_rounds_weights_to_nearest_and_features_towards_zero():
+    """One product: 1 + 2^-10 - 2^-13 of the weight rounds up to 1 + 2^-10, of the feature down to 1."""
+    value = jnp.float32(1 + 2.0**-10 - 2.0**-13)
+    x = js.SparseTensor(jnp.zeros((1, 4), jnp.int32), jnp.full((1, 8), 0, jnp.float32).at[0, 0].set(value))
+    kernel = jnp.zeros((27, 8, 8), jnp.float32).at[13, 0, 0].set(value)
+    assert products("submanifold", x, kernel, "auto", "default")[0][0, 0] == 1 + 2.0**-10
 
 
 def test_float32_weights_of_a_bfloat16_layer_get_float32_gradients(calls):
@@ -153,8 +179,9 @@ def test_network_does_not_depend_on_place_or_order():
     with jax.default_matmul_precision("highest"):
         run = jax.jit(lambda x: net(x).feats).lower(x).compile()
     text = run.as_text()
-    made = {target: text.count(f'custom_call_target="{target}_on_host"') for target in _ffi.TARGETS}
-    assert made["jaxsparse_conv_forward_v1"] == 42
+    targets = [*_ffi.TARGETS, "jaxsparse_conv_gemm_v1"]
+    made = {target: text.count(f'custom_call_target="{target}_on_host"') for target in targets}
+    assert (made["jaxsparse_conv_forward_v1"], made["jaxsparse_conv_gemm_v1"]) == (23, 19)  # by the layers' channels
     assert made["jaxsparse_kernel_map_v1"] == 9
     assert made["jaxsparse_coarse_sites_v1"] == 4
     ours = run(x)

@@ -12,7 +12,7 @@ from scenes import regular_scenes
 
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, _workspace
-from jaxsparse.ops.conv import FORWARD_TILES, NARROW_TILES, WGRAD_TILES
+from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES
 
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
 
@@ -330,7 +330,7 @@ def test_reverse_table_inverts_the_map_of_real_rows(volume, counts):
 # --- convolution ---
 
 # dtype of features, of the result, precision
-DTYPES = [(F16, F16, 0), (F16, F32, 0), (BF16, BF16, 0), (BF16, F32, 2), (F32, F32, 0), (F32, F32, 1), (F64, F64, 0)]
+DTYPES = [(F16, F16), (F16, F32), (BF16, BF16), (BF16, F32), (F32, F32), (F64, F64)]
 CHANNELS = [(1, 1), (3, 17), (4, 32), (17, 3), (64, 96), (96, 64), (40, 130)]
 
 
@@ -344,31 +344,31 @@ def small_integers(rng, shape, dtype):
     return rng.integers(-3, 4, shape).astype(dtype)
 
 
-def forward(x, w, table, counts, out_dtype, precision=0, tile_rows=64):
+def forward(x, w, table, counts, out_dtype, tile_rows=64):
     with wide(x.dtype):
         shape = (table.shape[1], w.shape[2])
         return call(
             "conv_forward", [(shape, out_dtype)], x, w, table, masks_of(table), np.array(counts, I32),
-            precision=precision, tile_rows=tile_rows,
+            tile_rows=tile_rows,
         )[0]  # fmt: skip
 
 
-def wgrad(x, g, table, counts, out_dtype, precision=0):
+def wgrad(x, g, table, counts, out_dtype):
     with wide(x.dtype):
         shape = (table.shape[0], x.shape[1], g.shape[1])
         size = _workspace.conv_wgrad(len(table), *shape[1:], table.shape[1], 8 if x.dtype == F64 else 4)
         return call(
             "conv_wgrad", [(shape, out_dtype), ((size,), U8)], x, g, table, masks_of(table), np.array(counts, I32),
-            precision=precision, tile_rows=64,
+            tile_rows=64,
         )[0]  # fmt: skip
 
 
 @pytest.mark.parametrize("tile_rows", [32, 64, 128])
-@pytest.mark.parametrize(("dtype", "out_dtype", "precision"), DTYPES)
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
 @pytest.mark.parametrize(("channels", "volume", "counts"), [
     ((3, 17), 27, [130]), ((64, 96), 8, [100, 0, 70]), ((17, 3), 45, [0]), ((96, 64), 27, [200]), ((40, 130), 3, [77]),
 ])  # fmt: skip
-def test_forward_sums_the_products_of_the_map(tile_rows, dtype, out_dtype, precision, channels, volume, counts):
+def test_forward_sums_the_products_of_the_map(tile_rows, dtype, out_dtype, channels, volume, counts):
     rng = np.random.default_rng(volume)
     out_rows, in_rows = 210, 190
     x = small_integers(rng, (in_rows, channels[0]), dtype)
@@ -378,16 +378,16 @@ def test_forward_sums_the_products_of_the_map(tile_rows, dtype, out_dtype, preci
     for m, k in itertools.product(real_rows(out_rows, counts), range(volume)):
         if table[k, m] >= 0:
             expected[m] += x[table[k, m]].astype(F64) @ w[k].astype(F64)
-    y = forward(x, w, table, counts, out_dtype, precision, tile_rows)
+    y = forward(x, w, table, counts, out_dtype, tile_rows)
     assert y.dtype == out_dtype
     np.testing.assert_array_equal(y.astype(F64), expected.astype(out_dtype).astype(F64))
 
 
-@pytest.mark.parametrize(("dtype", "out_dtype", "precision"), DTYPES)
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
 @pytest.mark.parametrize(("channels", "volume", "counts"), [
     ((1, 1), 1, [300]), ((3, 17), 27, [1210]), ((64, 96), 8, [500, 0, 70]), ((17, 3), 45, [0]), ((96, 64), 3, [2100]),
 ])  # fmt: skip
-def test_wgrad_sums_the_outer_products_of_the_map(dtype, out_dtype, precision, channels, volume, counts):
+def test_wgrad_sums_the_outer_products_of_the_map(dtype, out_dtype, channels, volume, counts):
     rng = np.random.default_rng(volume)
     out_rows, in_rows = 2100, 1900
     x = small_integers(rng, (in_rows, channels[0]), dtype)
@@ -398,13 +398,13 @@ def test_wgrad_sums_the_outer_products_of_the_map(dtype, out_dtype, precision, c
     for k in range(volume):
         m = real[table[k, real] >= 0]
         expected[k] = x[table[k, m]].astype(F64).T @ g[m].astype(F64)
-    dw = wgrad(x, g, table, counts, out_dtype, precision)
+    dw = wgrad(x, g, table, counts, out_dtype)
     assert dw.dtype == out_dtype
     np.testing.assert_array_equal(dw.astype(F64), expected.astype(out_dtype).astype(F64))
 
 
-@pytest.mark.parametrize(("dtype", "out_dtype", "precision"), DTYPES)
-def test_results_do_not_depend_on_capacity_or_tile_mates(dtype, out_dtype, precision):
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
+def test_results_do_not_depend_on_capacity_or_tile_mates(dtype, out_dtype):
     rng = np.random.default_rng(1)
     count, volume, c_in, c_out = 700, 9, 20, 24
     x = rng.normal(size=(count, c_in)).astype(dtype)
@@ -419,19 +419,19 @@ def test_results_do_not_depend_on_capacity_or_tile_mates(dtype, out_dtype, preci
         return full(x), full(g), np.concatenate([table, np.full((volume, more), -1, I32)], 1)
 
     xs, gs, tables = at_capacity(count)
-    y = forward(xs, w, tables, [count], out_dtype, precision)
-    dw = wgrad(xs, gs, tables, [count], out_dtype, precision)
+    y = forward(xs, w, tables, [count], out_dtype)
+    dw = wgrad(xs, gs, tables, [count], out_dtype)
     assert np.isfinite(y.astype(F64)).all()
     assert np.isfinite(dw.astype(F64)).all()
     for capacity, tile_rows in [(701, 32), (1500, 128)]:
         xs, gs, tables = at_capacity(capacity)
-        y_more = forward(xs, w, tables, [count], out_dtype, precision, tile_rows)
+        y_more = forward(xs, w, tables, [count], out_dtype, tile_rows)
         assert y_more[:count].tobytes() == y.tobytes()
         assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)  # +0, not -0
-        assert wgrad(xs, gs, tables, [count], out_dtype, precision).tobytes() == dw.tobytes()
+        assert wgrad(xs, gs, tables, [count], out_dtype).tobytes() == dw.tobytes()
 
     shuffled = rng.permutation(count)
-    assert forward(x, w, table[:, shuffled], [count], out_dtype, precision).tobytes() == y[shuffled].tobytes()
+    assert forward(x, w, table[:, shuffled], [count], out_dtype).tobytes() == y[shuffled].tobytes()
 
 
 def test_negative_underflow_leaves_no_negative_zero():
@@ -440,12 +440,16 @@ def test_negative_underflow_leaves_no_negative_zero():
     x[:, -1] = 1e-30
     w = np.zeros((2, 16, 1), F32)
     w[:, -1] = -1e-30
-    alone = forward(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, precision=2)
-    with_mate = forward(x, w, np.array([[0, -1], [-1, 1]], I32), [2], F32, precision=2)
+    alone = forward(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32)
+    with_mate = forward(x, w, np.array([[0, -1], [-1, 1]], I32), [2], F32)
     assert alone[0].tobytes() == with_mate[0].tobytes() == bytes(4)
+    x, w = (np.zeros((2, 32), F32), np.zeros((2, 32, 8), F32))
+    x[:, -1], w[:, -1] = 1e-30, -1e-30
+    y = conv_gemm(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, (64, 16, 4), exact=1)
+    assert y[0].tobytes() == bytes(32)
 
 
-# --- convolution on tensor cores ---
+# --- convolution over a schedule ---
 
 
 def schedule(table, counts, groups=()):
@@ -491,13 +495,18 @@ def test_schedule_has_every_row_once_and_the_map_in_tiles(volume, counts, sort):
         np.testing.assert_array_equal(tile_table[tile][there], own[there])
 
 
-def conv_gemm(x, w, table, counts, out_dtype, tile, groups=()):
+def tile_attributes(tile, exact):
+    return {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2], "exact": exact}
+
+
+def conv_gemm(x, w, table, counts, out_dtype, tile, groups=(), exact=0):
     shape = (table.shape[1], w.shape[2])
-    attributes = {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2]}
+    attributes = tile_attributes(tile, exact)
+    w = w.swapaxes(1, 2) if w.dtype == F32 else w
     return call("conv_gemm", [(shape, out_dtype)], x, w, *schedule(table, counts, groups), **attributes)[0]
 
 
-def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots):
+def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots, exact=0):
     volume, rows = table.shape
     results = [((volume, rows, 2), I32), ((volume,), I32), ((_workspace.conv_pairs(volume, rows),), U8)]
     types = [jax.ShapeDtypeStruct(*r) for r in results]
@@ -510,7 +519,7 @@ def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots):
         m = real[table[k, real] >= 0]
         np.testing.assert_array_equal(np.asarray(pairs)[k, : int(tap_pairs[k])], np.stack([table[k, m], m], 1))
     shape = (volume, x.shape[1], g.shape[1])
-    attributes = {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2], "slots": slots}
+    attributes = tile_attributes(tile, exact) | {"slots": slots}
     results = [(shape, out_dtype), ((_workspace.wgrad_gemm(slots, *shape[1:]),), U8)]
     return call("wgrad_gemm", results, x, g, np.asarray(pairs), np.asarray(tap_pairs), **attributes)[0]
 
@@ -560,16 +569,91 @@ def test_every_wgrad_tile_sums_the_outer_products_of_the_map(tile):
         np.testing.assert_array_equal(dw.astype(F64), expected.astype(out_dtype).astype(F64))
 
 
-def test_tensor_core_rows_do_not_depend_on_tile_mates_or_capacity():
+def adversarial(rng, shape, kind):
+    """Float32 whose sums are hard: large and cancelling, or of every magnitude. (Denormals XLA's CPU threads flush.)"""
+    x = rng.normal(size=shape)
+    if kind == "cancelling":
+        x = np.where(rng.random(shape) < 0.5, 1e4, -1e4) * (1 + 1e-4 * x)
+    elif kind == "spread":
+        x = x * 10.0 ** rng.integers(-12, 5, shape)
+    return x.astype(F32)
+
+
+def truncated(x):
+    """What tensor cores read of a float32."""
+    return (x.view(U32) & U32(0xFFFFE000)).view(F32)
+
+
+def assert_within_rounding(got, truth, magnitude, terms):
+    """Each of `terms` fused multiply-adds rounds once, by at most 2^-24 of sum |x| |w|."""
+    assert (np.abs(got.astype(F64) - truth) <= 1.001 * terms * 2.0**-24 * magnitude).all()
+
+
+def rows_under_taps(x, table):
+    """Float64 [taps, outputs, channels], 0 where a tap is absent."""
+    return np.where(table[:, :, None] >= 0, x.astype(F64)[table], 0)
+
+
+HARD = pytest.mark.parametrize("kind", ["normal", "cancelling", "spread"])
+
+
+@HARD
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize("tile", FLOAT_TILES, ids=str)
+def test_every_float_tile_is_right_to_the_last_rounding(tile, exact, kind):
+    """Against float64 on the operands as they are read, which in TF32 are 2^-10 smaller at most."""
+    rng = np.random.default_rng(tile.cols)
+    in_rows, groups = 100, Geometry.create(1, 5, 1).tap_groups
+    for rows, c_in, c_out in [(tile.rows - 1, 4, 8), (tile.rows, 32, tile.cols), (tile.rows + 1, 44, tile.cols + 8)]:
+        x, w = adversarial(rng, (in_rows, c_in), kind), adversarial(rng, (5, c_in, c_out), "normal")
+        table = random_table(rng, 5, in_rows, rows, 0.4)
+        y = conv_gemm(x, w, table, [rows], F32, tile, groups, exact)
+
+        def product(x, w, table=table):
+            return np.einsum("kmi,kio->mo", rows_under_taps(x, table), w.astype(F64))
+
+        read = (x, w) if exact else (truncated(x), truncated(w))
+        assert_within_rounding(y, product(*read), product(*map(np.abs, read)), 5 * c_in)
+        magnitude = product(np.abs(x), np.abs(w))
+        assert (np.abs(product(*read) - product(x, w)) <= (0 if exact else 2 * 2.0**-10) * magnitude).all()
+
+
+@HARD
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize("tile", FLOAT_WGRAD_TILES, ids=str)
+def test_every_float_wgrad_tile_is_right_to_the_last_rounding(tile, exact, kind):
+    rng = np.random.default_rng(tile.cols)
+    for c_in, c_out, rows in [(tile.rows - 4, 8, 63), (tile.rows, tile.cols, 500), (tile.rows + 4, tile.cols + 8, 290)]:
+        x, g = adversarial(rng, (300, c_in), kind), adversarial(rng, (rows, c_out), "normal")
+        table = random_table(rng, 3, 300, rows, 0.5, centre=True)
+        dw = wgrad_gemm(x, g, table, [rows], F32, tile, 6, exact)
+
+        def product(x, g, table=table):
+            return np.einsum("kmi,mo->kio", rows_under_taps(x, table), g.astype(F64))
+
+        read = (x, g) if exact else (truncated(x), truncated(g))
+        assert_within_rounding(dw, product(*read), product(*map(np.abs, read)), rows)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiles", "exact"),
+    [
+        (F16, [(128, 16, 4), (128, 32, 3), (64, 16, 4)], 0),
+        (F32, [(64, 16, 4), (64, 32, 4), (128, 64, 3)], 0),
+        (F32, [(64, 16, 4), (64, 48, 4), (128, 64, 3)], 1),
+    ],
+)
+def test_scheduled_rows_do_not_depend_on_tile_mates_or_capacity(dtype, tiles, exact):
     rng = np.random.default_rng(1)
     count, volume = 150, 9
-    x, w = rng.normal(size=(count, 24)).astype(F16), rng.normal(size=(volume, 24, 16)).astype(F16)
+    x, w = rng.normal(size=(count, 24)).astype(dtype), rng.normal(size=(volume, 24, 16)).astype(dtype)
     table = random_table(rng, volume, count, count, 0.3)
-    y = conv_gemm(x, w, table, [count], F16, (128, 16, 4))
+    y = conv_gemm(x, w, table, [count], dtype, tiles[0], exact=exact)
     groups = Geometry.create(1, volume, 1).tap_groups
-    assert conv_gemm(x, w, table, [count], F16, (128, 32, 3), groups).tobytes() == y.tobytes()
+    assert conv_gemm(x, w, table, [count], dtype, tiles[1], groups, exact).tobytes() == y.tobytes()
     more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
-    y_more = conv_gemm(np.concatenate([x, np.full((90, 24), np.nan, F16)]), w, more, [count], F16, (64, 16, 4), groups)
+    padded = np.concatenate([x, np.full((90, 24), np.nan, dtype)])
+    y_more = conv_gemm(padded, w, more, [count], dtype, tiles[2], groups, exact)
     assert y_more[:count].tobytes() == y.tobytes()
     assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
 

@@ -1,5 +1,5 @@
 // Sparse convolution over a kernel map, for every dtype and number of channels: forward and the gradient of the weights. The
-// gradient of the features is forward over the reversed map with transposed weights. gemm.h has the fast path of 16 bits.
+// gradient of the features is forward over the reversed map with transposed weights. gemm.h has the fast path.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,6 @@ namespace jaxsparse::cuda {
 
 struct ConvForwardArgs {
   Dtype dtype, out_dtype;  // of x and w; of y: the same, or float32
-  bool exact;              // float32 products in full, not rounded to TF32
   int tile_rows;           // 32, 64 or 128 output rows a block; float64 takes 32. Changes speed, never the result.
   const void* x;           // [in_rows, in_channels]
   const void* w;           // [taps, in_channels, out_channels]
@@ -27,7 +26,6 @@ cudaError_t conv_forward(const ConvForwardArgs& args, cudaStream_t stream);
 
 struct ConvWgradArgs {
   Dtype dtype, out_dtype;  // of x and g; of dw: the same, or float32
-  bool exact;
   const void* x;          // [in_rows, in_channels]
   const void* g;          // [out_rows, out_channels]
   const int32_t* table;   // [taps, out_rows]

@@ -173,8 +173,7 @@ cudaError_t conv_forward(const ConvForwardArgs& a, cudaStream_t stream) {
   switch (a.dtype) {
     case Dtype::kF16: return run_tile_rows<TensorTile, __half>(a, stream);
     case Dtype::kBF16: return run_tile_rows<TensorTile, __nv_bfloat16>(a, stream);
-    case Dtype::kF32:
-      return a.exact ? run_tile_rows<FmaTile, float>(a, stream) : run_tile_rows<TensorTile, float>(a, stream);
+    case Dtype::kF32: return run_tile_rows<FmaTile, float>(a, stream);
     case Dtype::kF64: return run<FmaTile<double, 32, LayoutA::kRowMajor>>(a, stream);
   }
   return cudaErrorInvalidValue;

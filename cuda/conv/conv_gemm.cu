@@ -1,4 +1,4 @@
-// Every forward tile for both dtypes.
+// Every forward tile for both 16-bit dtypes.
 #include "cuda/conv/implicit_gemm.cuh"
 
 namespace jaxsparse::cuda {
@@ -21,7 +21,12 @@ cudaError_t conv_gemm_of(const ConvGemmArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t conv_gemm(const ConvGemmArgs& a, cudaStream_t stream) {
-  return a.dtype == Dtype::kF16 ? conv_gemm_of<__half>(a, stream) : conv_gemm_of<__nv_bfloat16>(a, stream);
+  switch (a.dtype) {
+    case Dtype::kF16: return conv_gemm_of<__half>(a, stream);
+    case Dtype::kBF16: return conv_gemm_of<__nv_bfloat16>(a, stream);
+    case Dtype::kF32: return conv_gemm_float(a, stream);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace jaxsparse::cuda

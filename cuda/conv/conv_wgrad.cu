@@ -184,7 +184,7 @@ cudaError_t conv_wgrad(const ConvWgradArgs& a, cudaStream_t stream) {
   switch (a.dtype) {
     case Dtype::kF16: return run<TensorTile, __half>(a, stream);
     case Dtype::kBF16: return run<TensorTile, __nv_bfloat16>(a, stream);
-    case Dtype::kF32: return a.exact ? run<FmaTile, float>(a, stream) : run<TensorTile, float>(a, stream);
+    case Dtype::kF32: return run<FmaTile, float>(a, stream);
     case Dtype::kF64: return run<FmaTile, double>(a, stream);
   }
   return cudaErrorInvalidValue;

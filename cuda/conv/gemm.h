@@ -1,4 +1,4 @@
-// Sparse convolution of 16-bit features on tensor cores: forward over a schedule, the gradient of the weights over pairs.
+// Sparse convolution of 16-bit and float32 features: forward over a schedule, the gradient of the weights over pairs.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,10 +10,11 @@
 namespace jaxsparse::cuda {
 
 struct ConvGemmArgs {
-  Dtype dtype, out_dtype;      // of x and w, kF16 or kBF16; of y: the same, or float32
+  Dtype dtype, out_dtype;      // of x and w, not kF64; of y: the same, or float32
+  bool exact;                  // float32 products in full, not rounded to TF32
   Tile tile;                   // changes speed, never the result
   const void* x;               // [in_rows, in_channels], a multiple of 4
-  const void* w;               // [taps, in_channels, out_channels], a multiple of 8
+  const void* w;               // [taps, in_channels, out_channels], a multiple of 8; float32: [taps, out_channels, in_channels]
   const int32_t* order;        // of a schedule, see schedule.h
   const uint32_t* tile_masks;
   const int32_t* tile_table;
@@ -23,9 +24,11 @@ struct ConvGemmArgs {
 
 // y[m] = sum over taps k of x[table[k, m]] @ w[k] for real rows m, exactly 0 for the others.
 cudaError_t conv_gemm(const ConvGemmArgs& args, cudaStream_t stream);
+cudaError_t conv_gemm_float(const ConvGemmArgs& args, cudaStream_t stream);  // what conv_gemm calls for float32
 
 struct WgradGemmArgs {
-  Dtype dtype, out_dtype;    // of x and g, kF16 or kBF16; of dw: the same, or float32
+  Dtype dtype, out_dtype;    // of x and g, not kF64; of dw: the same, or float32
+  bool exact;                // float32 products in full, not rounded to TF32
   Tile tile;                 // changes speed, never the result
   int32_t slots;             // shares that all pairs are divided into, at least twice the taps; decides how sums are split
   const void* x;             // [in_rows, in_channels], a multiple of 4
@@ -39,6 +42,7 @@ struct WgradGemmArgs {
 
 // dw[k] = sum over the pairs (i, m) of tap k of outer(x[i], g[m]).
 cudaError_t wgrad_gemm(const WgradGemmArgs& args, cudaStream_t stream);
+cudaError_t wgrad_gemm_float(const WgradGemmArgs& args, cudaStream_t stream);
 
 constexpr int64_t wgrad_gemm_workspace(int64_t slots, int64_t in_channels, int64_t out_channels) {
   return 4 * slots * in_channels * out_channels;

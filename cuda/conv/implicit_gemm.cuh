@@ -1,11 +1,11 @@
-// y[m] = sum_k x[table[k, m]] @ w[k] as one implicit matrix product on tensor cores.
+// y[m] = sum_k x[table[k, m]] @ w[k] as one implicit matrix product, on tensor cores unless float32 is to be exact.
 //
 // A block owns kRows output rows and kCols output columns; their sums stay in registers. `order` says which rows: those
 // with like tap masks lie together, since a tap that no row of the block has is left out. The depth of the product is
 // the list of (tap, input channel) of the block's taps, whatever the number of channels; a step takes 128 bytes of it:
 //
 //     A [kRows, kDepth]   gathered rows of x, absent ones 0
-//     B [kDepth, kCols]   weights
+//     B [kDepth, kCols]   weights, in float32 transposed: a row for each column
 //
 // Both come to shared memory by cp.async, in pieces of 16 bytes where the channels allow it, through a ring of kStages
 // that is never drained within 32 taps. Rows of 128 bytes have their pieces exchanged by XOR with the row (the 128-byte
@@ -22,12 +22,16 @@
 //               less ahead
 //     42        A gathered into registers for wgmma: its operand wants two rows' halves side by side, so each load is
 //               waited for and moved
+//
+// In float32 every step moves as many bytes for half the products, and tiles of 64 rows, which compute less in vain, were as
+// quick as 128: TF32 37.8 and 38.0 us (columns 64), at 32 channels 17.3 and 19.5, at 96 channels 62.4 and 64.6. Exact
+// products are bound by the multiply-adds: there 64 rows won by a tenth.
 #pragma once
 
 #include <cstring>
 
 #include "cuda/conv/gemm.h"
-#include "cuda/conv/product.cuh"
+#include "cuda/conv/product32.cuh"
 #include "cuda/conv/schedule.h"
 
 namespace jaxsparse::cuda {
@@ -58,16 +62,17 @@ __device__ inline void transpose_quad(uint32_t (&v)[4]) {
 }
 
 // Sizes of one kernel.
-template <typename T_, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_>
+template <typename Arithmetic, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_>
 struct ImplicitGemm {
-  using T = T_;
-  using Product = TensorProduct<T, kCols_, LayoutOfA::kRowMajor>;
+  using Product = cuda::Product<Arithmetic, kCols_, LayoutOfA::kRowMajor>;
+  using T = typename Product::T;
   static_assert(kScheduleRows == kGroupRows, "a warpgroup for each tile of the schedule");
   static constexpr int kRows = kTileRows_, kCols = kCols_, kStages = kStages_;
   static constexpr int kPieceBytes = kPieceBytes_;  // of A, that a copy moves
   static constexpr int kGroups = kRows / kGroupRows;
-  static constexpr int kThreads = kWarpgroup * kGroups;
-  static constexpr int kStageBytes = kGroups * kBytesA + kBytesB<kCols>;
+  static constexpr int kThreads = kWarpgroup * kGroups, kBlocksAtLeast = Product::kThreadsAtLeast / kThreads;
+  static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
+  static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
   static int shared_bytes(int taps) {
     return kStages * kStageBytes + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
   }
@@ -78,8 +83,8 @@ struct Place {
   int32_t tap, channel;
   int32_t step_taps, step_channels;  // what a step adds
 
-  __device__ Place(int32_t depth, int32_t channels)
-      : tap(depth / channels), channel(depth % channels), step_taps(kDepth / channels), step_channels(kDepth % channels) {}
+  __device__ Place(int32_t depth, int32_t channels, int32_t step)
+      : tap(depth / channels), channel(depth % channels), step_taps(step / channels), step_channels(step % channels) {}
   __device__ void advance(int32_t channels) {
     tap += step_taps;
     channel += step_channels;
@@ -91,10 +96,11 @@ struct Place {
 };
 
 template <class P>
-__global__ void __launch_bounds__(P::kThreads) implicit_gemm_kernel(ConvGemmArgs a) {
+__global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_kernel(ConvGemmArgs a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
+  constexpr int kDepth = Product::kDepth;
   __shared__ int32_t taps[kTapsAtOnce];
   char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
   int32_t* const in_row_of = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // [listed taps, kRows]
@@ -152,7 +158,8 @@ __global__ void __launch_bounds__(P::kThreads) implicit_gemm_kernel(ConvGemmArgs
     wait_for_copies<0>();
     __syncthreads();
 
-    // Copies: a thread has one piece of each kRowsA-th row of A, and each kOfRowB-th piece of one row of B.
+    // Copies: a thread has one piece of each kRowsA-th row of A, and of B too where its rows are columns; otherwise each
+    // kOfRowB-th piece of one row of B.
     constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA, kRowsA = kThreads / kPiecesA;
     constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
     const int32_t channels = a.in_channels, in_row_bytes = channels * static_cast<int>(sizeof(T));
@@ -160,7 +167,7 @@ __global__ void __launch_bounds__(P::kThreads) implicit_gemm_kernel(ConvGemmArgs
     const int a_byte = a_piece * P::kPieceBytes;
     const uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
     const T* const b_from = w + first_col + b_piece * 8;
-    Place place_a(a_piece * kInPieceA, channels), place_b(b_row, channels);
+    Place place_a(a_piece * kInPieceA, channels, kDepth), place_b(b_row, channels, kDepth);
     const int32_t steps = static_cast<int32_t>(div_up(tap_count * channels, kDepth));
     int copied = 0, to_stage = 0;
     const auto copy_step = [&] {
@@ -177,17 +184,29 @@ __global__ void __launch_bounds__(P::kThreads) implicit_gemm_kernel(ConvGemmArgs
           copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + int64_t{rows[i]} * in_row_bytes, rows[i] >= 0);
         }
         to += kGroups * kBytesA;
-        const bool row_exists = place_b.tap < tap_count;
-        const T* weights = b_from;
-        if (row_exists) weights += (int64_t{taps[place_b.tap]} * channels + place_b.channel) * a.out_channels;
+        if constexpr (Product::kRowsOfBAreColumns) {
+          const bool tap_exists = place_a.tap < tap_count;
+          const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
+          const T* weights = w + (int64_t{tap} * a.out_channels + first_col + a_row) * channels + place_a.channel;
 #pragma unroll
-        for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
-          if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
-          const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
-          copy_piece<16>(to + place_in_b<kCols>(b_row, b_piece + piece), weights + piece * 8, exists);
+          for (int col = 0; col < kCols; col += kRowsA) {
+            if (kCols % kRowsA != 0 && a_row + col >= kCols) break;
+            const bool exists = tap_exists && first_col + a_row + col < a.out_channels;
+            copy_piece<16>(to + a_to + col * 128, weights + col * channels, exists);
+          }
+        } else {
+          const bool row_exists = place_b.tap < tap_count;
+          const T* weights = b_from;
+          if (row_exists) weights += (int64_t{taps[place_b.tap]} * channels + place_b.channel) * a.out_channels;
+#pragma unroll
+          for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
+            if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
+            const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
+            copy_piece<16>(to + Product::place_in_b(b_row, b_piece + piece), weights + piece * 8, exists);
+          }
+          place_b.advance(channels);
         }
         place_a.advance(channels);
-        place_b.advance(channels);
         to_stage = next_stage<kStages>(to_stage);
         ++copied;
       }
@@ -213,12 +232,14 @@ __global__ void __launch_bounds__(P::kThreads) implicit_gemm_kernel(ConvGemmArgs
     __syncthreads();
   }
 
+  Product::finish(sums, stages + group * Product::kFinishBytes);
+
   // Sums to y: a lane has columns 2q, 2q + 1 of each eight, of rows g and g + 8.
   const int q = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int32_t row = out_row[r];
-    if (a.out_dtype == a.dtype) {
+    if (sizeof(T) == 2 && a.out_dtype == a.dtype) {
       T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + first_col;
 #pragma unroll
       for (int j = 0; j + 4 <= kCols / 8; j += 4) {

@@ -1,8 +1,9 @@
 // The product that both convolutions are made of, one step of its depth: a warpgroup's C [64, kCols] += A [64, kDepth] B
-// [kDepth, kCols], 16-bit operands in shared memory, float32 sums in registers as mma.sync.m16n8 lays them out: a lane has
-// columns 2 (lane % 4), + 1 of each eight, of rows lane / 4 and lane / 4 + 8 of its warp's 16.
+// [kDepth, kCols], operands in shared memory, float32 sums in registers. The sums end up as mma.sync.m16n8 lays them out: a
+// lane has columns 2 (lane % 4), + 1 of each eight, of rows lane / 4 and lane / 4 + 8 of its warp's 16.
 //
-// TensorProduct is the asynchronous WgmmaProduct on sm_90a, MmaProduct elsewhere.
+// Here the products of 16-bit operands: the asynchronous WgmmaProduct on sm_90a, MmaProduct elsewhere. Those of float32 are
+// in product32.cuh. `Product<Arithmetic, kCols, kLayout>` names the one to take.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -15,7 +16,6 @@ namespace jaxsparse::cuda {
 
 constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;  // rows of C
-constexpr int kDepth = 64;      // of a step: 128 bytes of a row-major row
 
 // Where a 16-byte piece of a row lies among rows of kRowBytes: pieces are exchanged by XOR with the row, so that neither
 // copies, nor ldmatrix, nor wgmma meet one bank twice.
@@ -33,32 +33,40 @@ __device__ int next_stage(int stage) {
 // A row-major: 64 rows of 128 bytes, for forward. A depth-major, transposed: as B, for wgrad.
 enum class LayoutOfA { kRowMajor, kDepthMajor };
 
-// B has a row for each depth: 128 bytes, 64 columns, and further columns in blocks of such rows behind. A narrow B has
-// shorter rows.
-template <int kCols>
-constexpr int kRowBytesB = kCols > 32 ? 128 : kCols > 16 ? 64 : 32;
-template <int kCols>
-constexpr int kBlockBytesB = kDepth * kRowBytesB<kCols>;
-template <int kCols>
-constexpr int kBytesB = (kCols + 63) / 64 * kBlockBytesB<kCols>;
 constexpr int kBytesA = kGroupRows * 128;  // of a warpgroup, in either layout
 
-// Where a 16-byte piece of B's row lies.
-template <int kCols>
-__device__ uint32_t place_in_b(int depth, int piece) {
-  constexpr int kPieces = kRowBytesB<kCols> / 16;
-  return piece / kPieces * kBlockBytesB<kCols> + swizzled<kRowBytesB<kCols>>(depth, piece % kPieces);
-}
+// How operands of 16 bits lie. B has a row for each depth: 128 bytes, 64 columns, and further columns in blocks of such rows
+// behind. A narrow B has shorter rows.
+template <typename T_, int kCols>
+struct HalfOperands {
+  using T = T_;
+  static constexpr bool kRowsOfBAreColumns = false;
+  static constexpr int kThreadsAtLeast = 0;  // on a multiprocessor, which bounds registers; 0 leaves them to the compiler
+  static constexpr int kDepth = 64;  // of a step: 128 bytes of a row-major row
+  static constexpr int kRowBytesB = kCols > 32 ? 128 : kCols > 16 ? 64 : 32;
+  static constexpr int kBlockBytesA = kBytesA, kBlockBytesB = kDepth * kRowBytesB;
+  static constexpr int kBytesB = (kCols + 63) / 64 * kBlockBytesB;
+
+  // Where a 16-byte piece of a depth's row lies: of a depth-major A, in its block; of B, in its block or from the start of B.
+  __device__ static uint32_t place_in_a(int depth, int piece) { return swizzled<128>(depth, piece); }
+  __device__ static uint32_t place_in_b(int depth, int piece) {
+    constexpr int kPieces = kRowBytesB / 16;
+    return piece / kPieces * kBlockBytesB + swizzled<kRowBytesB>(depth, piece % kPieces);
+  }
+};
 
 // multiply begins a step; wait ends it, and with it the reading of shared memory; see_copies comes between the arrival of
-// copies and the barrier before multiply.
+// copies and the barrier before multiply. finish, called by the whole block when nothing is on its way, moves the sums to
+// their lanes, through shared memory of the warpgroup's own: kFinishBytes.
 template <typename T, int kCols, LayoutOfA kLayout>
-struct MmaProduct {
+struct MmaProduct : HalfOperands<T, kCols> {
+  using Operands = HalfOperands<T, kCols>;
   static constexpr bool kTransposed = kLayout == LayoutOfA::kDepthMajor;
+  static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     const int lane = threadIdx.x % kWarp, warp_row = threadIdx.x / kWarp % 4 * 16;
 #pragma unroll
-    for (int s = 0; s < kDepth / 16; ++s) {
+    for (int s = 0; s < Operands::kDepth / 16; ++s) {
       uint32_t fa[4];
       if constexpr (kTransposed) {
         load_matrices<true>(fa, a + swizzled<128>(s * 16 + lane / 16 * 8 + lane % 8, warp_row / 8 + lane / 8 % 2));
@@ -68,7 +76,7 @@ struct MmaProduct {
 #pragma unroll
       for (int n = 0; n < kCols / 16; ++n) {
         uint32_t fb[4];
-        load_matrices<true>(fb, b + place_in_b<kCols>(s * 16 + lane % 16, n * 2 + lane / 16));
+        load_matrices<true>(fb, b + Operands::place_in_b(s * 16 + lane % 16, n * 2 + lane / 16));
         mma<T>(sums + n * 8, fa, fb[0], fb[1]);
         mma<T>(sums + n * 8 + 4, fa, fb[2], fb[3]);
       }
@@ -76,19 +84,22 @@ struct MmaProduct {
   }
   __device__ static void wait() {}
   __device__ static void see_copies() {}
+  __device__ static void finish(float (&)[kCols / 2], char*) {}
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <typename T, int kCols, LayoutOfA kLayout>
-struct WgmmaProduct {
+struct WgmmaProduct : HalfOperands<T, kCols> {
+  using Operands = HalfOperands<T, kCols>;
   static constexpr bool kTransposed = kLayout == LayoutOfA::kDepthMajor;
+  static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     wgmma_fence();
     const uint64_t da = wgmma_descriptor<128>(shared_address(a), 0);
-    const uint64_t db = wgmma_descriptor<kRowBytesB<kCols>>(shared_address(b), kBlockBytesB<kCols>);
+    const uint64_t db = wgmma_descriptor<Operands::kRowBytesB>(shared_address(b), Operands::kBlockBytesB);
 #pragma unroll
-    for (int s = 0; s < kDepth / 16; ++s) {
-      constexpr int kStepA = kTransposed ? 16 * 128 : 32, kStepB = 16 * kRowBytesB<kCols>;
+    for (int s = 0; s < Operands::kDepth / 16; ++s) {
+      constexpr int kStepA = kTransposed ? 16 * 128 : 32, kStepB = 16 * Operands::kRowBytesB;
       Wgmma<T, kCols, kTransposed>::multiply(sums, da + s * (kStepA >> 4), db + s * (kStepB >> 4));
     }
     wgmma_commit();
@@ -99,13 +110,22 @@ struct WgmmaProduct {
   __device__ static void see_copies() {
     fence_shared_for_wgmma();
   }
+  __device__ static void finish(float (&)[kCols / 2], char*) {}
 };
 
 template <typename T, int kCols, LayoutOfA kLayout>
-using TensorProduct = WgmmaProduct<T, kCols, kLayout>;
+struct ProductOf {
+  using type = WgmmaProduct<T, kCols, kLayout>;
+};
 #else
 template <typename T, int kCols, LayoutOfA kLayout>
-using TensorProduct = MmaProduct<T, kCols, kLayout>;
+struct ProductOf {
+  using type = MmaProduct<T, kCols, kLayout>;
+};
 #endif
+
+// The product for an arithmetic: __half, __nv_bfloat16, or Tf32 or Exact of product32.cuh.
+template <typename Arithmetic, int kCols, LayoutOfA kLayout>
+using Product = typename ProductOf<Arithmetic, kCols, kLayout>::type;
 
 }  // namespace jaxsparse::cuda

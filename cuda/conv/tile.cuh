@@ -1,8 +1,8 @@
 // The product that both convolutions are made of: C [kRows, kCols] += A [kRows, depth] B [depth, kCols], operands in
 // shared memory, sums in the registers of one block of 128 threads.
 //
-//     TensorTile  tensor cores through wmma: float16, bfloat16, and float32 rounded to TF32; sums in float32
-//     FmaTile     plain fused multiply-add: exact float32, and float64
+//     TensorTile  tensor cores through wmma: float16, bfloat16; sums in float32
+//     FmaTile     plain fused multiply-add: float32 and float64
 //
 // A lies row-major in forward (a row of A is a piece of a feature row) and depth-major in wgrad (A is transposed there).
 // Either way a row of C is a function of the same row of A and of B alone, whatever the other rows hold.
@@ -52,13 +52,11 @@ struct TensorTile {
   static constexpr int kRows = kRows_;
   static constexpr LayoutA kLayoutA = kLayout;
 
-  static constexpr bool kTf32 = std::is_same_v<T, float>;
-  static constexpr int kMmaDepth = kTf32 ? 8 : 16;
-  using Operand = std::conditional_t<kTf32, nvcuda::wmma::precision::tf32, T>;
+  static constexpr int kMmaDepth = 16;
   using WmmaLayoutA =
       std::conditional_t<kLayout == LayoutA::kRowMajor, nvcuda::wmma::row_major, nvcuda::wmma::col_major>;
-  using FragmentA = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, kMmaDepth, Operand, WmmaLayoutA>;
-  using FragmentB = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, kMmaDepth, Operand, nvcuda::wmma::row_major>;
+  using FragmentA = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, kMmaDepth, T, WmmaLayoutA>;
+  using FragmentB = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, kMmaDepth, T, nvcuda::wmma::row_major>;
   using FragmentC = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, kMmaDepth, float>;
 
   static constexpr int kWarpsAcross = kRows == 32 ? 2 : 1;
@@ -87,7 +85,6 @@ struct TensorTile {
         const int row = row0 + i * 16;
         const T* from = kLayout == LayoutA::kRowMajor ? a + row * kStepA + d : a + d * kStepA + row;
         nvcuda::wmma::load_matrix_sync(fa[i], from, kStepA);
-        round_to_tf32(fa[i]);
       }
 #pragma unroll
       for (int j = 0; j < kFragmentCols; ++j) {
@@ -95,7 +92,6 @@ struct TensorTile {
         if (col >= used_cols) break;
         FragmentB fb;
         nvcuda::wmma::load_matrix_sync(fb, b + d * kStrideB<T> + col, kStrideB<T>);
-        round_to_tf32(fb);
 #pragma unroll
         for (int i = 0; i < kFragmentRows; ++i) {
           if (row0 + i * 16 < used_rows) nvcuda::wmma::mma_sync(sums[i][j], fa[i], fb, sums[i][j]);
@@ -111,14 +107,6 @@ struct TensorTile {
         nvcuda::wmma::store_matrix_sync(c + (first_row() + i * 16) * kStrideC + first_col() + j * 16, sums[i][j],
                                         kStrideC, nvcuda::wmma::mem_row_major);
       }
-    }
-  }
-
- private:
-  template <typename Fragment>
-  __device__ static void round_to_tf32(Fragment& fragment) {
-    if constexpr (kTf32) {
-      for (int e = 0; e < fragment.num_elements; ++e) fragment.x[e] = nvcuda::wmma::__float_to_tf32(fragment.x[e]);
     }
   }
 };

@@ -1,4 +1,4 @@
-// The search space of the tensor-core products: each row is built, and Python reads the same rows to choose from.
+// The search space of the scheduled products: each row is built, and Python reads the same rows to choose from.
 //
 // A tile is what a block computes: `rows` by `cols` of the result, copies `stages` - 1 steps ahead. Adding a point is
 // adding a row.
@@ -45,6 +45,26 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(128, 128, 3)                 \
   X(128, 128, 4)
 
+// Both again for float32, each row built for TF32 and exact.
+#define JAXSPARSE_FLOAT_TILES(X) \
+  X(64, 16, 4)                   \
+  X(64, 32, 4)                   \
+  X(64, 48, 4)                   \
+  X(64, 64, 3)                   \
+  X(64, 64, 4)                   \
+  X(64, 96, 3)                   \
+  X(64, 128, 3)                  \
+  X(128, 64, 3)                  \
+  X(128, 128, 3)
+
+#define JAXSPARSE_FLOAT_WGRAD_TILES(X) \
+  X(64, 32, 4)                         \
+  X(64, 48, 4)                         \
+  X(64, 64, 3)                         \
+  X(64, 128, 3)                        \
+  X(128, 96, 3)                        \
+  X(128, 128, 3)
+
 struct Tile {
   int rows, cols, stages;
 };
@@ -57,6 +77,8 @@ constexpr bool operator==(const Tile& a, const Tile& b) {
 constexpr Tile kForwardTiles[] = {JAXSPARSE_FORWARD_TILES(JAXSPARSE_TILE)};
 constexpr Tile kNarrowTiles[] = {JAXSPARSE_NARROW_TILES(JAXSPARSE_TILE)};
 constexpr Tile kWgradTiles[] = {JAXSPARSE_WGRAD_TILES(JAXSPARSE_TILE)};
+constexpr Tile kFloatTiles[] = {JAXSPARSE_FLOAT_TILES(JAXSPARSE_TILE)};
+constexpr Tile kFloatWgradTiles[] = {JAXSPARSE_FLOAT_WGRAD_TILES(JAXSPARSE_TILE)};
 #undef JAXSPARSE_TILE
 
 }  // namespace jaxsparse::cuda

@@ -1,8 +1,9 @@
-// Hopper's warpgroup product, operands in shared memory: D [64, N] += A [64, 16] B [16, N], float32 sums.
+// Hopper's warpgroup product, operands in shared memory: D [64, N] += A [64, 32 bytes] B [32 bytes, N], float32 sums.
 //
 // Rows of shared memory have 128 bytes (64 or 32 for a narrow operand) and their 16-byte pieces exchanged as `swizzled` says:
 // the swizzles of the PTX manual's section on wgmma. A row-major A has a row for each row of the product. A transposed A,
-// and B, have a row for each depth, 64 of their columns long; 64 further columns lie `column_stride` bytes on.
+// and B, have a row for each depth, 64 of their columns long; 64 further columns lie `column_stride` bytes on. Of float the
+// instruction takes no transpose: B has a row for each column, as A for each row, and all but TF32's bits are left out.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -43,27 +44,28 @@ struct Wgmma;
 #define JAXSPARSE_D48 JAXSPARSE_D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define JAXSPARSE_D64 JAXSPARSE_D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-#define JAXSPARSE_WGMMA(T, NAME, N, D, A, B, TRANSPOSED_A, ...)                                                    \
+#define JAXSPARSE_WGMMA(T, DEPTH_AND_TYPES, TRANSPOSED, N, D, A, B, ...)                                           \
   template <bool kTransposedA>                                                                                     \
   struct Wgmma<T, N, kTransposedA> {                                                                               \
     __device__ static void multiply(float (&d)[N / 2], uint64_t a, uint64_t b) {                                   \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." NAME "." NAME " {" D "}, " A ", " B           \
-                   ", 1, 1, 1, " TRANSPOSED_A ", 1;"                                                               \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N DEPTH_AND_TYPES " {" D "}, " A ", " B ", 1, 1, 1"        \
+                   TRANSPOSED ";"                                                                                  \
                    : __VA_ARGS__                                                                                   \
                    : "l"(a), "l"(b), "n"(static_cast<int>(kTransposedA)));                                         \
     }                                                                                                              \
   };
-#define JAXSPARSE_WGMMA_BOTH(...)             \
-  JAXSPARSE_WGMMA(__half, "f16", __VA_ARGS__) \
-  JAXSPARSE_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__)
+#define JAXSPARSE_WGMMA_ALL(N, D, A, B, TRANSPOSED_A, ...)                                                      \
+  JAXSPARSE_WGMMA(__half, "k16.f32.f16.f16", ", " TRANSPOSED_A ", 1", N, D, A, B, __VA_ARGS__)                  \
+  JAXSPARSE_WGMMA(__nv_bfloat16, "k16.f32.bf16.bf16", ", " TRANSPOSED_A ", 1", N, D, A, B, __VA_ARGS__)         \
+  JAXSPARSE_WGMMA(float, "k8.f32.tf32.tf32", "", N, D, A, B, __VA_ARGS__)
 
 #define JAXSPARSE_OUT24 JAXSPARSE_F16(0), JAXSPARSE_F8(16)
 #define JAXSPARSE_OUT48 JAXSPARSE_F32(0), JAXSPARSE_F16(32)
-JAXSPARSE_WGMMA_BOTH(16, JAXSPARSE_D8, "%8", "%9", "%10", JAXSPARSE_F8(0))
-JAXSPARSE_WGMMA_BOTH(32, JAXSPARSE_D16, "%16", "%17", "%18", JAXSPARSE_F16(0))
-JAXSPARSE_WGMMA_BOTH(48, JAXSPARSE_D24, "%24", "%25", "%26", JAXSPARSE_OUT24)
-JAXSPARSE_WGMMA_BOTH(64, JAXSPARSE_D32, "%32", "%33", "%34", JAXSPARSE_F32(0))
-JAXSPARSE_WGMMA_BOTH(96, JAXSPARSE_D48, "%48", "%49", "%50", JAXSPARSE_OUT48)
-JAXSPARSE_WGMMA_BOTH(128, JAXSPARSE_D64, "%64", "%65", "%66", JAXSPARSE_F64(0))
+JAXSPARSE_WGMMA_ALL(16, JAXSPARSE_D8, "%8", "%9", "%10", JAXSPARSE_F8(0))
+JAXSPARSE_WGMMA_ALL(32, JAXSPARSE_D16, "%16", "%17", "%18", JAXSPARSE_F16(0))
+JAXSPARSE_WGMMA_ALL(48, JAXSPARSE_D24, "%24", "%25", "%26", JAXSPARSE_OUT24)
+JAXSPARSE_WGMMA_ALL(64, JAXSPARSE_D32, "%32", "%33", "%34", JAXSPARSE_F32(0))
+JAXSPARSE_WGMMA_ALL(96, JAXSPARSE_D48, "%48", "%49", "%50", JAXSPARSE_OUT48)
+JAXSPARSE_WGMMA_ALL(128, JAXSPARSE_D64, "%64", "%65", "%66", JAXSPARSE_F64(0))
 
 }  // namespace jaxsparse::cuda

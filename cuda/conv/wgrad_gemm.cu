@@ -1,4 +1,4 @@
-// Every wgrad tile for both dtypes.
+// Every wgrad tile for both 16-bit dtypes.
 #include "cuda/conv/wgrad_gemm.cuh"
 
 namespace jaxsparse::cuda {
@@ -15,7 +15,12 @@ cudaError_t wgrad_gemm_of(const WgradGemmArgs& a, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t wgrad_gemm(const WgradGemmArgs& a, cudaStream_t stream) {
-  return a.dtype == Dtype::kF16 ? wgrad_gemm_of<__half>(a, stream) : wgrad_gemm_of<__nv_bfloat16>(a, stream);
+  switch (a.dtype) {
+    case Dtype::kF16: return wgrad_gemm_of<__half>(a, stream);
+    case Dtype::kBF16: return wgrad_gemm_of<__nv_bfloat16>(a, stream);
+    case Dtype::kF32: return wgrad_gemm_float(a, stream);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace jaxsparse::cuda

@@ -1,8 +1,8 @@
-// dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), for 16-bit features, on tensor cores.
+// dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), on tensor cores unless float32 is to be exact.
 //
 //     partial   a block takes a slot, an equal share of one tap's pairs, and a [64 kGroups, kCols] piece of dw: one product
-//               as deep as there are pairs, 64 a step. Rows of x and g come to shared memory as they are, a row a depth,
-//               by cp.async, through a ring of kStages that is never drained
+//               as deep as there are pairs, 64 a step, 32 in float32. Rows of x and g come to shared memory as they are, a
+//               row a depth, by cp.async, through a ring of kStages that is never drained
 //     reduce    dw[k] = the slots of tap k, added in order
 //
 // The number of slots depends on taps and channels alone, never on rows, and no float is added atomically: equal rows give
@@ -10,20 +10,23 @@
 #pragma once
 
 #include "cuda/conv/gemm.h"
-#include "cuda/conv/product.cuh"
+#include "cuda/conv/product32.cuh"
 
 namespace jaxsparse::cuda {
 
 // Sizes of one kernel.
-template <typename T_, int kRows_, int kCols_, int kStages_>
+template <typename Arithmetic, int kRows_, int kCols_, int kStages_>
 struct WgradGemm {
-  using T = T_;
-  using Product = TensorProduct<T, kCols_, LayoutOfA::kDepthMajor>;
+  using Product = cuda::Product<Arithmetic, kCols_, LayoutOfA::kDepthMajor>;
+  using T = typename Product::T;
   static constexpr int kRows = kRows_, kCols = kCols_, kStages = kStages_;
   static constexpr int kGroups = kRows / kGroupRows, kThreads = kWarpgroup * kGroups;
-  static constexpr int kStageBytes = kGroups * kBytesA + kBytesB<kCols>;
+  static constexpr int kBlocksAtLeast = Product::kThreadsAtLeast / kThreads;
+  static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
+  static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
   static constexpr int kPairSteps = 2 * kStages;  // steps of pairs in shared memory
-  static constexpr int kSharedBytes = kStages * kStageBytes + kPairSteps * kDepth * static_cast<int>(sizeof(Pair)) + 1024;
+  static constexpr int kPairBytes = kPairSteps * Product::kDepth * static_cast<int>(sizeof(Pair));
+  static constexpr int kSharedBytes = kStages * kStageBytes + kPairBytes + 1024;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -37,6 +40,7 @@ struct Slot {
   int32_t tap, begin, end;
 };
 
+constexpr int32_t kPairsMultiple = 64;    // whole steps
 constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
 
 // By one warp: how many pairs a slot has. With R = ceil(pairs / (slots - taps)) in each, the taps need
@@ -45,7 +49,7 @@ __device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, 
   int64_t pairs = 0;
   for (int32_t k = threadIdx.x % kWarp; k < taps; k += kWarp) pairs += tap_pairs[k];
   for (int step = 1; step < kWarp; step *= 2) pairs += __shfl_xor_sync(kAllLanes, pairs, step);
-  const int64_t even = div_up(div_up(pairs, slots - taps), kDepth) * kDepth;
+  const int64_t even = div_up(div_up(pairs, slots - taps), kPairsMultiple) * kPairsMultiple;
   return even > kMinPairsInSlot ? static_cast<int32_t>(even) : kMinPairsInSlot;
 }
 
@@ -67,10 +71,11 @@ __device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slo
 }
 
 template <class P>
-__global__ void __launch_bounds__(P::kThreads) wgrad_partial_kernel(WgradGemmArgs a) {
+__global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_kernel(WgradGemmArgs a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
+  constexpr int kDepth = Product::kDepth, kInPiece = 16 / sizeof(T);
   __shared__ Slot shared_slot;
   char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);
   Pair* const ring = reinterpret_cast<Pair*>(stages + kStages * P::kStageBytes);  // [kPairSteps, kDepth]
@@ -98,7 +103,7 @@ __global__ void __launch_bounds__(P::kThreads) wgrad_partial_kernel(WgradGemmArg
   const T* x = static_cast<const T*>(a.x) + first_row;
   const T* g = static_cast<const T*>(a.g) + first_col;
 
-  const bool x_has_whole_pieces = a.in_channels % 8 == 0;
+  const bool x_has_whole_pieces = a.in_channels % kInPiece == 0;
   const auto copy_pairs = [&](int32_t step) {  // 16 bytes a thread; two pairs may cross the end of the slot, not of the list
     const int32_t at = step * kDepth + t * 2;
     if (t < kDepth / 2 && step < steps) {
@@ -107,35 +112,35 @@ __global__ void __launch_bounds__(P::kThreads) wgrad_partial_kernel(WgradGemmArg
       copy_piece<8>(to + 8, pairs + at + 1, at + 1 < count);
     }
   };
-  // Eight threads copy 128 bytes of a row, a block of 64 channels; then the next block, then the next rows.
+  // Eight threads copy 128 bytes of a row, a block of channels; then the next block, then the next rows.
   const auto copy_step = [&](int32_t step, int stage) {
     if (step < steps) {
       char* to = stages + stage * P::kStageBytes;
       const Pair* from = ring + step % P::kPairSteps * kDepth;
-      constexpr int kRowsAtOnce = kThreads / 8;
+      constexpr int kRowsAtOnce = kThreads / 8, kInBlock = 8 * kInPiece;
       const int part = t % 8;
 #pragma unroll kRowsUnrolled
       for (int d = t / 8; d < kDepth; d += kRowsAtOnce) {
         const Pair pair = from[d];
         const bool exists = step * kDepth + d < count;
 #pragma unroll
-        for (int block = 0; block < kGroups; ++block) {
-          const int channel = block * 64 + part * 8;
-          char* const to_a = to + block * kBytesA + swizzled<128>(d, part);
+        for (int block = 0; block < P::kRows / kInBlock; ++block) {
+          const int channel = (block * 8 + part) * kInPiece;
+          char* const to_a = to + block * Product::kBlockBytesA + Product::place_in_a(d, part);
           const T* from_x = x + int64_t{pair.in_row} * a.in_channels + channel;
           const int32_t there = exists ? a.in_channels - first_row - channel : 0;
           if (x_has_whole_pieces) {
             copy_piece<16>(to_a, from_x, there > 0);
           } else {
             copy_piece<8>(to_a, from_x, there > 0);
-            copy_piece<8>(to_a + 8, from_x + 4, there > 4);
+            copy_piece<8>(to_a + 8, from_x + kInPiece / 2, there > kInPiece / 2);
           }
         }
 #pragma unroll
-        for (int block = 0; block < (kCols + 63) / 64; ++block) {
-          const int channel = block * 64 + part * 8;
+        for (int block = 0; block < (kCols + kInBlock - 1) / kInBlock; ++block) {
+          const int channel = (block * 8 + part) * kInPiece;
           if (channel >= kCols) continue;
-          copy_piece<16>(to + kGroups * kBytesA + place_in_b<kCols>(d, block * 8 + part),
+          copy_piece<16>(to + kGroups * kBytesA + block * Product::kBlockBytesB + Product::place_in_b(d, part),
                          g + int64_t{pair.out_row} * a.out_channels + channel,
                          exists && first_col + channel < a.out_channels);
         }
@@ -172,6 +177,7 @@ __global__ void __launch_bounds__(P::kThreads) wgrad_partial_kernel(WgradGemmArg
     to_stage = next_stage<kStages>(to_stage);
   }
   Product::wait();
+  Product::finish(sums, stages + group * Product::kFinishBytes);
 
   float* to = static_cast<float*>(a.workspace) + int64_t{slot_number} * a.in_channels * a.out_channels;
 #pragma unroll

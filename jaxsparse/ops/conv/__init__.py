@@ -1,6 +1,24 @@
 """Sparse convolution: `api` is public, `primitives` holds the products and their derivatives, `reference` plain JAX."""
 
 from jaxsparse.ops.conv.api import conv, conv_transpose
-from jaxsparse.ops.conv.config import FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig, Tile
+from jaxsparse.ops.conv.config import (
+    FLOAT_TILES,
+    FLOAT_WGRAD_TILES,
+    FORWARD_TILES,
+    NARROW_TILES,
+    WGRAD_TILES,
+    ConvConfig,
+    Tile,
+)
 
-__all__ = ["FORWARD_TILES", "NARROW_TILES", "WGRAD_TILES", "ConvConfig", "Tile", "conv", "conv_transpose"]
+__all__ = [
+    "FLOAT_TILES",
+    "FLOAT_WGRAD_TILES",
+    "FORWARD_TILES",
+    "NARROW_TILES",
+    "WGRAD_TILES",
+    "ConvConfig",
+    "Tile",
+    "conv",
+    "conv_transpose",
+]

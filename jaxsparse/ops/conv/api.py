@@ -48,7 +48,8 @@ def conv(
       capacity: rows of the output where sites are made; see `Sites.coarse` for the default.
       kernel_map: the map to use, for bodies of `jax.checkpoint`, `lax.scan` and `lax.cond`, where maps are not shared
         by themselves; `sites` must then be "submanifold" or a `Sites`.
-      precision: of float32 products, as jax spells it. On GPUs the default may use TF32.
+      precision: of float32 products, as jax spells it. The default is TF32 on GPUs where `C_in` is a multiple of 4 and
+        `C_out` of 8 (products are within 2^-9 of the exact ones); "high" and "highest" are exact, and so are CPUs.
       config: choice of kernel.
       implementation: "auto" for the platform's custom call, "xla" for plain JAX.
 

@@ -26,8 +26,6 @@ from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv import config, reference
 from jaxsparse.ops.conv.config import ConvConfig
 
-_PRECISION_CODES = {lax.Precision.DEFAULT: 0, lax.Precision.HIGH: 1, lax.Precision.HIGHEST: 2}
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -35,7 +33,7 @@ class Spec:
 
     Attributes:
       dtype: dtype in which operands are multiplied; they are cast to it. Sums are float32 or wider.
-      precision: of float32 products, as jax spells it.
+      precision: of float32 products, as jax spells it; see `is_exact`.
       in_rows: rows of the input, N_in.
       config: choice of kernel.
       is_symmetric: whether the map is its own reverse, see `KernelMap`.
@@ -50,8 +48,8 @@ class Spec:
     tap_groups: tuple[tuple[int, ...], ...] = ()
 
     def attributes(self) -> dict[str, int]:
-        """As custom-call attributes."""
-        return {"precision": _PRECISION_CODES[self.precision], "tile_rows": self.config.tile_rows}
+        """As attributes of the custom calls for all dtypes and widths."""
+        return {"tile_rows": self.config.tile_rows}
 
     def call_dtypes(self, platform: str, out_dtype) -> tuple[jnp.dtype, jnp.dtype]:
         """Dtypes of the custom call's operands and result. The CPU's take float32 or float64 only."""
@@ -60,9 +58,14 @@ class Spec:
             return accumulation, accumulation
         return self.dtype, self.dtype if out_dtype == self.dtype else accumulation
 
-    def uses_tensor_cores(self, platform: str, c_in: int, c_out: int) -> bool:
+    def uses_gemm(self, platform: str, c_in: int, c_out: int) -> bool:
         """Whether the kernels of `cuda/conv/gemm.h` serve these channels."""
-        return platform == "cuda" and self.dtype.itemsize == 2 and c_in % 4 == 0 and c_out % 8 == 0
+        return platform == "cuda" and self.dtype != jnp.float64 and c_in % 4 == 0 and c_out % 8 == 0
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether float32 operands are multiplied in full: the default precision is TF32 in `cuda/conv/gemm.h`."""
+        return self.dtype == jnp.float32 and self.precision != lax.Precision.DEFAULT
 
 
 # Operands of all three: two of (x, w, g) in that order, then the map: table, masks, in_counts, out_counts.
@@ -92,13 +95,15 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, o
     operand, result = spec.call_dtypes(platform, out_dtype)
     x, w = (a.astype(spec.dtype).astype(operand) for a in (x, w))
     struct = jax.ShapeDtypeStruct((rows, c_out), result)
-    if not spec.uses_tensor_cores(platform, c_in, c_out):
+    if not spec.uses_gemm(platform, c_in, c_out):
         (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, counts, **spec.attributes())
         return [y.astype(out_dtype)]
     sort = config.sorts_rows(taps, of_reverse) if spec.config.sort is None else spec.config.sort
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
-    tile = tile or config.forward_tile(rows, c_in, c_out)
-    (y,) = _ffi.call("jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile))
+    tile = tile or config.forward_tile(rows, c_in, c_out, spec.dtype)
+    if spec.dtype == jnp.float32:
+        w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
+    (y,) = _ffi.call("jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile, spec))
     return [y.astype(out_dtype)]
 
 
@@ -119,8 +124,13 @@ def _schedule(table, masks, counts, tap_groups):
     return _ffi.call("jaxsparse_conv_schedule_v1", structs, table, masks, counts, groups=groups)[:3]
 
 
-def _tile_attributes(tile):
-    return {"tile_rows": tile.rows, "tile_cols": tile.cols, "stages": tile.stages}
+def _to_tf32(w):
+    """Rounded to nearest, while it is being transposed: tensor cores round what they are given towards 0."""
+    return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=10)
+
+
+def _tile_attributes(tile, spec):
+    return {"tile_rows": tile.rows, "tile_cols": tile.cols, "stages": tile.stages, "exact": int(spec.is_exact)}
 
 
 def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
@@ -128,8 +138,8 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     x, g = (a.astype(spec.dtype).astype(operand) for a in (x, g))
     (taps, rows), c_in, c_out = table.shape, x.shape[1], g.shape[1]
     struct = jax.ShapeDtypeStruct((taps, c_in, c_out), result)
-    if spec.uses_tensor_cores(platform, c_in, c_out):
-        return [_wgrad_gemm(x, g, table, out_counts, struct, spec.config.wgrad).astype(out_dtype)]
+    if spec.uses_gemm(platform, c_in, c_out):
+        return [_wgrad_gemm(x, g, table, out_counts, struct, spec).astype(out_dtype)]
     sum_bytes = reference.accumulation_dtype(spec.dtype).itemsize
     workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, rows, sum_bytes))
     dw, _ = _ffi.call(
@@ -138,7 +148,7 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     return [dw.astype(out_dtype)]
 
 
-def _wgrad_gemm(x, g, table, out_counts, struct, tile):
+def _wgrad_gemm(x, g, table, out_counts, struct, spec):
     taps, c_in, c_out = struct.shape
     rows = table.shape[1]
     structs = [
@@ -147,12 +157,11 @@ def _wgrad_gemm(x, g, table, out_counts, struct, tile):
         _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
     ]
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, out_counts, in_rows=x.shape[0])
-    tile = tile or config.wgrad_tile(c_in, c_out)
+    tile = spec.config.wgrad or config.wgrad_tile(c_in, c_out, spec.dtype)
     slots = config.wgrad_slots(taps, c_in, c_out, tile)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
-    return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **_tile_attributes(tile), slots=slots)[
-        0
-    ]
+    attributes = _tile_attributes(tile, spec) | {"slots": slots}
+    return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
 
 
 def _real_entries(table, out_counts):

@@ -12,18 +12,9 @@ struct accumulator;
 struct row_major;
 struct col_major;
 enum layout_t { mem_row_major };
-namespace precision {
-struct tf32;
-}
 
-inline float to_float(float v) { return v; }
 inline float to_float(__half v) { return __half2float(v); }
 inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-
-// To 10 explicit bits of mantissa, ties away from zero.
-inline float __float_to_tf32(float v) {
-  return std::isfinite(v) ? bits_float((float_bits(v) + 0x1000) & 0xffffe000u) : v;
-}
 
 template <typename Use, int M, int N, int K, typename T, typename Layout = void>
 struct fragment {

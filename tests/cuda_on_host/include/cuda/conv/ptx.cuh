@@ -50,12 +50,23 @@ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
                            b0 | static_cast<uint64_t>(b1) << 32};
   for (int i = 0; i < 3; ++i) std::memcpy(shown[i], cuda_on_host::show(__LINE__, own[i]), sizeof(shown[i]));
   const auto half = [&](int word, int lane, int register_of_pair, int k) {
-    const T value{static_cast<uint16_t>(shown[word][lane] >> (register_of_pair * 32 + k % 2 * 16))};
+    const std::conditional_t<std::is_same_v<T, float>, __half, T> value{
+        static_cast<uint16_t>(shown[word][lane] >> (register_of_pair * 32 + k % 2 * 16))};
     return widen(value);
+  };
+  const auto tf32 = [&](int word, int lane, int register_of_pair) {
+    const auto bits = static_cast<uint32_t>(shown[word][lane] >> register_of_pair * 32) & 0xffffe000u;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
   };
   const int lane = cuda_on_host::lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+    if constexpr (std::is_same_v<T, float>) {
+      for (int k = 0; k < 8; ++k) d[i] += tf32(k / 4, row % 8 * 4 + k % 4, row / 8) * tf32(2, col * 4 + k % 4, k / 4);
+      continue;
+    }
     for (int k = 0; k < 16; ++k) {
       d[i] += half(k / 8, row % 8 * 4 + k % 8 / 2, row / 8, k) * half(2, col * 4 + k % 8 / 2, k / 8, k);
     }
