@@ -60,8 +60,8 @@ class Kernel(NamedTuple):
 def gpu_kernels(run):
     """All kernels and copies on the GPU's streams while `run()` runs, in the order in which they started.
 
-    Kernels inside CUDA graphs are traced one by one. The profiler has been seen to return an empty trace: then once
-    more.
+    Kernels inside CUDA graphs are traced one by one. A trace has come back empty for no reason found: then once more.
+    It stays empty for good once torch's profiler has run in the process, so torch comes last.
     """
     for attempt in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,9 @@ def gpu_kernels(run):
             return sorted(found, key=lambda kernel: kernel.start_ns)
         if attempt == 1:
             print("the profiler's trace holds no event on a GPU stream; once more", file=sys.stderr)
-    raise RuntimeError("twice the profiler's trace held no event on a GPU stream, so GPU time is unknown")
+    raise RuntimeError(
+        "twice the profiler's trace held no event on a GPU stream, so GPU time is unknown; has torch's profiler run before?"
+    )
 
 
 def run_steps(step, inputs, steps):
