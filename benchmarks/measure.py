@@ -87,7 +87,8 @@ def gpu_kernels(run):
         if attempt == 1:
             print("the profiler's trace holds no event on a GPU stream; once more", file=sys.stderr)
     raise RuntimeError(
-        "twice the profiler's trace held no event on a GPU stream, so GPU time is unknown; has torch's profiler run before?"
+        "twice the profiler's trace held no event on a GPU stream, so GPU time is unknown; torch's profiler must not "
+        "run before JAX's in a process"
     )
 
 
