@@ -150,9 +150,7 @@ def prepare(options: argparse.Namespace, scan_set: scans.ScanSet) -> Job:
     )
     grids, points = training.plan(scan_set, sampler, model, options.voxel, options.slack)
     weights = training.class_weights(points, options.class_weights)
-    optimizer = training.adamw(options.lr, options.steps, options.dtype)
-    # float16 gradients below 6e-8 vanish: the loss is scaled up before the backward pass, the gradients down after it.
-    steps = training.Steps(model, optimizer, weights, loss_scale=1024.0 if options.dtype == "float16" else 1.0)
+    steps = training.Steps(model, training.adamw(options.lr, options.steps), weights, options.dtype)
     console.print(f"{len(scan_set)} scans, {sum(scan_set.points):,} points")
     for bucket, grid in grids.items():
         room = f"room for {grid.capacity:,} voxels of {grid.voxel_size:g} m"
