@@ -130,24 +130,26 @@ class Case:
         self.map = None
         if layer.kernel != ONE:
             self.map = jax.jit(lambda f, c: js.kernel_map(f, c, layer.kernel, layer.strides))(fine, coarse)
-        keys = iter(jax.random.split(jax.random.key(0), 9))
-        taps, (x, y) = len(self.table), self.sites
-        self.weights = self._draw(next(keys), (taps, layer.c_in, layer.c_out), 1 / np.sqrt(taps * layer.c_in))
-        self.ring = [
-            tuple(
-                self._draw(next(keys), (sites.capacity, c), rows=sites)
-                for sites, c in ((x, layer.c_in), (y, layer.c_out))
-            )
-            for _ in range(4)
-        ]
+        self.weights, self.ring = self._inputs(len(self.table))
 
-    def _draw(self, key, shape, scale=1.0, rows=None):
-        """Normal numbers that the dtype holds exactly, 0 on padding rows."""
-        values = scale * jax.random.normal(key, shape, jnp.float32)
-        if self.dtype == "tf32":
-            values = jax.lax.reduce_precision(values, 8, 10)
-        values = values.astype(DTYPES[self.dtype])
-        return values if rows is None else jnp.where(rows.is_real[:, None], values, 0)
+    def _inputs(self, taps):
+        """Weights, and four pairs of features and cotangents: normal numbers that the dtype holds exactly."""
+        layer, (x, y) = self.layer, self.sites
+        sides = (x, layer.c_in), (y, layer.c_out)
+
+        def draw(key, shape, scale=1.0):
+            values = scale * jax.random.normal(key, shape, jnp.float32)
+            if self.dtype == "tf32":
+                values = jax.lax.reduce_precision(values, 8, 10)
+            return values.astype(DTYPES[self.dtype])
+
+        def make(keys):
+            weights = draw(keys[0], (taps, layer.c_in, layer.c_out), 1 / np.sqrt(taps * layer.c_in))
+            drawn = [draw(key, (4, s.capacity, c)) for key, (s, c) in zip(keys[1:], sides, strict=True)]
+            real = [jnp.where(s.is_real[:, None], a, 0) for a, (s, _) in zip(drawn, sides, strict=True)]
+            return weights, [(real[0][i], real[1][i]) for i in range(4)]
+
+        return jax.jit(make)(jax.random.split(jax.random.key(0, impl="rbg"), 3))
 
     @property
     def rest(self):
@@ -171,6 +173,12 @@ class Case:
         with jax.enable_x64(True):
             results = jax.jit(both, compiler_options=reference.COMPILER)(x, g, self.weights)
         return [dict(zip(PASSES, of, strict=True)) for of in results]
+
+    def prepare(self):
+        """Computes the truth and compiles what compares with it, so that this can happen beside other work."""
+        for name, (true, _) in zip(PASSES, zip(*(of.values() for of in self.truth), strict=True), strict=True):
+            rows = {"forward": self.sites[1].capacity, "dgrad": self.sites[0].capacity}.get(name, len(true))
+            self.error(name, jnp.zeros((rows, *true.shape[1:]), self.weights.dtype))
 
     def error(self, name, found):
         """The largest error of a pass's result in units of the bound; infinite where padding rows are not 0."""

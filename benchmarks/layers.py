@@ -31,13 +31,14 @@ import numpy as np
 import report
 import roofline
 import scans
-from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case
+from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case, pyramid
 from reference import ONE
 
 from jaxsparse.ops.conv import FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
 
 # cuBLAS as it comes, and each kernel by itself: layers are too short for CUDA graphs to matter.
 COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0, "xla_gpu_graph_min_graph_size": 10**6}
+PLAIN = "plain JAX"
 MOST_WASTE = 1.25  # channels that a tile may compute for each that is needed
 PRODUCTS = ("conv_gemm", "conv_forward", "wgrad_gemm", "conv_wgrad")  # custom calls; others prepare
 
@@ -53,7 +54,7 @@ def configs(layer, name, dtype):
     # The kernel's input and output channels; wgrad's are always those of the finer and the coarser grid.
     swapped = (name == "dgrad") or (name == "wgrad" and layer.kind == "inverse")
     c_in, c_out = (layer.c_out, layer.c_in) if swapped else (layer.c_in, layer.c_out)
-    plain = [("plain JAX", None, "xla")]
+    plain = [(PLAIN, None, "xla")]
     if layer.kernel == ONE:
         return plain
     if jax.default_backend() != "gpu" or DTYPES[dtype] == jnp.float32 or c_in % 4 or c_out % 8:
@@ -73,23 +74,27 @@ def configs(layer, name, dtype):
 # --- figures ---
 
 
-def compile_all(cases):
+def make_cases(layers, dtype, args, pool):
+    """The cases of all layers; most of it is compilation, which goes on in parallel."""
+    list(pool.map(lambda scene: pyramid(scene, args.data, args.share), {layer.scene for layer in layers}))
+    return list(pool.map(lambda layer: Case(layer, dtype, args), layers))
+
+
+def compile_all(cases, pool):
     """For each case its compiled candidates, (pass, label, compiled), each program under a name of its own."""
-    options = COMPILER if jax.default_backend() == "gpu" else None
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = []
-        for case in cases:
-            pool.submit(lambda case=case: case.truth)  # compiles for long: meanwhile
-            programs = []
-            for i, (name, label, *config) in enumerate(
-                (n, *c) for n in PASSES for c in configs(case.layer, n, case.dtype)
-            ):
-                function = case.function(name, *config)
-                function.__name__ = f"candidate_{i}"
-                lowered = jax.jit(function).lower(*case.ring[0], *case.rest)
-                programs.append((name, label, pool.submit(lowered.compile, options)))
-            found.append(programs)
-    return [[(name, label, future.result()) for name, label, future in programs] for programs in found]
+    options, found = COMPILER if jax.default_backend() == "gpu" else None, []
+    for case in cases:
+        prepared, programs = pool.submit(case.prepare), []
+        chosen = [(name, *config) for name in PASSES for config in configs(case.layer, name, case.dtype)]
+        for i, (name, label, *config) in enumerate(chosen):
+            function = case.function(name, *config)
+            function.__name__ = f"candidate_{i}"
+            lowered = jax.jit(function).lower(*case.ring[0], *case.rest)
+            programs.append((name, label, pool.submit(lowered.compile, options)))
+        found.append((prepared, programs))
+    for prepared, _ in found:
+        prepared.result()
+    return [[(name, label, future.result()) for name, label, future in programs] for _, programs in found]
 
 
 def jaxsparse_rows(case, programs, rates, steps):
@@ -97,7 +102,9 @@ def jaxsparse_rows(case, programs, rates, steps):
     ring = [(*operands, *case.rest) for operands in case.ring]
     errors = [case.error(name, program(*ring[0])) for name, _, program in programs]
     right = {i: program for i, (*_, program) in enumerate(programs) if errors[i] <= 1}
-    times = measure.program_times(right, ring, steps)
+    plain = {i: program for i, program in right.items() if programs[i][1] == PLAIN}  # slow: fewer steps
+    times = measure.program_times({i: program for i, program in right.items() if i not in plain}, ring, steps)
+    times |= measure.program_times(plain, ring, min(steps, 8))
     flops, least = case.work
     rows = []
     for name in PASSES:
@@ -129,7 +136,8 @@ def device_rates(steps):
     """FLOPs a second of a big bfloat16 matrix product and bytes a second of a big copy, read plus write."""
     on_gpu = jax.default_backend() == "gpu"
     n, rows = (8192, 2**28) if on_gpu else (512, 2**22)
-    a, b = jnp.ones((n, n), jnp.bfloat16), jnp.ones(rows, jnp.float32)
+    # Random numbers: a product of ones takes less power, and runs at a clock that nothing else reaches.
+    a, b = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16), jnp.ones(rows, jnp.float32)
 
     def product(a, b):
         return a @ a
@@ -197,17 +205,27 @@ def main():
             print(f"skipped {scene}: {reason}")
             layers = [layer for layer in layers if layer.scene != scene]
     rates = device_rates(args.steps)
-    for dtype in args.dtype:
-        cases = [Case(layer, dtype, args) for layer in layers]
-        programs = compile_all(cases)
-        found = [jaxsparse_rows(*pair, rates, args.steps) for pair in zip(cases, programs, strict=True)]
-        # Afterwards: a process has one profiler at a time, and torch keeps it.
-        beside = peer_figures(cases, args.steps)
-        rows = [row for case, peer in zip(found, beside, strict=True) for row in add_backward(case, peer)]
+    found = {dtype: timed_cases(layers, dtype, rates, args) for dtype in args.dtype}
+    for dtype, (cases, ours) in found.items():
+        # Afterwards: once torch's profiler has run, JAX's gets no more events.
+        with measure.stage(f"{dtype}, spconv"):
+            beside = peer_figures(cases, args.steps)
+        rows = [row for case, peer in zip(ours, beside, strict=True) for row in add_backward(case, peer)]
         measured = f"{rates['flops'] / 1e12:.0f} TFLOP/s, {rates['bytes'] / 1e12:.2f} TB/s"
         about = f"Single convolutions, {dtype}; a big product and a big copy reach {measured}"
         report.write(args.out, f"layers_{dtype}", about, COLUMNS, rows, ["spconv-cu126", "torch"], rates=rates)
         roofline.draw(args.out, f"layers_{dtype}", rows, rates)
+
+
+def timed_cases(layers, dtype, rates, args):
+    """The cases of one dtype, and our rows of each."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with measure.stage(f"{dtype}, inputs"):
+            cases = make_cases(layers, dtype, args, pool)
+        with measure.stage(f"{dtype}, compiling"):
+            programs = compile_all(cases, pool)
+    with measure.stage(f"{dtype}, timing"):
+        return cases, [jaxsparse_rows(*pair, rates, args.steps) for pair in zip(cases, programs, strict=True)]
 
 
 def peer_figures(cases, steps):

@@ -218,6 +218,14 @@ def compile_seconds(lower):
 
 
 @contextmanager
+def stage(name):
+    """Says on stderr how long a part of a benchmark took."""
+    start = time.perf_counter()
+    yield
+    print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+@contextmanager
 def count_compilations():
     """Yields a list that grows by one duration in seconds for each program that XLA compiles."""
     durations = []

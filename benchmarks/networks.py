@@ -34,6 +34,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory 
 import breakdown
 import jax
 import jax.numpy as jnp
+import measure
 import networks_jaxsparse
 import networks_spconv
 import numpy as np
@@ -88,12 +89,15 @@ def run(args):
         if reason := scans.missing(args.data, WORKLOADS[name].scans):
             print(f"skipped {name}: {reason}")
             continue
-        cases.append(case := Case(name, number, args))
+        with measure.stage(f"{name}, float64"):
+            cases.append(case := Case(name, number, args))
         for factor in args.capacity:
-            found = networks_jaxsparse.rows(case.workload, case.weights, case.ring, args, factor, case.expected)
+            with measure.stage(f"{name}, jaxsparse"):
+                found = networks_jaxsparse.rows(case.workload, case.weights, case.ring, args, factor, case.expected)
             rows += case.rows("jaxsparse", found, args, factor)
     for case in cases:
-        found = networks_spconv.rows(case.workload, case.weights, case.ring, args, case.expected)
+        with measure.stage(f"{case.name}, spconv"):
+            found = networks_spconv.rows(case.workload, case.weights, case.ring, args, case.expected)
         if not found:
             print(f"{case.name}: no spconv beside it")
         rows += case.rows("spconv", found, args, None)

@@ -92,7 +92,8 @@ def figures(case, steps):
             out_rows = order_of(sites, coords_out) if layer.kind == "strided" else slice(None)
             with torch.no_grad():
                 conv.weight.copy_(to_spconv(np.asarray(case.weights, np.float32), conv.kernel_size))
-            ring = [[on_torch(a[:n], dtype) for a, n in zip(pair, counts, strict=True)] for pair in case.ring]
+            first = [on_torch(a[:n], dtype) for a, n in zip(case.ring[0], counts, strict=True)]
+            ring = [[a.roll(i, 0) for a in first] for i in range(len(case.ring))]
             for x, g in ring:
                 x[in_rows], g[out_rows] = x.clone(), g.clone()
                 x.requires_grad_(training)
