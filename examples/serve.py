@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from segmentation import batches, scans, training
+from segmentation.device import choose_device
 from segmentation.ray_casting import Lidar
-from train_segmentation import choose_device
 
 import jaxsparse as js
 
@@ -138,6 +138,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     """Exports, serves and measures; returns the milliseconds of each way to call the model."""
     options = parse(arguments)
     device = choose_device(options.device)
+    print(f"device: {device.device_kind}")
     streets = Lidar(options.beams, options.azimuths)
     scan_set = scans.open_scans(options.data) if options.data else scans.synthetic_streets(3, 1, streets)
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
@@ -155,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     np.savez(options.out / "arrays.npz", *leaves)
     begun = time.perf_counter()
     server = Server(program, leaves, device)
-    print(f"{device.device_kind}: {points:,} points, {grid.capacity:,} voxels of {grid.voxel_size:g} m")
+    print(f"room for {points:,} points and {grid.capacity:,} voxels of {grid.voxel_size:g} m")
     print(f"program of {len(program) / 1e6:.1f} MB in {options.out}, compiled in {time.perf_counter() - begun:.1f} s")
 
     requests = [scan_set.load(i % len(scan_set)) for i in range(options.requests)]
