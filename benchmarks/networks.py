@@ -24,9 +24,11 @@ seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its las
 """
 
 import argparse
+import hashlib
 import itertools
 import os
 import pathlib
+import pickle
 import sys
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory to the library beside it
@@ -49,29 +51,48 @@ def in_dtype(voxels, dtype):
     return scans.Voxels(voxels.coords, np.asarray(jnp.asarray(voxels.feats, dtype), np.float32))
 
 
+def truth(workload, voxels, dtype):
+    """Weights in numbers that the dtype holds exactly, and outputs or gradients of one batch in float64."""
+    stages = workload.stages
+    weights = reference.random_weights(reference.layers(stages, IN_FEATURES))
+    *_, statistics = reference.output(stages, weights, voxels, training=True)
+    weights = reference.with_statistics(weights, statistics)
+    weights = jax.tree.map(lambda w: np.asarray(jnp.asarray(w, dtype), np.float32), weights)
+    if workload.training:
+        grads = reference.gradients(stages, weights, voxels)
+        return weights, [g[:2] if isinstance(g, tuple) else g for g in grads]
+    sites, feats, _ = reference.output(stages, weights, voxels)
+    return weights, first_scan(sites, feats)
+
+
+def cached(folder, inputs, compute):
+    """The result, from a file in the folder where the same inputs and the same sources have left one."""
+    if folder is None:
+        return compute()
+    here = pathlib.Path(__file__).parent
+    sources = b"".join((here / f"{name}.py").read_bytes() for name in ("networks", "reference", "scans", "workloads"))
+    key = hashlib.sha256(repr(inputs).encode() + sources).hexdigest()[:16]
+    path = pathlib.Path(folder) / f"{inputs[0]}_{key}.pickle"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(compute()))
+    return pickle.loads(path.read_bytes())
+
+
 class Case:
     """One workload with so many scans a batch: ring, weights, and what the first batch should give."""
 
     def __init__(self, name, number, args):
         self.name, self.workload = name, WORKLOADS[name]
-        stages = self.workload.stages
         each = [scans.read(args.data, s, self.workload.voxel_size, args.share) for s in self.workload.scans]
         self.scans = number or len(each)
         self.ring = [in_dtype(v, args.dtype) for v in scans.ring(scans.copies(each, self.scans))]
         first = self.ring[0]
         if not self.workload.training:  # scans do not see each other: the first stands for all
             first = scans.Voxels(*(a[first.coords[:, 0] == 0] for a in (first.coords, first.feats)))
-        weights = reference.random_weights(reference.layers(stages, IN_FEATURES))
-        *_, statistics = reference.output(stages, weights, first, training=True)
-        weights = reference.with_statistics(weights, statistics)
-        # All get numbers that their dtype holds exactly, the reference too.
-        self.weights = jax.tree.map(lambda w: np.asarray(jnp.asarray(w, args.dtype), np.float32), weights)
-        if self.workload.training:
-            grads = reference.gradients(stages, self.weights, first)
-            self.expected = [g[:2] if isinstance(g, tuple) else g for g in grads]
-        else:
-            sites, feats, _ = reference.output(stages, self.weights, first)
-            self.expected = first_scan(sites, feats)
+        # What is computed depends on these alone.
+        inputs = name, self.scans, args.dtype, args.share, *self.ring[0].coords.shape
+        self.weights, self.expected = cached(args.cache, inputs, lambda: truth(self.workload, first, args.dtype))
 
     def rows(self, library, found, args, capacity):
         """Rows of results with what they are of; says which are wrong."""
@@ -152,6 +173,7 @@ def main():
     parser.add_argument("--calls", type=int, default=0, help="further steps for p50 and p99; published: 1,000")
     parser.add_argument("--breakdown", action="store_true", help="where the GPU time goes (compiles once more)")
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
+    parser.add_argument("--cache", default=None, help="folder that keeps the float64 results from run to run")
     parser.add_argument("--out", default=None, help="folder for networks.json and .md (default: only print)")
     args = parser.parse_args()
     if args.device:
