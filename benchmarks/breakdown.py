@@ -16,6 +16,7 @@ PARTS = {
     "forward": ("conv_gemm", "conv_forward"),
     "dgrad": (),  # the same kernels, in a backward pass
     "wgrad": ("wgrad_gemm", "conv_wgrad"),
+    "1x1 products": (),  # XLA's, in every pass
     "norms, elementwise": (),  # XLA's fusions
     "rest": (),
 }
@@ -27,7 +28,9 @@ def part_of(kernel, calls):
     """The part that a kernel belongs to. `calls`: see `measure.custom_calls`."""
     target, is_backward = calls.get(kernel.instruction, (None, False))
     if target is None:
-        return "norms, elementwise" if "fusion" in kernel.instruction or "fusion" in kernel.name else "rest"
+        if any(word in kernel.instruction for word in ("gemm", "dot", "cublas")):
+            return "1x1 products"
+        return "norms, elementwise" if "fusion" in kernel.instruction else "rest"
     part = next((name for name, targets in PARTS.items() if target in targets), "rest")
     return "dgrad" if part == "forward" and is_backward else part
 
