@@ -5,9 +5,13 @@ step, as a deployment drops them: XLA's CUDA graphs are captured again when outp
 """
 
 import glob
+import re
+import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -40,29 +44,137 @@ def summary(times):
     return {"median": float(median), "quartiles": [float(low), float(high)], "steps": len(times)}
 
 
-def jax_gpu_ms(step, inputs, steps):
-    """Sum of kernel and copy times on the GPU's streams for one step, from a jax.profiler trace; None without a GPU.
+class Kernel(NamedTuple):
+    """A kernel or copy on the GPU, and the compiled program and the instruction of its HLO that it belongs to.
 
-    Kernels inside CUDA graphs are traced one by one, so they count.
+    Inside a CUDA graph the instruction is unknown ("").
     """
+
+    name: str
+    program: str
+    instruction: str
+    start_ns: float
+    ns: float
+
+
+def gpu_kernels(run):
+    """All kernels and copies on the GPU's streams while `run()` runs, in the order in which they started.
+
+    Kernels inside CUDA graphs are traced one by one. A trace has come back empty for no reason found: then once more.
+    It stays empty for good once torch's profiler has run in the process, so torch comes last.
+    """
+    for attempt in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                run()
+            found = [
+                Kernel(
+                    event.name,
+                    str((stats := dict(event.stats)).get("hlo_module", "")),
+                    str(stats.get("hlo_op", "")),
+                    event.start_ns,
+                    event.duration_ns,
+                )
+                for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+                for plane in jax.profiler.ProfileData.from_file(path).planes
+                if plane.name.startswith("/device:GPU")
+                for line in plane.lines
+                if line.name.startswith("Stream")
+                for event in line.events
+            ]
+        if found:
+            return sorted(found, key=lambda kernel: kernel.start_ns)
+        if attempt == 1:
+            print("the profiler's trace holds no event on a GPU stream; once more", file=sys.stderr)
+    raise RuntimeError(
+        "twice the profiler's trace held no event on a GPU stream, so GPU time is unknown; torch's profiler must not "
+        "run before JAX's in a process"
+    )
+
+
+def run_steps(step, inputs, steps):
+    """Runs the step on one input after another, waiting for each."""
+    for i in range(steps):
+        jax.block_until_ready(step(inputs[i % len(inputs)]))
+
+
+def kernel_figures(kernels, steps):
+    """GPU milliseconds and number of kernels (copies aside) of a step, from those of several."""
+    launched = [kernel for kernel in kernels if not kernel.name.lower().startswith("mem")]
+    return {"gpu_ms": sum(k.ns for k in kernels) / 1e6 / steps, "kernels": round(len(launched) / steps)}
+
+
+def jax_gpu_ms(step, inputs, steps):
+    """Sum of kernel and copy times on the GPU's streams for one step, from a trace; None without a GPU."""
     if jax.default_backend() != "gpu":
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for i in range(steps):
-                jax.block_until_ready(step(inputs[i % len(inputs)]))
-        total = sum(
-            event.duration_ns
-            for path in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-            for plane in jax.profiler.ProfileData.from_file(path).planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if line.name.startswith("Stream")
-            for event in line.events
-        )
-    if not total:
-        raise RuntimeError("the profiler's trace holds no event on a GPU stream, so GPU time is unknown")
-    return total / 1e6 / steps
+    return sum(k.ns for k in gpu_kernels(lambda: run_steps(step, inputs, steps))) / 1e6 / steps
+
+
+class ProgramTimes(NamedTuple):
+    """Microseconds of each step of a program, and on a GPU of each instruction that launched kernels: [steps]."""
+
+    total: np.ndarray
+    by_instruction: dict[str, np.ndarray] | None
+
+
+def program_times(programs, inputs, steps):
+    """GPU time of each step of many compiled programs, from one trace; wall time on a CPU.
+
+    Args:
+      programs: {key: compiled program}, each jitted from a function of another name.
+      inputs: the ring, a tuple of operands each.
+      steps: steps of each program, after one that warms it up.
+    """
+    run = {key: lambda operands, p=program: p(*operands) for key, program in programs.items()}
+    if jax.default_backend() != "gpu":
+        walls = {key: wall_ms(step, inputs, jax.block_until_ready, steps) for key, step in run.items()}
+        return {key: ProgramTimes(1e3 * np.array(ms), None) for key, ms in walls.items()}
+    for step in run.values():
+        run_steps(step, inputs, 1)
+
+    def all_programs():
+        for step in run.values():
+            run_steps(step, inputs, steps)
+
+    kernels = defaultdict(list)
+    for kernel in gpu_kernels(all_programs) if programs else []:
+        kernels[kernel.program].append(kernel)
+    found = {}
+    for key, program in programs.items():
+        name = program_name(program)
+        of_program = kernels[name]
+        if not of_program or len(of_program) % steps:
+            raise RuntimeError(f"the trace holds {len(of_program)} kernels of {name}, which ran {steps} times")
+        each = 1e-3 * np.array([k.ns for k in of_program]).reshape(steps, -1)
+        by_instruction = defaultdict(lambda: np.zeros(steps))
+        for i, kernel in enumerate(of_program[: each.shape[1]]):
+            by_instruction[kernel.instruction] += each[:, i]
+        found[key] = ProgramTimes(each.sum(axis=1), dict(by_instruction))
+    return found
+
+
+def program_name(compiled):
+    """The name of a compiled program's HLO module."""
+    return re.match(r"HloModule ([^ ,]+)", compiled.as_text())[1]
+
+
+def custom_calls(compiled):
+    """The custom calls of this library in a compiled program: {instruction: (name, whether in a backward pass)}."""
+    pattern = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*custom_call_target="jaxsparse_(\w+)_v\d+"(.*)$', re.MULTILINE)
+    return {name: (target, "transpose(" in rest) for name, target, rest in pattern.findall(compiled.as_text())}
+
+
+def torch_kernels(step, inputs, steps):
+    """All kernels and copies on the GPU while a PyTorch program makes its steps."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(steps):
+            step(inputs[i % len(inputs)])
+        torch.cuda.synchronize()
+    found = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [Kernel(e.name, "", "", 1e3 * e.time_range.start, 1e3 * e.time_range.elapsed_us()) for e in found]
 
 
 def torch_gpu_ms(step, inputs, steps):
@@ -71,12 +183,46 @@ def torch_gpu_ms(step, inputs, steps):
 
     if not torch.cuda.is_available():
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for i in range(steps):
-            step(inputs[i % len(inputs)])
-        torch.cuda.synchronize()
-    on_device = (e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA)
-    return sum(e.time_range.elapsed_us() for e in on_device) / 1e3 / steps
+    return kernel_figures(torch_kernels(step, inputs, steps), steps)["gpu_ms"]
+
+
+def compile_seconds(lower):
+    """A compiled program, and the seconds from Python to it: cold, and from the persistent cache that this filled.
+
+    Args:
+      lower: makes a new `jax.stages.Lowered` of the same program each time.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
+    options = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, value in (options | {"jax_compilation_cache_dir": folder}).items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            seconds = []
+            for _ in range(2):
+                start = time.perf_counter()
+                compiled = lower().compile()
+                seconds.append(time.perf_counter() - start)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+    return compiled, *seconds
+
+
+@contextmanager
+def stage(name):
+    """Says on stderr how long a part of a benchmark took."""
+    start = time.perf_counter()
+    yield
+    print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 @contextmanager

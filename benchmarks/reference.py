@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 EPSILON = 1e-5  # of every batch norm
+# On a GPU, trying algorithms for hundreds of float64 products took longer than everything else.
+COMPILER = {"xla_gpu_autotune_level": 0}
 
 
 # --- the networks ---
@@ -252,14 +254,18 @@ def in_float64(tree):
 def conv_output(feats, kernel, rows):
     """One layer in float64, as a numpy array."""
     with jax.enable_x64(True):
-        return np.asarray(jax.jit(conv)(np.asarray(feats, np.float64), np.asarray(kernel, np.float64), rows))
+        return np.asarray(
+            jax.jit(conv, compiler_options=COMPILER)(
+                np.asarray(feats, np.float64), np.asarray(kernel, np.float64), rows
+            )
+        )
 
 
 def output(stages, weights, voxels, training=False):
     """Sites of the output, its features and the norms' statistics, in float64, as numpy arrays."""
     sites, rows = tables(stages, voxels.coords)
     with jax.enable_x64(True):
-        out = jax.jit(forward, static_argnums=(0, 4))(
+        out = jax.jit(forward, static_argnums=(0, 4), compiler_options=COMPILER)(
             stages, in_float64(weights), rows, np.asarray(voxels.feats, np.float64), training
         )
         return sites, *jax.tree.map(np.asarray, out)
@@ -273,5 +279,7 @@ def gradients(stages, weights, voxels):
         return jnp.mean(forward(stages, weights, rows, feats, True)[0] ** 2)
 
     with jax.enable_x64(True):
-        grads = jax.jit(jax.grad(loss))(in_float64(weights), rows, np.asarray(voxels.feats, np.float64))
+        grads = jax.jit(jax.grad(loss), compiler_options=COMPILER)(
+            in_float64(weights), rows, np.asarray(voxels.feats, np.float64)
+        )
         return jax.tree.map(np.asarray, grads)

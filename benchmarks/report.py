@@ -73,9 +73,9 @@ def table(columns, rows):
     return "\n".join(lines)
 
 
-def write(folder, name, about, columns, rows, peers=()):
-    """Prints the table and writes `name.json` and `name.md` into `folder` (not when it is None)."""
-    facts = context(peers)
+def write(folder, name, about, columns, rows, peers=(), **more):
+    """Prints the table and writes `name.json`, with `more` in it, and `name.md` into `folder` (not when it is None)."""
+    facts = context(peers) | more
     versions = ", ".join(f"{package} {number}" for package, number in facts["versions"].items())
     text = "\n\n".join(
         [

@@ -39,12 +39,13 @@ def read(folder, name, voxel_size, share=1.0):
         folder: Folder of the scans.
         name: The scan's name, without `.npz`.
         voxel_size: Edge in metres, or one an axis.
-        share: Keeps this share of the scan, a sector of directions around the origin, for a quick look.
+        share: Keeps this share of the scan, a sector of directions around its middle, for a quick look.
     """
     with np.load(pathlib.Path(folder) / f"{name}.npz") as arrays:
         xyz = arrays["xyz"].astype(np.float32)
         intensity = arrays["intensity"] if "intensity" in arrays.files else np.zeros(len(xyz))
-    keep = np.arctan2(xyz[:, 1], xyz[:, 0]) <= np.pi * (2 * share - 1)
+    x, y = (xyz[:, :2] - np.median(xyz[:, :2], axis=0)).T
+    keep = np.arctan2(y, x) <= np.pi * (2 * share - 1)
     feats = np.column_stack([xyz, intensity]).astype(np.float32)[keep]
     index = np.floor(xyz[keep] / np.asarray(voxel_size, np.float32)).astype(np.int32)
     index -= index.min(axis=0) - 1
@@ -53,10 +54,21 @@ def read(folder, name, voxel_size, share=1.0):
     return Voxels(np.column_stack([np.zeros(len(first), np.int32), index[first]]), feats[first])
 
 
+def block(edge):
+    """A full cube of `edge` sites a side, without a scan: every site has all its neighbours but those at the faces."""
+    coords = np.indices((1, edge, edge, edge), np.int32).reshape(4, -1).T + np.int32([0, 1, 1, 1])
+    return Voxels(coords, coords.astype(np.float32))
+
+
 def batch(scans):
     """One batch of several scans: batch index is the position in the list."""
     coords = [np.column_stack([np.full(len(s.coords), b, np.int32), s.coords[:, 1:]]) for b, s in enumerate(scans)]
     return Voxels(np.concatenate(coords), np.concatenate([s.feats for s in scans]))
+
+
+def copies(scans, number):
+    """So many scans, going round; each round is turned or mirrored in another way."""
+    return [_symmetry(scans[i % len(scans)], i // len(scans) % 8) for i in range(number)]
 
 
 def ring(scans, length=8):

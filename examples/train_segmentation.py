@@ -30,6 +30,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from segmentation import batches, report, scans, training
+from segmentation.device import choose_device
 from segmentation.ray_casting import Lidar
 
 import jaxsparse as js
@@ -66,19 +67,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.voxel is None:
         options.voxel = 0.1 if options.data else 0.2
     return options
-
-
-def choose_device(name: str) -> jax.Device:
-    """The first device of the kind asked for; ends the program if there is none."""
-    if name == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # leaves the memory of a GPU alone
-    try:
-        device = jax.devices(None if name == "auto" else name)[0]
-    except RuntimeError as error:
-        raise SystemExit(f"error: --device {name}: {error}") from error
-    if device.platform != jax.default_backend():
-        raise SystemExit(f"error: --device {name}: jax already runs on {jax.default_backend()}")
-    return device
 
 
 class Checkpoints:
@@ -150,9 +138,7 @@ def prepare(options: argparse.Namespace, scan_set: scans.ScanSet) -> Job:
     )
     grids, points = training.plan(scan_set, sampler, model, options.voxel, options.slack)
     weights = training.class_weights(points, options.class_weights)
-    optimizer = training.adamw(options.lr, options.steps, options.dtype)
-    # float16 gradients below 6e-8 vanish: the loss is scaled up before the backward pass, the gradients down after it.
-    steps = training.Steps(model, optimizer, weights, loss_scale=1024.0 if options.dtype == "float16" else 1.0)
+    steps = training.Steps(model, training.adamw(options.lr, options.steps), weights, options.dtype)
     console.print(f"{len(scan_set)} scans, {sum(scan_set.points):,} points")
     for bucket, grid in grids.items():
         room = f"room for {grid.capacity:,} voxels of {grid.voxel_size:g} m"

@@ -12,6 +12,7 @@ import optax
 import pytest
 from conftest import SCANS
 from flax import nnx
+from scenes import quick_rngs
 
 import jaxsparse
 
@@ -394,7 +395,7 @@ def test_points_are_scored_by_their_voxel_and_unlabelled_ones_not_at_all():
         for n in (150, 90)
     ]  # fmt: skip
     packed = batches.pack(made, bucket=256, batch=2)
-    steps = training.Steps(Above(), optax.sgd(0.1), np.ones(2, np.float32), 1.0)
+    steps = training.Steps(Above(), optax.sgd(0.1), np.ones(2, np.float32), "float32")
     measured = steps.evaluate(training.Grid(2.0, 2, 256), steps.initial_state(), packed)
     training.check(measured)
     expected = np.zeros((2, 2), int)
@@ -407,3 +408,64 @@ def test_points_are_scored_by_their_voxel_and_unlabelled_ones_not_at_all():
     np.testing.assert_array_equal(measured.confusion, expected)
     assert steps.compilations("evaluate") == 1
     assert steps.compilations("train") == 0
+
+
+# --- mixed precision ---
+
+
+def test_the_loss_scale_halves_on_overflow_and_grows_after_good_steps():
+    scale = training.LossScale.create("float16")
+    assert float(scale.factor) == 2.0**15
+    for finite, factor, good in [
+        (True, 2.0**15, 1), (True, 2.0**15, 2), (True, 2.0**16, 0), (True, 2.0**16, 1), (False, 2.0**15, 0),
+        (False, 2.0**14, 0), (True, 2.0**14, 1), (True, 2.0**14, 2), (True, 2.0**15, 0),
+    ]:  # fmt: skip
+        scale = scale.after(jax.numpy.asarray(finite), growth_steps=3)
+        assert (float(scale.factor), int(scale.good_steps)) == (factor, good)
+    for _ in range(40):
+        scale = scale.after(jax.numpy.asarray(False), growth_steps=3)
+    assert float(scale.factor) == 1.0
+    assert float(training.LossScale.create("bfloat16").factor) == 1.0
+
+
+def leaves(tree) -> list[np.ndarray]:
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+class TwoLayers(nnx.Module):
+    """Products in float16, parameters and statistics in float32."""
+
+    def __init__(self, classes: int):
+        options = {"dtype": jax.numpy.float16, "use_bias": False, "rngs": quick_rngs()}
+        self.conv, self.norm = jaxsparse.nn.SubMConv(4, 8, 3, **options), jaxsparse.nn.BatchNorm(8, rngs=quick_rngs())
+        self.head = jaxsparse.nn.SubMConv(8, classes, 3, **options)
+
+    def __call__(self, x: jaxsparse.SparseTensor) -> jaxsparse.SparseTensor:
+        return self.head(jaxsparse.ops.relu(self.norm(self.conv(x))))
+
+
+def test_a_float16_step_that_overflows_changes_the_scale_alone_and_the_next_one_learns():
+    scan_set = scans.synthetic_streets(1, lidar=TINY)
+    packed = batches.pack([scan_set.load(0)], bucket=1024, batch=1)
+    grid, key = training.Grid(0.5, scans=1, capacity=1024), jax.random.key(0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        weights = np.ones(len(scan_set.classes), np.float32)
+        steps = training.Steps(TwoLayers(len(weights)), training.adamw(1e-2, 10), weights, "float16")
+        state = steps.initial_state()
+        assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+        # The gradients of the logits, a thousandth or so, leave float16's range of 65504.
+        huge = training.LossScale(jax.numpy.float32(2.0**24), state.scale.good_steps + 7)
+        before = leaves(state[:3])
+        state, measured = steps.train(grid, state._replace(scale=huge), packed, key)
+        training.check(measured)
+        for a, b in zip(leaves(state[:3]), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (float(state.scale.factor), int(state.scale.good_steps), int(state.step)) == (2.0**23, 0, 1)
+        gentle = training.LossScale(jax.numpy.float32(2.0**10), state.scale.good_steps)
+        state, measured = steps.train(grid, state._replace(scale=gentle), packed, key)
+        training.check(measured)
+        assert (float(state.scale.factor), int(state.scale.good_steps), int(state.step)) == (2.0**10, 1, 2)
+        after = leaves(state[:2])
+        assert all(np.isfinite(a).all() for a in after)
+        assert any(np.any(a != b) for a, b in zip(after, before[: len(after)], strict=True))
+        assert steps.compilations("train") == 1

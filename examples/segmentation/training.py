@@ -27,6 +27,29 @@ from .scans import ScanSet
 _PLANNED_FROM = 64  # scans of each bucket that capacities and class weights are planned from
 
 
+class LossScale(NamedTuple):
+    """What the loss is multiplied by, and gradients divided by: float16 gradients below 6e-8 would vanish.
+
+    It is halved where gradients overflow and doubled after many steps without.
+    """
+
+    factor: jax.Array
+    good_steps: jax.Array  # since it last changed
+
+    @staticmethod
+    def create(dtype: str) -> LossScale:
+        """The first factor: 1 for other dtypes than float16, whose range is that of float32."""
+        factor = 2.0**15 if dtype == "float16" else 1.0
+        return LossScale(jnp.asarray(factor, jnp.float32), jnp.zeros((), jnp.int32))
+
+    def after(self, finite: jax.Array, growth_steps: int = 1000) -> LossScale:
+        """The scale for the step after one whose gradients were finite or not."""
+        good_steps = jnp.where(finite, self.good_steps + 1, 0)
+        grows = good_steps == growth_steps
+        factor = jnp.where(finite, jnp.where(grows, 2 * self.factor, self.factor), self.factor / 2)
+        return LossScale(jnp.clip(factor, 1.0, 2.0**24), jnp.where(grows, 0, good_steps))
+
+
 class TrainState(NamedTuple):
     """Everything that training changes, and all that a checkpoint holds."""
 
@@ -34,6 +57,7 @@ class TrainState(NamedTuple):
     stats: Any  # running statistics of the batch norms
     optimizer: Any
     step: jax.Array
+    scale: LossScale
 
 
 class Measured(NamedTuple):
@@ -139,30 +163,34 @@ def class_weights(points: np.ndarray, kind: str) -> np.ndarray:
     return (weights * points.sum() / (weights @ points)).astype(np.float32)
 
 
-def adamw(highest: float, steps: int, dtype: str) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up over a tenth of the steps and a cosine to zero; float16 skips steps that overflow."""
+def adamw(highest: float, steps: int) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up over a tenth of the steps and a cosine to zero."""
     schedule = optax.warmup_cosine_decay_schedule(0.1 * highest, highest, max(1, steps // 10), steps, 0.01 * highest)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-2))
-    return optax.apply_if_finite(optimizer, max_consecutive_errors=20) if dtype == "float16" else optimizer
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-2))
 
 
 class Steps:
-    """The train and the evaluation step of one model and one optimiser, compiled once for each bucket."""
+    """The train and the evaluation step of one model and one optimiser, compiled once for each bucket.
 
-    def __init__(
-        self, model: nnx.Module, optimizer: optax.GradientTransformation, weights: np.ndarray, loss_scale: float
-    ):
+    With float16 (`dtype`, that of the model's products) the loss is scaled, and a step whose gradients overflow changes
+    nothing but the scale.
+    """
+
+    def __init__(self, model: nnx.Module, optimizer: optax.GradientTransformation, weights: np.ndarray, dtype: str):
         model.train()
         self._train_graph, self._params, self._stats = nnx.split(model, nnx.Param, ...)
         model.eval()
         self._eval_graph = nnx.graphdef(model)
-        self._optimizer, self._weights, self._loss_scale = optimizer, jnp.asarray(weights), loss_scale
+        self._optimizer, self._weights, self._dtype = optimizer, jnp.asarray(weights), dtype
         self._compiled: dict[tuple, Any] = {}
         self.compile_seconds = 0.0
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return TrainState(self._params, self._stats, self._optimizer.init(self._params), jnp.zeros((), jnp.int32))
+        scale = LossScale.create(self._dtype)
+        return TrainState(
+            self._params, self._stats, self._optimizer.init(self._params), jnp.zeros((), jnp.int32), scale
+        )
 
     def compilations(self, name: str) -> int:
         """How often the step "train" or "evaluate" was compiled."""
@@ -191,13 +219,18 @@ class Steps:
         def scaled_loss(params):
             model = nnx.merge(self._train_graph, params, state.stats, copy=True)
             measured = _measure(model, xyz, batch, grid, self._weights)
-            return measured.loss * self._loss_scale, (measured, nnx.split(model, nnx.Param, ...)[2])
+            return measured.loss * state.scale.factor, (measured, nnx.split(model, nnx.Param, ...)[2])
 
         gradients, (measured, stats) = jax.grad(scaled_loss, has_aux=True)(state.params)
-        gradients = jax.tree.map(lambda g: g / self._loss_scale, gradients)
+        gradients = jax.tree.map(lambda g: g / state.scale.factor, gradients)
         updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, stats, optimizer, state.step + 1), measured
+        params, step = optax.apply_updates(state.params, updates), state.step + 1
+        if self._dtype != "float16":
+            return TrainState(params, stats, optimizer, step, state.scale), measured
+        finite = jnp.all(jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(gradients)]))
+        kept = (state.params, state.stats, state.optimizer)
+        params, stats, optimizer = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (params, stats, optimizer), kept)
+        return TrainState(params, stats, optimizer, step, state.scale.after(finite)), measured
 
     def _evaluate(self, grid: Grid, state: TrainState, batch: Batch) -> Measured:
         model = nnx.merge(self._eval_graph, state.params, state.stats)

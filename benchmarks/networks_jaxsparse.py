@@ -1,0 +1,196 @@
+"""This library's side of `networks.py`: its models with given weights, compiled steps, and their rows of figures."""
+
+import itertools
+
+import breakdown
+import inputs
+import jax
+import jax.numpy as jnp
+import measure
+import numpy as np
+import optax
+from flax import nnx
+from workloads import IN_FEATURES, LEARNING_RATE, LOSS_SCALE, error, error_limit, first_scan, wall_figures
+
+import jaxsparse as js
+from jaxsparse.models import blocks
+
+
+def layers_in_order(module):
+    """Convolutions and norms of a network, or of a part, in running order: a block's shortcut after its second norm."""
+    match module:
+        case js.models.SparseResUNet42():
+            encoder = zip(module.down, module.encoder, strict=True)
+            decoder = zip(module.up, module.decoder, strict=True)
+            parts = [module.stem, *itertools.chain(*encoder), *itertools.chain(*decoder)]
+        case js.models.SparseResNet21D():
+            parts = module.stages
+        case nnx.Sequential():
+            parts = module.layers
+        case blocks.ConvBlock():
+            parts = [module.conv, module.norm]
+        case blocks.ResidualBlock():
+            parts = [module.conv1, module.norm1, module.conv2, module.norm2]
+            parts += [] if module.shortcut is None else [module.shortcut]
+        case _:
+            return [module]
+    return [layer for part in parts for layer in layers_in_order(part)]
+
+
+def model_of(workload, weights, dtype, param_dtype):
+    """The network with the given weights, computing in `dtype`, with its parameters stored in `param_dtype`."""
+    model = workload.network.model(IN_FEATURES, width=workload.width, dtype=dtype, rngs=nnx.Rngs(0))
+    for layer, values in zip(layers_in_order(model), weights, strict=True):
+        if isinstance(values, tuple):
+            for variable, value in zip((layer.scale, layer.bias, layer.mean, layer.var), values, strict=True):
+                variable[...] = jnp.asarray(value)
+        else:
+            layer.kernel[...] = jnp.asarray(values)
+    nnx.update(model, jax.tree.map(lambda a: a.astype(param_dtype), nnx.state(model, nnx.Param)))
+    return model
+
+
+def last_output(model, x):
+    """The output of the last stage."""
+    y = model(x)
+    return y[-1] if isinstance(y, list) else y
+
+
+def tensors(ring, model, dtype, factor):
+    """Resident tensors of one shape, with `factor` times the rows of the largest, and capacities planned for all."""
+    capacity = inputs.capacity_for(max(len(v.coords) for v in ring), factor)
+    plan = js.capacities(model, [inputs.tensor(v, dtype, capacity) for v in ring], slack=factor)
+    return [inputs.tensor(v, dtype, capacity, plan) for v in ring]
+
+
+class Inference:
+    """The output of one batch; the state is the model's arrays."""
+
+    task, donates, is_training = "inference", False, False
+
+    def __init__(self, workload, weights, dtype):
+        self.model = model_of(workload, weights, dtype, dtype)
+        self.model.eval()
+        self.graph, self.state = nnx.split(self.model)
+
+    def run(self, state, x):
+        """The state again, the features, and the status."""
+        y = last_output(nnx.merge(self.graph, state), x)
+        return None, y.feats, y.status
+
+    def checked(self, feats, x):
+        """What the reference gives too."""
+        sites = jax.jit(lambda state, x: last_output(nnx.merge(self.graph, state), x).sites)(self.state, x)
+        coords = inputs.real(sites)
+        return first_scan(coords, np.asarray(feats, np.float64)[: len(coords)])
+
+
+class Gradients:
+    """The loss and its gradients for all weights, which are stored in the compute dtype."""
+
+    task, donates, is_training = "forward + backward", False, True
+
+    def __init__(self, workload, weights, dtype, param_dtype=None):
+        self.model = model_of(workload, weights, dtype, param_dtype or dtype)
+        self.model.train()
+        self.graph, params, rest = nnx.split(self.model, nnx.Param, ...)
+        self.scale, self.state = LOSS_SCALE[dtype], (params, rest)
+
+    def gradients(self, params, rest, x):
+        """((scaled loss, (status, statistics)), scaled gradients)."""
+
+        def loss(params):
+            model = nnx.merge(self.graph, params, rest, copy=True)  # norms update their own copy of the statistics
+            y = last_output(model, x)
+            mean = jnp.sum(jnp.square(y.feats.astype(jnp.float32))) / (y.count * y.feats.shape[1])
+            return self.scale * mean, (y.status, nnx.state(model, nnx.BatchStat))
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def run(self, state, x):
+        """No new state, loss, gradients and statistics, and the status."""
+        (loss, (status, statistics)), grads = self.gradients(*state, x)
+        return None, (loss, grads, statistics), status
+
+    def checked(self, result, x):
+        """Gradients as `reference.gradients` gives them."""
+        found = []
+        for layer in layers_in_order(nnx.merge(self.graph, result[1], self.state[1])):
+            names = ("scale", "bias") if isinstance(layer, js.nn.BatchNorm) else ("kernel",)
+            values = [np.asarray(getattr(layer, name)[...], np.float64) / self.scale for name in names]
+            found.append(tuple(values) if len(values) > 1 else values[0])
+        return found
+
+
+class TrainStep(Gradients):
+    """A whole step as users take it: float32 parameters, AdamW, running statistics; the state is given away.
+
+    It has no check of its own: its gradients are those of the row before, from parameters that are not rounded.
+    """
+
+    task, donates = "train step", True
+
+    def __init__(self, workload, weights, dtype):
+        super().__init__(workload, weights, dtype, "float32")
+        self.optimizer = optax.adamw(LEARNING_RATE)
+        self.state = (*self.state, self.optimizer.init(self.state[0]))
+
+    def run(self, state, x):
+        """The new state, loss and gradients' norm, and the status."""
+        params, rest, optimizer = state
+        (loss, (status, statistics)), grads = self.gradients(params, rest, x)
+        grads = jax.tree.map(lambda g: g / self.scale, grads)
+        updates, optimizer = self.optimizer.update(grads, optimizer, params)
+        return (optax.apply_updates(params, updates), statistics, optimizer), loss, status
+
+
+def rows(workload, weights, ring, args, factor, expected):
+    """The rows of one workload: a row for each task."""
+    found = []
+    for task in (Gradients, TrainStep) if workload.training else (Inference,):
+        program = task(workload, weights, args.dtype)
+        batches = tensors(ring, program.model, args.dtype, factor)
+        found.append(row_of(program, batches, args, expected))
+    return found
+
+
+def row_of(program, batches, args, expected):
+    """Compiles, checks and times one task."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), program.state)
+
+    def lower():
+        def step(state, x):
+            return program.run(state, x)
+
+        return jax.jit(step, donate_argnums=(0,) if program.donates else ()).lower(shapes, batches[0])
+
+    compiled, *seconds = measure.compile_seconds(lower)
+    row = {"task": program.task, "compile_s": seconds, "memory_mb": measure.memory_mb(compiled)}
+    if not program.donates:
+        _, result, status = compiled(program.state, batches[0])
+        js.status.check(status)
+        row["error"] = error(program.checked(result, batches[0]), expected)
+        if row["error"] > error_limit(args.dtype, program.is_training):
+            return row
+    state = program.state
+
+    def stepper(compiled):
+        def step(x):
+            nonlocal state
+            new, *rest = compiled(state, x)
+            state = state if new is None else new
+            return rest
+
+        return step
+
+    step = stepper(compiled)
+    with measure.count_compilations() as compilations:
+        row |= wall_figures(step, batches, jax.block_until_ready, args)
+        row["compiled"] = 1 + len(compilations)
+    if jax.default_backend() == "gpu":
+        steps = min(args.steps, len(batches))
+        row |= measure.kernel_figures(measure.gpu_kernels(lambda: measure.run_steps(step, batches, steps)), steps)
+        if args.breakdown:
+            row["breakdown_ms"] = breakdown.of_step(lower(), stepper, batches)
+    js.status.check(step(batches[0])[-1])
+    return row

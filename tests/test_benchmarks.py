@@ -1,0 +1,109 @@
+"""The benchmarks' own parts: what is timed is checked, and times go where they belong. No scans are needed."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scenes import random_tensor
+
+import jaxsparse as js
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import breakdown
+import layer_cases
+import layers
+import measure
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """The suite's strict promotion is not that of a user's program."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def run_layers(monkeypatch, folder):
+    """The benchmark of layers on a small full cube alone: the scans are missing, and so are their rows."""
+    arguments = ["layers.py", "--rows", "scenes", "--dtype", "float32", "--share", "0.002", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(folder)])
+    layers.main()
+    return json.loads((folder / "layers_float32.json").read_text())
+
+
+def test_layers_are_checked_timed_and_drawn(monkeypatch, tmp_path, capsys):
+    content = run_layers(monkeypatch, tmp_path)
+    assert [row["pass"] for row in content["results"]] == ["forward", "dgrad", "wgrad", "backward"]
+    assert "skipped lidar" not in capsys.readouterr().out  # only scenes that the rows name
+    edge = 5
+    pairs = (3 * edge - 2) ** 3
+    for row in content["results"][:3]:
+        assert (row["sites"], row["pairs"], row["flops"]) == (edge**3, pairs, 2 * pairs * 64 * 64)
+        assert row["bytes"] == 4 * (2 * edge**3 * 64 + 27 * 64 * 64 + pairs)
+        assert all(0 < c["error"] <= 1 and c["us"] > 0 for c in row["candidates"])
+        assert row["us"] == min(c["us"] for c in row["candidates"])
+        assert row["candidates"][-1]["kernel"] == layers.PLAIN
+    assert (tmp_path / "layers_float32.png").stat().st_size > 10_000
+    assert "| backward |" in (tmp_path / "layers_float32.md").read_text()
+
+
+def test_a_wrong_kernel_gets_no_time(monkeypatch, tmp_path):
+    conv = js.ops.conv
+
+    def wrong(x, *args, implementation, **options):
+        y = conv(x, *args, implementation=implementation, **options)
+        return y if implementation == "xla" else y.with_feats(y.feats * 1.0001)
+
+    monkeypatch.setattr(layer_cases.js.ops, "conv", wrong)
+    for row in run_layers(monkeypatch, tmp_path)["results"][:3]:
+        assert row["kernel"] == layers.PLAIN
+        assert all(("us" in c) == (c["kernel"] == layers.PLAIN) for c in row["candidates"])
+        assert max(c["error"] for c in row["candidates"]) > 1
+
+
+def test_error_counts_in_units_of_the_bound():
+    with jax.enable_x64(True):
+        true = jnp.asarray([[1.0, 2.0**-20], [100.0, 0.0]])
+        magnitude = jnp.asarray([[1.0, 1.0], [100.0, 0.0]])
+        found = jnp.asarray(true, jnp.float16)
+        assert float(layer_cases._error(found, true, magnitude)) == 0
+        off = found.at[0, 0].add(2.0**-10)  # one ulp, of which the sum's rounding takes a little
+        assert 0.99 < float(layer_cases._error(off, true, magnitude)) < 1
+        assert float(layer_cases._error(off.at[0, 0].add(2.0**-10), true, magnitude)) > 1.9
+        padded = jnp.concatenate([found, jnp.zeros((1, 2), jnp.float16)])
+        assert float(layer_cases._error(padded, true, magnitude)) == 0
+        assert float(layer_cases._error(padded.at[2, 1].set(1e-7), true, magnitude)) == np.inf
+        assert float(layer_cases._error(found.at[1, 1].set(jnp.nan), true, magnitude)) == np.inf
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the calls of the CPU are named here")
+def test_kernels_are_told_apart_by_their_instruction():
+    x = random_tensor(0, rows=60, features=8)
+    kernels = jnp.ones((27, 8, 8)), jnp.ones((8, 8, 8))
+
+    def step(x, kernels):
+        def loss(kernels):
+            y = js.ops.conv(x, kernels[0], kernel_size=3)
+            return (js.ops.conv(y, kernels[1], kernel_size=2, strides=2, sites="reachable").feats ** 2).sum()
+
+        return jax.value_and_grad(loss)(kernels)
+
+    compiled = jax.jit(step).lower(x, kernels).compile()
+    assert measure.program_name(compiled) == "jit_step"
+    calls = measure.custom_calls(compiled)
+    kernels = [measure.Kernel("", "jit_step", name, 0, 1) for name in calls]
+    parts = [breakdown.part_of(kernel, calls) for kernel in kernels]
+    counts = {part: parts.count(part) for part in set(parts)}
+    # Two maps with an index and coarse sites; the reversed map; one gradient of features, two of weights.
+    assert counts == {"maps": 4, "row order, pairs": 1, "forward": 2, "dgrad": 1, "wgrad": 2}
+    for instruction, part in {
+        "loop_select_fusion.3": "norms, elementwise",
+        "gemm_fusion_dot.7": "1x1 products",
+        "copy.2": "rest",
+        "": "rest",
+    }.items():
+        assert breakdown.part_of(measure.Kernel("k", "jit_step", instruction, 0, 1), calls) == part
