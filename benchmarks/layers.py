@@ -34,7 +34,7 @@ import scans
 from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case, pyramid
 from reference import ONE
 
-from jaxsparse.ops.conv import FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
+from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
 
 # cuBLAS as it comes, and each kernel by itself: layers are too short for CUDA graphs to matter.
 COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0, "xla_gpu_graph_min_graph_size": 10**6}
@@ -57,13 +57,15 @@ def configs(layer, name, dtype):
     plain = [(PLAIN, None, "xla")]
     if layer.kernel == ONE:
         return plain
-    if jax.default_backend() != "gpu" or DTYPES[dtype] == jnp.float32 or c_in % 4 or c_out % 8:
+    if jax.default_backend() != "gpu" or c_in % 4 or c_out % 8:
         rows = (64,) if name == "wgrad" else (32, 64, 128)
         return [(f"{r} rows", ConvConfig(tile_rows=r), "auto") for r in rows] + plain
+    is_float = DTYPES[dtype] == jnp.float32
     if name == "wgrad":
-        tiles = fitting(WGRAD_TILES, rows=c_in, cols=c_out)
+        tiles = fitting(FLOAT_WGRAD_TILES if is_float else WGRAD_TILES, rows=c_in, cols=c_out)
         return [("x".join(map(str, t)), ConvConfig(wgrad=t), "auto") for t in tiles] + plain
-    tiles = fitting(FORWARD_TILES if c_in % 8 == 0 else NARROW_TILES, cols=c_out)
+    built = FLOAT_TILES if is_float else FORWARD_TILES if c_in % 8 == 0 else NARROW_TILES
+    tiles = fitting(built, cols=c_out)
     return [
         ("x".join(map(str, t)) + (", sorted" if sort else ""), ConvConfig(forward=t, dgrad=t, sort=sort), "auto")
         for t in tiles
