@@ -13,7 +13,11 @@ from jax import lax
 
 from jaxsparse import _ffi, _keys
 from jaxsparse._primitive import Op
+from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _workspace
+from jaxsparse.tuning import choice, cost
+from jaxsparse.tuning.choice import Question
+from jaxsparse.tuning.key import Key, row_bucket
 
 
 def _int32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -168,6 +172,16 @@ def _find(sorted_keys, query):
 BUILDERS = ("hash", "blocks")  # numbered for the custom calls
 
 
+def builder_question(platform: str, sites: int, geometry: Geometry) -> Question:
+    """How to build the maps of so many sorted input sites: asked alike by all, since they share an index."""
+    device, is_here = choice.device_of(platform)
+    key = Key("builder", device, "", 0, 0, 0, "table", (1,) * len(geometry.kernel), row_bucket(sites))
+    blocks = geometry.blocks_under_window
+    return Question(
+        key, geometry.builders, lambda builder, _: cost.builder_us(builder, sites, geometry.volume, blocks), is_here
+    )
+
+
 def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry, builder):
     in_real = _keys.real_rows(in_count, in_coords.shape[0])
     out_real = _keys.real_rows(out_count, out_coords.shape[0])
@@ -196,6 +210,8 @@ def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometr
 
 
 def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry, builder):
+    if builder == "auto":
+        builder = choice.answer(builder_question(platform, in_coords.shape[0], geometry)).choice
     struct = jax.ShapeDtypeStruct((_workspace.site_index(in_coords.shape[0]),), jnp.uint8)
     of_blocks = int(builder == "blocks")
     # Maps from the same sites share their index: XLA merges equal calls.
@@ -220,6 +236,6 @@ kernel_map = Op(
 
 `table[k, m]`, int32 `[K, N_out]`, is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1; masks,
 uint32 `[N_out, W]`, say where one is. Of equal input sites the first row is taken. Columns from `out_count` on hold
-anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; "blocks" wants the real input rows to
+anything. The builder, one of `BUILDERS` or "auto" for one of the geometry's, changes nothing but the time it takes; "blocks" wants the real input rows to
 be distinct sites sorted by (batch, Morton code), and a geometry that `Geometry.builders` lists it for.
 """
