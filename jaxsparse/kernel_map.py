@@ -101,6 +101,7 @@ def map_between(
             coarse.counts,
             geometry=geometry,
             builder=builder,
+            grid=fine.stride,
             implementation=implementation,
         )
         is_symmetric = fine.same_as(coarse) and geometry.is_symmetric

@@ -105,7 +105,7 @@ class MapBuild:
         params = dict(self.params)
         if params["builder"] != "auto" or params["implementation"] != "auto":
             return None
-        return _coords.builder_question(platform, self.sites, params["geometry"])
+        return _coords.builder_question(platform, self.sites, params["geometry"], params.get("grid", ()))
 
     def run(self, operands: Sequence[jax.Array]) -> list[jax.Array]:
         """Table and masks."""
