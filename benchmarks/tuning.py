@@ -29,6 +29,7 @@ import scans
 import jaxsparse as js
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES
 from jaxsparse.tuning import choice
+from jaxsparse.tuning import measure as layer_measure
 from jaxsparse.tuning import search as tuning_search
 from jaxsparse.tuning.key import Choices
 from jaxsparse.tuning.record import record
@@ -104,6 +105,9 @@ def networks_part(args):
         print(f"{name}: inputs {time.perf_counter() - start:.1f} s", flush=True)
         result = tune(workload, model, ring)
         print(result, flush=True)
+        if args.out:
+            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+            result.save(pathlib.Path(args.out) / f"tuned_{name}.json")
         ways = {way: {"policy": ONLY[way]} for way in ONLY} | {"tuned": {"choices": result}}
         steps = {way: compiled_step(workload, weights, voxels, args, context) for way, context in ways.items()}
         mode = "training" if workload.training else "inference"
@@ -169,9 +173,7 @@ def transfer_part(args):
         own = tune(workload, model, ring)
         first = first or own
         ways = {"first": first, "own": own}
-        ms = step_ms(
-            {w: compiled_step(workload, weights, voxels, args, {"choices": r}) for w, r in ways.items()}, args
-        )
+        ms = step_ms({w: compiled_step(workload, weights, voxels, args, {"choices": r}) for w, r in ways.items()}, args)
         rows.append({"scan": scan, "voxels": len(voxels[0].coords), "first_ms": ms["first"], "own_ms": ms["own"]})
         print(rows[-1], flush=True)
     return rows
@@ -195,17 +197,20 @@ def fit_part(args):
         recorded = record(model, [(ring[0],)])
         platform = tuning_search.this_platform()
         tasks = [
-            (task, work) for work in tuning_search.divide(recorded, platform, "training") for task in work.tasks.values()
+            (task, work)
+            for work in tuning_search.divide(recorded, platform, "training")
+            for task in work.tasks.values()
         ]
         for task, work in tasks[:: args.every]:
             kernel_map = recorded.maps[0][task.which][1]
+            expected = layer_measure.reference(task.layer, kernel_map, platform)
             key = task.question.key
             for sorts in (True, False) if key.op == "conv" else (None,):
                 if time.perf_counter() - start > args.seconds:
                     return rows
                 others = work.heuristic | {k: sorts for k in work.heuristic if k.op == "sort" and sorts is not None}
                 timed = tuning_search.time_layer(
-                    task.layer, key, task.question.candidates, [kernel_map], Choices(others), platform
+                    task.layer, key, task.question.candidates, [kernel_map], Choices(others), platform, expected
                 )
                 p = task.layer.problem
                 rows.append(
@@ -224,7 +229,15 @@ def fit_part(args):
                         "rejected": timed.rejected,
                     }
                 )
-                print(rows[-1]["op"], p.c_in, p.c_out, p.taps, sorts, min(rows[-1]["us"], key=lambda r: r[1]), timed.rejected)
+                print(
+                    rows[-1]["op"],
+                    p.c_in,
+                    p.c_out,
+                    p.taps,
+                    sorts,
+                    min(rows[-1]["us"], key=lambda r: r[1]),
+                    timed.rejected,
+                )
     return rows
 
 
@@ -246,7 +259,9 @@ def main():
         report.write(args.out, "tuning", "Tuning of whole networks", NETWORK_COLUMNS, networks_part(args))
     if "transfer" in args.part:
         rows = transfer_part(args)
-        report.write(args.out, "tuning_transfer", "SparseResUNet42 tuned on one scan, run on others", TRANSFER_COLUMNS, rows)
+        report.write(
+            args.out, "tuning_transfer", "SparseResUNet42 tuned on one scan, run on others", TRANSFER_COLUMNS, rows
+        )
     if "fit" in args.part:
         rows = fit_part(args)
         if args.out:

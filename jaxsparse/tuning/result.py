@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import threading
 from collections.abc import Mapping
@@ -113,7 +112,7 @@ class TuningResult:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> TuningResult:
-        """The inverse of `save`.
+        """The inverse of `save`; reads tables too, which have no report.
 
         Raises:
           OSError, ValueError: where the file cannot be read or is none; says what is wrong with it.
@@ -121,8 +120,8 @@ class TuningResult:
         text = pathlib.Path(path).read_text()
         try:
             choices, facts = store.decode(text)
-            groups = tuple(map(_group_from_json, facts.pop("groups")))
-            return cls(choices, groups, **facts)
+            facts = {f.name: facts[f.name] for f in dataclasses.fields(cls) if f.name in facts}
+            return cls(choices, tuple(map(_group_from_json, facts.pop("groups", []))), **facts)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} holds no tuning result: {error}; make it with TuningResult.save.") from None
 
