@@ -2,8 +2,8 @@
 
     python benchmarks/tuning.py --data SCANS [--part networks transfer fit] [--workload seg-kitti ...] [--out FOLDER]
 
-- networks: each workload of `networks.py` compiled in each way; GPU time of a step over a ring of turned scans. "single" is
-  the best of the tiles that serve every layer, the same for all, the order of rows as the heuristic has it.
+- networks: each workload of `networks.py` compiled in each way; GPU time of a step over a ring of turned scans.
+  "single" is the best of the tiles that serve every layer, the same for all, the order of rows as the heuristic has it.
 - transfer: SparseResUNet42 with the choices tuned for one scan, on others, beside tuning on those.
 - fit: times of every tile of every layer of a workload, as JSON: what the cost model's rates were fitted to.
 - Every way is measured three times, in turn; the median counts.

@@ -1,10 +1,11 @@
-"""`python -m jaxsparse.tuning build-table`: times the layers of common networks and writes the table of this kind of device.
+"""`python -m jaxsparse.tuning build-table`: times the layers of common networks and writes the table of this kind of
+device.
 
 python -m jaxsparse.tuning build-table --data SCANS             # scans: .npz with `xyz`, .npy, or KITTI's .bin
 python -m jaxsparse.tuning build-table --out my_gpu.json        # synthetic street scenes
 
-What is in the file already is kept, and replaced where it is timed anew. A table in `jaxsparse/tuning/tables` is read by
-every program on that kind of device; one written elsewhere is activated with `jaxsparse.tuning.TuningResult.load`.
+What is in the file already is kept, and replaced where it is timed anew. A table in `jaxsparse/tuning/tables` is read
+by every program on that kind of device; one written elsewhere is activated with `jaxsparse.tuning.TuningResult.load`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _tensor(model: nnx.Module, points: np.ndarray, voxel_size: Sequence[float], 
     """Voxels with a tenth of spare rows and planned capacities, as the docs recommend."""
     points = points[np.isfinite(points).all(1)]
     feats = np.pad(points, [(0, 0), (0, IN_FEATURES - 3)])
-    voxels = len(np.unique(np.floor(points / np.float32(voxel_size)).astype(np.int32), axis=0))
+    voxels = len(np.unique(np.floor(points / np.array(voxel_size, np.float32)).astype(np.int32), axis=0))
     capacity = -(-int(1.1 * voxels) // 1024) * 1024
 
     def tensor(capacities=None):
@@ -87,7 +88,8 @@ def build_table(options: argparse.Namespace) -> Path:
     for scene, points in _scenes(options):
         for name in options.network:
             model_class, voxel_size = NETWORKS[name]
-            voxel_size = tuple(options.voxel * (1 if len(options.voxel) == 3 else 3)) if options.voxel else voxel_size
+            if options.voxel is not None:
+                voxel_size = tuple(np.broadcast_to(options.voxel, 3).tolist())
             for width in options.width:
                 for dtype in options.dtype:
                     model = model_class(IN_FEATURES, width=width, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))

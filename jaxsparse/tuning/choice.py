@@ -1,6 +1,7 @@
 """How a decision is made when a program is lowered: by whom it is made first, and who may change that.
 
-Explicit `config=`, the active tuning result, the user's cache, the table shipped for this kind of device, the heuristic:
+Explicit `config=`, the active tuning result, the user's cache, the table shipped for this kind of device, the
+heuristic:
 the first that knows decides. Answers become attributes of custom calls. Nothing here reads a device or takes a time.
 """
 
@@ -29,8 +30,8 @@ class Question:
     Attributes:
       key: what it depends on.
       candidates: what is built and serves, the search space.
-      predict: predicted time of a candidate in microseconds, from a candidate and the neighbours a site (None where they
-        are not known); the least is the heuristic's choice.
+      predict: predicted time of a candidate in microseconds, from a candidate and the neighbours a site (None where
+        they are not known); the least is the heuristic's choice.
       is_here: whether the device is one of this process.
       problem: what is to be computed, for who wants to time it: `jaxsparse.tuning.record.Layer`.
     """
@@ -48,7 +49,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """A choice and its source: "config", "result", "cache", "table", "tuned" or "heuristic"; "only" of one candidate."""
+    """A choice and its source: "config", "result", "cache", "table", "tuned", "heuristic", or "only" of one."""
 
     choice: Any
     source: str
@@ -86,9 +87,10 @@ def policy(*, on_cache_miss: str = "heuristic", cache: bool = True, table: bool 
             step(x)  # raises where a layer was never tuned
 
     Args:
-      on_cache_miss: what to do for a layer that neither active result, cache nor table knows. "heuristic" takes the cost
-        model's choice. "tune" times the layer's tiles on a synthetic scene of its size while the program compiles, and
-        keeps the best in the user's cache; `autotune` is better, since it sees real maps and whole groups. "error" raises.
+      on_cache_miss: what to do for a layer that neither active result, cache nor table knows. "heuristic" takes the
+        cost model's choice. "tune" times the layer's tiles on a synthetic scene of its size while the program
+        compiles, and keeps the best in the user's cache; `autotune` is better, since it sees real maps and whole
+        groups. "error" raises.
       cache: whether to read the user's cache.
       table: whether to read the table shipped for this kind of device.
     """

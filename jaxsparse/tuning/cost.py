@@ -1,10 +1,10 @@
 """The cost model: predicted microseconds of each candidate. Its least is the heuristic, and the tuner's pruning.
 
-Every prediction is built from the same terms: products over the matrix rate and bytes over a bandwidth, both for what is
-*executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads again
-because another block needs it too (reuse, by tile size), the latency of a step, and whole waves of blocks. The rates were
-fitted to layers measured on the device that they are named for (`benchmarks/tuning.py --part fit`); other GPUs take them
-too, since a choice depends on their ratios.
+Every prediction is built from the same terms: products over the matrix rate and bytes over a bandwidth, both for what
+is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
+again because another block needs it too (reuse, by tile size), the latency of a step, and whole waves of blocks. The
+rates were fitted to layers measured on the device that they are named for (`benchmarks/tuning.py --part fit`); other
+GPUs take them too, since a choice depends on their ratios.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Map:
 def expected_neighbours(taps: int, strides: Sequence[int], grid: Sequence[int], ratio: float, direction: str) -> float:
     """Present taps a row where no map has been seen: those of LiDAR scans, which grow from level to level.
 
-    `ratio` is fine rows over coarse rows, the capacities. Of a strided map, a fine row lies under taps / strides windows.
+    `ratio` is fine rows over coarse rows, the capacities. Of a strided map, a fine row lies under taps / strides
+    windows.
     """
     stride = math.prod(strides)
     if stride > 1:

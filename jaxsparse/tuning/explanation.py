@@ -79,15 +79,8 @@ def explain(fn: Callable, *args: Any, measured: bool | None = None) -> Explanati
                 us = question.predict(found.choice, recorded.neighbours(which, layer.problem.of_reverse))
                 time = None
                 if measured:
-                    (program,) = measure.compile_all(
-                        [
-                            lambda: measure.layer_program(
-                                layer, [recorded.maps[0][which][1]], active() or Choices(), platform
-                            )
-                        ]
-                    )
-                    if isinstance(program, Exception):
-                        raise program
+                    maps = [recorded.maps[0][which][1]]
+                    program = measure.layer_program(layer, maps, active() or Choices(), platform).compile()
                     time = measure.times_us([program], platform)[0] / measure.CALLS[platform]
                 what = f"{work.name}: {layer.op}, {describe(question.key)}"
                 rows.append(Row(what, count, found.choice, found.source, us, time))

@@ -16,7 +16,8 @@ Choice = int | bool | str | tuple[int, ...]
 class Key(NamedTuple):
     """One decision: what is known of it when a program is lowered.
 
-    The neighbours a site, which decide how much a tile computes in vain, are values and not known then. The grid stands in
+    The neighbours a site, which decide how much a tile computes in vain, are values and not known then. The grid
+    stands in
     for them: scans get denser from level to level, by much the same factor whatever the sensor. It is a static fact, so
     tuning and tracing agree on the key without reading anything.
 
@@ -56,7 +57,7 @@ OTHER_GRID = 2
 class Choices(Mapping[Key, Choice]):
     """An immutable, hashable map from keys to choices, which finds near keys too."""
 
-    def __init__(self, choices: Mapping[Key, Choice] = {}):  # noqa: B006
+    def __init__(self, choices: Mapping[Key, Choice] = {}):
         self._choices = dict(sorted(choices.items()))
         self._hash = hash(tuple(self._choices.items()))
         self._near: dict[tuple, list[Key]] = {}

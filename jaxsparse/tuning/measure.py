@@ -57,6 +57,7 @@ class Program:
         return self
 
     def __call__(self, turn: int = 0) -> Any:
+        """Runs it, without waiting."""
         return self._compiled(*self._arguments[turn % len(self._arguments)])
 
 

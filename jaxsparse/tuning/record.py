@@ -1,7 +1,8 @@
 """The layers of a function and their kernel maps on sample inputs, found in its jaxpr.
 
-The function is traced once. Its jaxpr is walked through `jit`, `checkpoint` and custom derivatives, as if their bodies stood
-in line; a product of a convolution is a layer, and the value that its table comes from tells which layers share a map.
+The function is traced once. Its jaxpr is walked through `jit`, `checkpoint` and custom derivatives, as if their bodies
+stood in line; a product of a convolution is a layer, and the value that its table comes from tells which layers share
+a map.
 Products inside `scan`, `while`, `cond`, `shard_map` and `vmap`-made loops are counted, but not seen.
 """
 
@@ -78,7 +79,7 @@ class Layer:
         names = ["forward", "dgrad", "wgrad"]  # of (x, w), (g, w), (x, g)
         if self.op == "wgrad":
             return [self]
-        taps, out_rows = self.table.shape
+        out_rows = self.table.shape[1]
         if self.op == "forward":
             x, w = self.first, self.second
             g = jax.ShapeDtypeStruct((out_rows, w.shape[2]), self.out_dtype)
@@ -160,7 +161,8 @@ def record(fn: Callable, samples: Sequence[tuple]) -> Recorded:
       ValueError: where samples differ in shapes or structure.
     """
     call, first = as_function(fn, samples[0])
-    closed, tree = jax.make_jaxpr(call)(*first), jax.tree.structure(first)
+    closed = jax.make_jaxpr(call)(*first)
+    tree: Any = jax.tree.structure(first)
     shapes = _shapes(first)
     found = _Walk()
 
@@ -176,8 +178,8 @@ def record(fn: Callable, samples: Sequence[tuple]) -> Recorded:
         leaves = jax.tree.leaves(arguments)
         if jax.tree.structure(arguments) != tree or _shapes(arguments) != shapes:
             raise ValueError(
-                "`samples` differ in structure, shapes or dtypes; pad them to one capacity, as for a compiled function. "
-                f"The first has {shapes}, another {_shapes(arguments)}."
+                "`samples` differ in structure, shapes or dtypes; pad them to one capacity, as for a compiled "
+                f"function. The first has {shapes}, another {_shapes(arguments)}."
             )
         maps.append(maps_of(*leaves))
     return Recorded(found.layers, found.builds, maps, found.unseen)
@@ -225,7 +227,7 @@ class _Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def _product(self, eqn, values) -> None:
-        first, second, *kernel_map = values
+        kernel_map = values[2:]
         number = self._number.get(id(kernel_map[0]))
         if number is None:
             number = self._number[id(kernel_map[0])] = len(self.maps)

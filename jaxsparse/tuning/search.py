@@ -38,25 +38,26 @@ def autotune(
         with result:
             y = step(x)
 
-    Layers whose maps are of the same sites form a group. Each layer's tiles are timed apart; what a group shares, the way
-    its maps are built and whether rows are sorted, by the time of the whole group, maps included. The cost model says what
-    is worth trying; a candidate whose numbers differ from plain JAX is never chosen. Where nothing is a hundredth faster,
-    the heuristic's choice stays.
+    Layers whose maps are of the same sites form a group. Each layer's tiles are timed apart; what a group shares, the
+    way its maps are built and whether rows are sorted, by the time of the whole group, maps included. The cost model
+    says what is worth trying; a candidate whose numbers differ from plain JAX is never chosen. Where nothing is a
+    hundredth faster, the heuristic's choice stays.
 
     Args:
-      fn: a function, jitted or not, or a Flax NNX model. Layers inside `scan`, `while`, `cond` and `shard_map` are not seen.
+      fn: a function, jitted or not, or a Flax NNX model. Layers inside `scan`, `while`, `cond` and `shard_map` are not
+        seen.
       *args: its arguments, arrays and not shapes: the maps of their sites are what is tuned on.
       samples: more inputs of the same shapes: tuples of all arguments, or values of the last one.
-      mode: "inference" tunes the products that `fn` computes. "training" tunes their gradients too, where `fn` computes none
-        itself, as a loss or a model does.
+      mode: "inference" tunes the products that `fn` computes. "training" tunes their gradients too, where `fn` computes
+        none itself, as a loss or a model does.
       budget_s: seconds after which no further candidate is tried; the step that runs is finished.
       cache: whether to add the choices to the user's cache, where later programs find them without `with`. Programs
         compiled before stay as they are.
       progress: whether to write progress and remaining time to stderr.
 
     Raises:
-      RuntimeError: in a program of several processes, which must choose alike: tune in one process alone, save the result,
-        and activate it in all.
+      RuntimeError: in a program of several processes, which must choose alike: tune in one process alone, save the
+        result, and activate it in all.
       ValueError: where arguments do not fit.
     """
     start = time.perf_counter()
@@ -66,8 +67,8 @@ def autotune(
         raise ValueError(f"`budget_s` (={budget_s!r}) must be positive.")
     if jax.process_count() > 1:
         raise RuntimeError(
-            f"autotune takes no times in a program of {jax.process_count()} processes, which would choose differently; run "
-            "it in one process alone, save the result, load it in all and enter it."
+            f"autotune takes no times in a program of {jax.process_count()} processes, which would choose differently; "
+            "run it in one process alone, save the result, load it in all and enter it."
         )
     platform = this_platform()
     every = [tuple(args), *[s if isinstance(s, tuple) else (*args[:-1], s) for s in samples]]
@@ -270,7 +271,7 @@ class Search:
         start = time.perf_counter()
         self._expected.clear()
         heuristic = work.heuristic
-        chosen, decisions, measured = dict(heuristic), [], {}
+        chosen, measured = dict(heuristic), {}
         for key, task in sorted(work.tasks.items(), key=lambda item: -item[1].weight):
             if self.is_over:
                 break
@@ -281,16 +282,18 @@ class Search:
             if best is not None:
                 chosen[key] = self.decided[key] = best
                 measured[key] = timed
-                decisions.append(_decision(describe(key), task.count, best, heuristic[key], timed))
             self._step(f"{work.name}, {describe(key)}")
-        total = base = None
+        total, base, shared = None, None, []
         if not self.is_over and len(measured) == len(work.tasks):
-            total, base, more = self._tune_shared(work, chosen)
-            decisions += more
+            total, base, shared = self._tune_shared(work, chosen)
         self._step(f"{work.name}, maps and order of rows", 2)
         count = sum(sum(layers.values()) for layers in work.layers.values())
         name = f"{work.name}, {count} products"
-        return Group(name, tuple(decisions), total, base, time.perf_counter() - start)
+        decisions = [
+            _decision(describe(key), work.tasks[key].count, self.decided[key], heuristic[key], timed)
+            for key, timed in measured.items()
+        ]
+        return Group(name, (*decisions, *shared), total, base, time.perf_counter() - start)
 
     def _tune_shared(self, work: Work, chosen: dict[Key, Choice]) -> tuple[float, float, list[Decision]]:
         """Times the whole group by the heuristic, with the layers' choices, and with each shared decision changed."""
@@ -331,15 +334,16 @@ class Search:
     def _time_group(self, work: Work, variants: Sequence[dict[Key, Choice]]) -> tuple[list[float], list[str]]:
         """Times of the whole group under each set of choices, infinite where numbers are wrong."""
         programs = measure.compile_all([lambda v=v: self._program(work, Choices(v)) for v in variants])  # type: ignore[misc]
-        times, rejected, right = [float("inf")] * len(variants), [], []
+        times, rejected = [float("inf")] * len(variants), []
+        right: dict[int, measure.Program] = {}
         for i, program in enumerate(programs):
             reason = _first_line(program) if isinstance(program, Exception) else self._wrong(work, program)
-            if reason is None:
-                right.append(i)
+            if reason is None and not isinstance(program, Exception):
+                right[i] = program
             else:
                 changed = {k: v for k, v in variants[i].items() if v != variants[min(1, i)].get(k)}
                 rejected.append(f"{', '.join(f'{k.op} {show(v)}' for k, v in changed.items()) or 'group'}: {reason}")
-        for i, t in zip(right, measure.times_us([programs[i] for i in right], self.platform), strict=True):
+        for i, t in zip(right, measure.times_us(list(right.values()), self.platform), strict=True):
             times[i] = t
         return times, rejected
 
@@ -368,7 +372,7 @@ class Search:
         of_tasks = {(task.layer, task.which) for task in work.tasks.values()}
         for which, layers in work.layers.items():
             for layer, count in layers.items():
-                found = [next(outputs) for _ in range(count)][0]
+                found, *_ = (next(outputs) for _ in range(count))
                 if of_tasks and (layer, which) not in of_tasks:  # runs the kernel of one that is
                     continue
                 expected = self._reference(layer, which)
@@ -383,7 +387,7 @@ def tune_layer(question: Question) -> Choice:
 
     For `on_cache_miss="tune"`: runs in a thread of its own, since the caller is in the middle of a trace.
     """
-    x64 = jax.config.jax_enable_x64
+    x64 = jax.config.values["jax_enable_x64"]
 
     def run() -> Choice:
         from jaxsparse.tuning.synthetic import layer_and_map

@@ -100,17 +100,16 @@ def add_to_cache(device: str, choices: Choices) -> None:
             write(path, encode(_read(path, "") | choices, device=device))
     except OSError as error:
         warnings.warn(
-            f"jaxsparse: the tuning cache {path} cannot be written ({error}); this process keeps the result, the next one "
-            "will not find it. Set XDG_CACHE_HOME to a folder that can be written, or save the result to a file.",
+            f"jaxsparse: the tuning cache {path} cannot be written ({error}); this process keeps the result, the next "
+            "one will not find it. Set XDG_CACHE_HOME to a folder that can be written, or save the result to a file.",
             stacklevel=2,
         )
     forget()
 
 
 def forget() -> None:
-    """Reads the files again when they are next asked for."""
+    """Reads the cache again when it is next asked for."""
     _cached.cache_clear()
-    shipped.cache_clear()
 
 
 @contextlib.contextmanager

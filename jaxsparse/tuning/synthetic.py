@@ -16,7 +16,7 @@ from jaxsparse.tuning.record import Layer, Recorded
 
 
 def scan(seed: int, beams: int = 64, azimuths: int = 2000) -> np.ndarray:
-    """Points in metres, float32 `[beams * azimuths, 3]`, sensor at the origin: ground 1.7 m below, walls at random ranges."""
+    """Points in metres, float32 `[beams * azimuths, 3]`: ground 1.7 m below the sensor, walls at random ranges."""
     rng = np.random.default_rng(seed)
     azimuth = np.linspace(-np.pi, np.pi, azimuths, endpoint=False)
     elevation = np.linspace(math.radians(-24), math.radians(3), beams)[:, None]
@@ -38,10 +38,10 @@ def sites(rows: int, dims: int = 3, cell: int = 1, voxel: float = 0.05) -> np.nd
         if dims > 3:
             points = np.concatenate([points, np.zeros((len(points), dims - 3), np.float32)], 1)
         index = np.unique(np.floor(points[:, :dims] / (voxel * cell)).astype(np.int32), axis=0)
-        index -= index.min(0)
-        found = np.concatenate([found, np.insert(index, 0, number, axis=1)])
+        near = np.argsort(np.abs(index).max(1), kind="stable")[: wanted - len(found)]  # scans are densest there
+        found = np.concatenate([found, np.insert(index[near], 0, number, axis=1)])
         number += 1
-    return found[:wanted].astype(np.int32)
+    return found.astype(np.int32)
 
 
 def layer_and_map(question: Question) -> tuple[Layer, tuple[jax.Array, ...], float]:
