@@ -283,7 +283,8 @@ class Search:
                 chosen[key] = self.decided[key] = best
                 measured[key] = timed
             self._step(f"{work.name}, {describe(key)}")
-        total, base, shared = None, None, []
+        total, base = None, None
+        shared: list[Decision] = []
         if not self.is_over and len(measured) == len(work.tasks):
             total, base, shared = self._tune_shared(work, chosen)
         self._step(f"{work.name}, maps and order of rows", 2)
@@ -326,7 +327,7 @@ class Search:
                 if key in change:
                     us.setdefault(change[key], t)
             us.setdefault(heuristic[key], times[0])
-            timed = Timed({c: t for c, t in us.items() if t < float("inf")}, tuple(rejected))
+            timed = Timed({c: t for c, t in us.items() if t < float("inf") or c == chosen[key]}, tuple(rejected))
             decisions.append(_decision(f"{describe(key)}: whole group", 0, chosen[key], heuristic[key], timed))
             rejected = []
         return times[best], times[0], decisions
