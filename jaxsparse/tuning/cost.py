@@ -175,9 +175,9 @@ def plain_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, itemsi
     return gpu.blocks_us(blocks, max(256 // tile_rows, 1), taps, step_us, gpu.step_us)
 
 
-CPU_PRODUCTS = 1.5e4  # of one core, multiply-adds a microsecond, float32
-CPU_TILE_TAP_US = 0.15  # a tap of a tile, besides its pairs
-CPU_ENTRY_US = 0.001  # an entry of the table
+CPU_PRODUCTS = 3e4  # of one core, multiply-adds a microsecond, float32
+CPU_TILE_TAP_US = 0.08  # a tap of a tile, besides its pairs
+CPU_ENTRY_US = 0.0005  # an entry of the table
 CPU_CORES = 8
 CPU_FAST_BYTES = 32 * 1024
 
@@ -188,7 +188,7 @@ def cpu_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, itemsize
     entries = tile_rows * kernel_map.taps * CPU_ENTRY_US
     products = tile_rows * kernel_map.neighbours * c_in * c_out * itemsize / 4 / CPU_PRODUCTS
     spilled = 1.0 + 0.1 * max(math.log2(tile_rows * c_out * itemsize / CPU_FAST_BYTES), 0.0)
-    weights = kernel_map.taps * c_in * c_out * itemsize / 2e4  # read anew by every tile, from a farther cache
+    weights = kernel_map.taps * c_in * c_out * itemsize / 4e4  # read anew by every tile, from a farther cache
     tile_us = kernel_map.taps * CPU_TILE_TAP_US + entries + products * spilled + weights
     return math.ceil(tiles / CPU_CORES) * tile_us
 
