@@ -37,10 +37,13 @@ class Map:
         """Taps that a tile of rows does not skip, on average.
 
         Were a tile's rows independent, a tap would be skipped with (1 - density)^rows. They are alike: LiDAR scans show
-        the same with rows^0.5 in their place, and with rows^0.17 where rows with like taps were sorted together.
+        the same with rows^0.5 in their place, and with rows^0.14 where rows with like taps were sorted together. Up to
+        nine taps, they are sorted by all of them, and hardly a tile has two kinds of rows.
         """
+        if is_sorted and self.taps <= 9:
+            return min(1.05 * self.neighbours, self.taps)
         density = min(self.neighbours / self.taps, 1.0)
-        independent = tile_rows ** (0.17 if is_sorted else 0.5)
+        independent = tile_rows ** (0.14 if is_sorted else 0.5)
         return max(self.taps * (1 - (1 - density) ** independent), self.neighbours)
 
 
@@ -60,26 +63,29 @@ def expected_neighbours(taps: int, strides: Sequence[int], grid: Sequence[int], 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Rates of a GPU, for the tensor-core kernels.
+    """Rates of a GPU, for the kernels on tensor cores.
 
     Attributes:
       multiprocessors: how many.
       products: of one multiprocessor, multiply-adds a microsecond, 16-bit.
-      step_bytes: that one multiprocessor copies to shared memory, bytes a microsecond.
       memory_bytes: of the whole, bytes a microsecond.
-      step_us: latency of a step with one copy on its way; a deeper ring divides it.
-      block_us: latency of a block's beginning and end.
+      step_us, step_bytes: a step takes this time, and that of its copies at so many bytes a microsecond.
+      chain_us: of a step of a block that waits for itself alone, a fifth more by the stages: a deeper ring divides it.
+      lone: how much more a step takes where no second block fits on the multiprocessor.
+      block_us: of a block's beginning and end.
       launch_us: of a kernel.
       shared_bytes, registers: of a multiprocessor.
     """
 
     multiprocessors: int = 132
     products: float = 3.0e6
-    step_bytes: float = 4.0e4
-    memory_bytes: float = 3.0e6
-    step_us: float = 1.2
-    block_us: float = 2.0
-    launch_us: float = 2.0
+    memory_bytes: float = 2.43e6
+    step_us: float = 0.2
+    step_bytes: float = 1.28e5
+    chain_us: float = 0.59
+    lone: float = 0.39
+    block_us: float = 0.27
+    launch_us: float = 2.75
     shared_bytes: int = 227 * 1024
     registers: int = 65536
 
@@ -88,13 +94,23 @@ class Gpu:
         registers = 64 + cols // 2
         return max(min(self.shared_bytes // (shared + 1024), self.registers // (threads * registers)), 1)
 
-    def blocks_us(self, blocks: float, resident: int, steps: float, step_us: float, latency_us: float) -> float:
-        """Waves of `resident` blocks on each multiprocessor: throughput binds a full one, latency a lone block."""
-        blocks_each = math.ceil(blocks / self.multiprocessors)
-        full, rest = divmod(blocks_each, resident)
-        wave = steps * max(resident * step_us, latency_us) + self.block_us
-        last = steps * max(rest * step_us, latency_us) + self.block_us if rest else 0.0
-        return full * wave + last + self.launch_us
+    def step(self, products: float, copied: float) -> float:
+        """Microseconds of a step where others run beside it."""
+        return max(products / self.products, self.step_us + copied / self.step_bytes)
+
+    def blocks_us(
+        self, blocks: float, resident: int, steps: float, most_steps: float, step: float, stages: int
+    ) -> float:
+        """Blocks of `steps` steps on average, the longest of `most_steps` first.
+
+        Blocks of unlike length fill the multiprocessors evenly, and the longest bounds the time from below; where both
+        are alike neither hides the other.
+        """
+        if resident == 1:
+            step *= 1 + self.lone
+        even = max(blocks / self.multiprocessors, 1.0) * (steps * step + self.block_us)
+        longest = most_steps * max(step, self.chain_us * (1 + 0.2 / (stages - 1))) + self.block_us
+        return (even**4 + longest**4) ** 0.25 + self.launch_us
 
 
 H100 = Gpu()
@@ -105,39 +121,37 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, itemsize: int, is_sort
     """An implicit product over a schedule, `cuda/conv/implicit_gemm.cuh`."""
     rows, cols, stages = tile
     taps = kernel_map.executed(rows, is_sorted)
-    steps = taps * c_in * itemsize / STEP_BYTES
-    gathered = rows * min(kernel_map.neighbours / taps, 1.0)  # absent rows are filled with zeros, not read
-    step_us = max(
-        rows * cols * (STEP_BYTES / 2) / gpu.products,  # as many 16-bit products whatever the width of an operand
-        STEP_BYTES * (gathered + cols * 2 / itemsize) / gpu.step_bytes,
-    )
+    # As many 16-bit products whatever the width of an operand. An absent row costs a copy too, of zeros.
+    step = gpu.step(rows * cols * STEP_BYTES / 2, STEP_BYTES * (rows + cols))
     blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols)
     shared = stages * STEP_BYTES * (rows + cols) + min(kernel_map.taps, 32) * rows * 4 + 1024
     resident = gpu.resident(2 * rows, cols, shared)
-    compute = gpu.blocks_us(blocks, resident, steps, step_us, gpu.step_us / (stages - 1))
+    depth = c_in * itemsize / STEP_BYTES  # steps a tap
+    most = kernel_map.taps if kernel_map.taps > 9 or not is_sorted else taps
+    compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, stages)
     least_bytes = kernel_map.rows * (c_in + c_out) * itemsize + kernel_map.taps * c_in * c_out * itemsize
-    return max(compute, least_bytes / gpu.memory_bytes)
+    return max(compute, least_bytes / gpu.memory_bytes + gpu.launch_us)
 
 
 def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
     """The order of rows, and the map laid out in it: `cuda/conv/schedule.cu`."""
-    entries = kernel_map.rows * kernel_map.executed(64, sorts) * 8
-    return (
-        gpu.launch_us
-        + (SORT_US if sorts else 0.0)
-        + (entries + kernel_map.rows * (40 if sorts else 8)) / gpu.memory_bytes
-    )
+    entries = kernel_map.rows * kernel_map.executed(64, sorts)
+    fixed = gpu.launch_us + SCHEDULE_TAP_US * kernel_map.taps + (SORT_US if sorts else 0.0)
+    return fixed + SCHEDULE_ENTRY_BYTES * entries / gpu.memory_bytes
 
 
-SORT_US = 12.0  # passes of a radix sort, each a barrier of the grid
-TYPICAL_LAYERS, TYPICAL_CHANNELS = 2, 64  # that share a schedule, where they are not known
+SORT_US = 11.0  # passes of a radix sort, each a barrier of the grid
+SCHEDULE_TAP_US = 0.36
+SCHEDULE_ENTRY_BYTES = 32  # reads of 4 bytes at random, and the write
+LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what runs on a map in common networks
+FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 32, "reverse": 96}, 256  # doubled from grid to grid
 
 
-def sort_us(sorts: bool, kernel_map: Map, tiles, itemsize: int = 2, gpu: Gpu = H100) -> float:
-    """A schedule and the typical layers that use it."""
-    channels = TYPICAL_CHANNELS
+def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, itemsize: int = 2, gpu: Gpu = H100) -> float:
+    """A schedule and the layers that typically use it: those of the program at hand are not known to any of them."""
+    channels = min(FIRST_CHANNELS[direction] * max(grid, default=1), MOST_CHANNELS)
     layer = min(conv_us(tile, kernel_map, channels, channels, itemsize, sorts, gpu) for tile in tiles)
-    return schedule_us(kernel_map, sorts, gpu) + TYPICAL_LAYERS * layer
+    return schedule_us(kernel_map, sorts, gpu) + LAYERS_OF_A_MAP[direction] * layer
 
 
 def wgrad_slots(taps: int, c_in: int, c_out: int, tile, gpu: Gpu = H100) -> int:
@@ -154,10 +168,10 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, itemsize: int, gpu: G
     in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)
     used = min(slots, kernel_map.pairs / in_slot + kernel_map.taps / 2)
     depth = 64  # pairs a step
-    step_us = max(rows * cols * depth * itemsize / 2 / gpu.products, depth * (rows + cols) * itemsize / gpu.step_bytes)
+    step = gpu.step(rows * cols * depth * itemsize / 2, depth * (rows + cols) * itemsize)
     shared = stages * depth * (rows + max(cols, 64)) * itemsize + 2 * stages * depth * 8 + 1024
     resident = gpu.resident(2 * rows, cols, shared)
-    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, step_us, gpu.step_us / (stages - 1))
+    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, stages)
     sums = 2 * 4 * used * c_in * c_out / gpu.memory_bytes + gpu.launch_us
     return partial + sums
 
@@ -166,13 +180,13 @@ PLAIN_PRODUCTS = 2.0e5  # of one multiprocessor, without tensor-core tiles
 
 
 def plain_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, itemsize: int, gpu: Gpu = H100) -> float:
-    """The kernel for every dtype and width on CUDA, `cuda/conv/conv_forward.cu`."""
-    taps = kernel_map.executed(tile_rows, is_sorted=False)
-    cols = 32
+    """The kernel for every dtype and width on CUDA, `cuda/conv/conv_forward.cu`: a step a tap."""
+    taps, cols, depth = kernel_map.executed(tile_rows, is_sorted=False), 32, max(c_in, 16)
     blocks = math.ceil(kernel_map.rows / tile_rows) * math.ceil(c_out / cols)
-    depth = max(c_in, 16)
-    step_us = max(tile_rows * cols * depth / PLAIN_PRODUCTS, itemsize * depth * (tile_rows + cols) / gpu.step_bytes)
-    return gpu.blocks_us(blocks, max(256 // tile_rows, 1), taps, step_us, gpu.step_us)
+    step = gpu.step_us + max(
+        tile_rows * cols * depth / PLAIN_PRODUCTS, itemsize * depth * (tile_rows + cols) / gpu.step_bytes
+    )
+    return gpu.blocks_us(blocks, 2, taps, kernel_map.taps, step, 2)
 
 
 CPU_PRODUCTS = 3e4  # of one core, multiply-adds a microsecond, float32

@@ -71,7 +71,7 @@ def sort(platform: str, p: Problem) -> Question:
     return Question(
         _key("sort", device, p, "", channels=False),
         (False, True),
-        lambda sorts, n: cost.sort_us(sorts, at(n), FORWARD_TILES),
+        lambda sorts, n: cost.sort_us(sorts, at(n), direction(p.spec, p.of_reverse), p.spec.grid, FORWARD_TILES),
         is_here,
     )
 
