@@ -20,8 +20,9 @@ from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, rows
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, primitives
-from jaxsparse.tuning import TuningResult, choice
+from jaxsparse.tuning import TuningResult, choice, measure, search
 from jaxsparse.tuning.key import Choices, Key, row_bucket
+from jaxsparse.tuning.record import record
 
 OPS = [
     _coords.unique_sites,
@@ -205,3 +206,38 @@ def test_choices_become_attributes_of_the_calls_of_tensor_cores(tile, monkeypatc
         assert len(schedules) == 1  # forward and backward, both layers
         groups = re.findall(r"conv_schedule_v1.*groups = \S+.*?: tensor<(\d+)xi64>", hlo.as_text())
         assert set(groups) == {"9" if sorts else "0"}
+
+
+def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
+    """Tiles of forward, dgrad and wgrad, order of rows, builder: each candidate right against plain JAX."""
+    monkeypatch.setattr(choice, "device_of", lambda platform: ("a GPU", True))
+    monkeypatch.setattr(measure, "CALLS", {"cuda": 2})
+    monkeypatch.setattr(measure, "ROUND_US", {"cuda": 0})
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(search, "MOST_TRIED", 2)
+    x = random_tensor(0, rows=150, features=16, low=-3, high=4)
+    centres = x.coords[:, 1:].astype(jnp.float32) + 0.5
+    x, _ = js.voxelize(centres, x.feats, 1.0, capacity=192, batch=x.coords[:, 0], batch_size=2)
+    x = x.astype(jnp.float16)
+    kernel, down = (random_kernel(0, Geometry.create(3, k), 16, 16, jnp.float16) for k in (3, 2))
+
+    def net(x):
+        y = js.ops.conv(x, kernel, kernel_size=3)
+        z = js.ops.conv(y, down, kernel_size=2, strides=2, sites="reachable", capacity=128)
+        return js.ops.conv_transpose(z, down, kernel_size=2, strides=2, like=y)
+
+    found = search.Search(record(net, [(x,)]), "cuda", "training", float("inf"), progress=False)
+    groups = found.run()
+    kinds = {(key.op, key.direction) for key in found.decided}
+    directions = {"same", "table", "reverse"}
+    assert kinds == {
+        *(("conv", d) for d in directions),
+        *(("sort", d) for d in directions),
+        ("wgrad", "same"),
+        ("wgrad", "table"),
+        ("builder", "table"),
+    }
+    for group in groups:
+        assert group.total_us <= group.heuristic_us
+        for decision in group.decisions:
+            assert not decision.rejected, decision

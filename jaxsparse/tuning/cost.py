@@ -2,9 +2,11 @@
 
 Every prediction is built from the same terms: products over the matrix rate and bytes over a bandwidth, both for what
 is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
-again because another block needs it too (reuse, by tile size), the latency of a step, and whole waves of blocks. The
-rates were fitted to layers measured on the device that they are named for (`benchmarks/tuning.py --part fit`); other
-GPUs take them too, since a choice depends on their ratios.
+again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
+never faster than the longest of them. The rates of forward tiles and schedules were fitted to single layers measured on
+a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. Those
+of wgrad, of the kernels for everything and of look-ups follow from the same terms and were not fitted. Other GPUs take
+these rates too, since a choice depends on their ratios.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def compile_all(makers: Sequence[Callable[[], Program]]) -> list[Program | Excep
     return compiled
 
 
-def times_us(programs: Sequence[Program], platform: str, rounds: int = ROUNDS) -> list[float]:
+def times_us(programs: Sequence[Program], platform: str, rounds: int | None = None) -> list[float]:
     """Median time of each program in microseconds."""
     global programs_timed
     programs_timed += len(programs)
@@ -91,7 +91,7 @@ def times_us(programs: Sequence[Program], platform: str, rounds: int = ROUNDS) -
         once = 1e6 * (time.perf_counter() - start)
         repeats.append(max(1, min(16, math.ceil(ROUND_US[platform] / once))))
     taken: list[list[float]] = [[] for _ in programs]
-    for r in range(rounds):
+    for r in range(rounds or ROUNDS):
         for program, repeat, times in zip(programs, repeats, taken, strict=True):
             start = time.perf_counter()
             for i in range(repeat):

@@ -22,7 +22,7 @@ from jaxsparse.ops import _coords
 from jaxsparse.ops.conv import choices, primitives
 from jaxsparse.tuning.choice import Question
 
-PRODUCTS = {op.primitive: name for name, op in primitives.PRODUCTS.items()}
+_NAMES = {op.primitive: name for name, op in primitives.PRODUCTS.items()}
 IN_LINE = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
 
 
@@ -213,7 +213,7 @@ class _Walk:
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             bodies = sub_jaxprs(eqn)
-            if eqn.primitive in PRODUCTS:
+            if _is_product(eqn):
                 self._product(eqn, values)
             if bodies and eqn.primitive.name in IN_LINE:
                 out = self.walk(bodies[0].jaxpr, bodies[0].consts, values)
@@ -227,7 +227,7 @@ class _Walk:
         return [read(v) for v in jaxpr.outvars]
 
     def _product(self, eqn, values) -> None:
-        kernel_map = values[2:]
+        kernel_map = values[2:6]
         number = self._number.get(id(kernel_map[0]))
         if number is None:
             number = self._number[id(kernel_map[0])] = len(self.maps)
@@ -238,8 +238,17 @@ class _Walk:
             self.layers.append(collections.Counter())
         structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars[:3]]
         params = {name: eqn.params[name] for name in ("spec", "out_dtype", "implementation")}
-        self.layers[number][Layer(PRODUCTS[eqn.primitive], *params.values(), *structs)] += 1
+        self.layers[number][Layer(_name(eqn), *params.values(), *structs)] += 1
+
+
+def _is_product(eqn) -> bool:
+    return isinstance(eqn.params.get("spec"), primitives.Spec)
+
+
+def _name(eqn) -> str:
+    """Which product: a primitive that does more after one says by `transposed` whether it is dgrad."""
+    return _NAMES.get(eqn.primitive) or ("dgrad" if eqn.params.get("transposed") else "forward")
 
 
 def _count_products(closed) -> int:
-    return sum((eqn.primitive in PRODUCTS) + sum(map(_count_products, sub_jaxprs(eqn))) for eqn in closed.jaxpr.eqns)
+    return sum(_is_product(eqn) + sum(map(_count_products, sub_jaxprs(eqn))) for eqn in closed.jaxpr.eqns)
