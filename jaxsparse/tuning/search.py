@@ -74,7 +74,10 @@ def autotune(
     every = [tuple(args), *[s if isinstance(s, tuple) else (*args[:-1], s) for s in samples]]
     recorded = record(fn, every)
     search = Search(recorded, platform, mode, start + budget_s, progress)
-    groups = search.run()
+    try:
+        groups = search.run()
+    finally:
+        measure.numbers.cache_clear()  # they lie on the device
     device = device_of(platform)[0]
     choices = Choices(search.decided)
     if cache and choices:
@@ -333,20 +336,23 @@ class Search:
         return times[best], times[0], decisions
 
     def _time_group(self, work: Work, variants: Sequence[dict[Key, Choice]]) -> tuple[list[float], list[str]]:
-        """Times of the whole group under each set of choices, infinite where numbers are wrong."""
-        programs = measure.compile_all([lambda v=v: self._program(work, Choices(v)) for v in variants])  # type: ignore[misc]
-        times, rejected = [float("inf")] * len(variants), []
-        right: dict[int, measure.Program] = {}
-        for i, program in enumerate(programs):
+        """Times of the whole group under each set of choices, infinite where numbers are wrong.
+
+        Reasons name how a set differs from the second.
+        """
+        distinct = list(dict.fromkeys(map(Choices, variants)))
+        programs = measure.compile_all([lambda c=c: self._program(work, c) for c in distinct])  # type: ignore[misc]
+        times, rejected = dict.fromkeys(distinct, float("inf")), []
+        right: dict[Choices, measure.Program] = {}
+        for choices, program in zip(distinct, programs, strict=True):
             reason = _first_line(program) if isinstance(program, Exception) else self._wrong(work, program)
             if reason is None and not isinstance(program, Exception):
-                right[i] = program
+                right[choices] = program
             else:
-                changed = {k: v for k, v in variants[i].items() if v != variants[min(1, i)].get(k)}
-                rejected.append(f"{', '.join(f'{k.op} {show(v)}' for k, v in changed.items()) or 'group'}: {reason}")
-        for i, t in zip(right, measure.times_us(list(right.values()), self.platform), strict=True):
-            times[i] = t
-        return times, rejected
+                changed = [f"{k.op} {show(v)}" for k, v in choices.items() if v != variants[1][k]]
+                rejected.append(f"{', '.join(changed) or 'the group as it is'}: {reason}")
+        times.update(zip(right, measure.times_us(list(right.values()), self.platform), strict=True))
+        return [times[Choices(v)] for v in variants], rejected
 
     def _program(self, work: Work, choices: Choices) -> measure.Program:
         calls = [
@@ -401,6 +407,7 @@ def tune_layer(question: Question) -> Choice:
             expected = measure.reference(layer, kernel_map, platform)
             timed = time_layer(layer, question.key, candidates, [kernel_map], Choices(), platform, expected)
             best = timed.best(heuristic)
+            measure.numbers.cache_clear()
             if best is None:
                 return heuristic
             store.add_to_cache(question.key.device, Choices({question.key: best}))
