@@ -24,7 +24,7 @@ RATES = ("step_us", "step_bytes", "memory_bytes", "chain_us", "lone", "block_us"
 def predicted(layer, tile, gpu):
     """Microseconds."""
     kernel_map = cost.Map(layer["rows"], layer["taps"], layer["neighbours"])
-    sizes = tile, kernel_map, layer["c_in"], layer["c_out"], 2
+    sizes = tile, kernel_map, layer["c_in"], layer["c_out"], "float16"
     return cost.wgrad_us(*sizes, gpu) if layer["op"] == "wgrad" else cost.conv_us(*sizes, layer["sorts"], gpu)
 
 

@@ -34,6 +34,7 @@ from jaxsparse.tuning import search as tuning_search
 from jaxsparse.tuning.key import Choices
 from jaxsparse.tuning.record import record
 from jaxsparse.tuning.result import show
+from jaxsparse.tuning.work import divide
 
 BUDGETS = {"inference": 60.0, "training": 180.0}
 ONLY = {"heuristic": {"cache": False, "table": False}, "table": {"cache": False, "table": True}}
@@ -79,7 +80,7 @@ def step_ms(steps_by_way, args):
 
 def single_choices(model, x, mode):
     """For each tile that serves some layer: that tile for all layers it serves."""
-    works = tuning_search.divide(record(model, [(x,)]), tuning_search.this_platform(), mode)
+    works = divide(record(model, [(x,)]), tuning_search.this_platform(), mode)
     questions = [task.question for work in works for task in work.tasks.values()]
     singles = {}
     for tile in (t for t in FORWARD_TILES if t.rows == 128 and t.cols >= 64):
@@ -196,11 +197,7 @@ def fit_part(args):
         _, _, model, ring = inputs_of(workload, args)
         recorded = record(model, [(ring[0],)])
         platform = tuning_search.this_platform()
-        tasks = [
-            (task, work)
-            for work in tuning_search.divide(recorded, platform, "training")
-            for task in work.tasks.values()
-        ]
+        tasks = [(task, work) for work in divide(recorded, platform, "training") for task in work.tasks.values()]
         for task, work in tasks[:: args.every]:
             kernel_map = recorded.maps[0][task.which][1]
             expected = layer_measure.reference(task.layer, kernel_map, platform)
@@ -225,7 +222,7 @@ def fit_part(args):
                         "c_in": p.c_in,
                         "c_out": p.c_out,
                         "sorts": sorts,
-                        "us": [[c, us] for c, us in timed.us.items()],
+                        "us": [[c, us.median] for c, us in timed.us.items()],
                         "rejected": timed.rejected,
                     }
                 )

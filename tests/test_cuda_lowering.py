@@ -20,7 +20,7 @@ from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, rows
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, primitives
-from jaxsparse.tuning import TuningResult, choice, measure, search
+from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket
 from jaxsparse.tuning.record import record
 
@@ -214,7 +214,7 @@ def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
     monkeypatch.setattr(measure, "CALLS", {"cuda": 2})
     monkeypatch.setattr(measure, "ROUND_US", {"cuda": 0})
     monkeypatch.setattr(measure, "ROUNDS", 1)
-    monkeypatch.setattr(search, "MOST_TRIED", 2)
+    monkeypatch.setattr(work, "MOST_TRIED", 2)
     x = random_tensor(0, rows=150, features=16, low=-3, high=4)
     centres = x.coords[:, 1:].astype(jnp.float32) + 0.5
     x, _ = js.voxelize(centres, x.feats, 1.0, capacity=192, batch=x.coords[:, 0], batch_size=2)

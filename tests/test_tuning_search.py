@@ -19,10 +19,11 @@ from jaxsparse._primitive import Op
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops.conv import choices as conv_choices
 from jaxsparse.ops.conv import primitives
-from jaxsparse.tuning import TuningResult, choice, measure, search, store, synthetic
+from jaxsparse.tuning import TuningResult, choice, measure, search, store, synthetic, work
 from jaxsparse.tuning import __main__ as command
 from jaxsparse.tuning.key import Choices
 from jaxsparse.tuning.record import record
+from jaxsparse.tuning.work import divide
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choices of the CPU's kernels")
 
@@ -153,10 +154,10 @@ def test_training_adds_gradients_only_where_the_function_has_none():
     step = jax.grad(lambda state, x: (nnx.merge(graph, state)(x).feats ** 2).sum())
 
     def counts(fn, args, mode):
-        works = search.divide(record(fn, [args]), "cpu", mode)
+        works = divide(record(fn, [args]), "cpu", mode)
         found = {}
-        for work in works:
-            for layers in work.layers.values():
+        for part in works:
+            for layers in part.layers.values():
                 for layer, n in layers.items():
                     found[layer.op] = found.get(layer.op, 0) + n
         return found
@@ -206,7 +207,7 @@ def wrong_kernel(monkeypatch):
 
     monkeypatch.setattr(_ffi, "call", call_or_zeros)
     monkeypatch.setattr(conv_choices, "PLAIN_TILE_ROWS", (32, 64, 128, FAST_AND_WRONG))
-    monkeypatch.setattr(search, "WITHIN", 1e9)
+    monkeypatch.setattr(work, "WITHIN", 1e9)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -215,7 +216,7 @@ def wrong_kernel(monkeypatch):
 def test_a_wrong_kernel_never_wins_though_it_is_the_fastest(wrong_kernel):
     net, x = Net(), scene()
     recorded = record(net, [(x,)])
-    (work,) = search.divide(recorded, "cpu", "inference")
+    (work,) = divide(recorded, "cpu", "inference")
     task = next(iter(work.tasks.values()))
     assert FAST_AND_WRONG in task.question.candidates
     maps = [recorded.maps[0][task.which][1]]
@@ -223,7 +224,7 @@ def test_a_wrong_kernel_never_wins_though_it_is_the_fastest(wrong_kernel):
         [lambda t=t: measure.layer_program(task.layer, maps, Choices({task.question.key: t}), "cpu") for t in (64, 48)]
     )
     right, wrong = measure.times_us(programs, "cpu", rounds=21)
-    assert wrong < right
+    assert wrong.beats(right)
     result = tune(net, x)
     assert FAST_AND_WRONG not in result.choices.values()
     layers = [d for group in result.groups for d in group.decisions if d.what.startswith("conv")]
@@ -243,7 +244,7 @@ def test_a_wrong_builder_never_wins(monkeypatch):
         return call(target, results, *operands, **attributes)
 
     monkeypatch.setattr(_ffi, "call", nothing_found)
-    monkeypatch.setattr(search, "WITHIN", 1e9)
+    monkeypatch.setattr(work, "WITHIN", 1e9)
     result = tune(Net(), scene())
     (builder,) = [value for k, value in result.choices.items() if k.op == "builder"]
     assert builder == "blocks"
@@ -252,7 +253,7 @@ def test_a_wrong_builder_never_wins(monkeypatch):
 
 def test_a_kernel_that_fails_is_rejected_with_its_message(monkeypatch):
     monkeypatch.setattr(conv_choices, "PLAIN_TILE_ROWS", (64, 80))  # the handler refuses 80
-    monkeypatch.setattr(search, "WITHIN", 1e9)
+    monkeypatch.setattr(work, "WITHIN", 1e9)
     result = tune(lambda x: js.ops.conv(x, jnp.ones((27, 4, 4)), kernel_size=3), scene())
     assert [v for k, v in result.choices.items() if k.op == "conv"] == [64]
     assert "tile_rows must be 32, 64 or 128" in str(result)

@@ -3,7 +3,8 @@
     key      what a choice depends on                  measure   takes times, checks numbers
     store    cache, shipped tables, saved results      record    the layers of a function, their maps on samples
     cost     the cost model, which is the heuristic    search    `autotune`
-    choice   who decides, in which order               result    `TuningResult`, `explain`
+    choice   who decides, in which order               work      what there is to decide, in groups
+                                                       result    `TuningResult`; explanation: `explain`
 
 `ops` ask `choice`; `record` and `search` call `ops`, and are imported when they are first asked for.
 """

@@ -1,8 +1,8 @@
 """How a decision is made when a program is lowered: by whom it is made first, and who may change that.
 
 Explicit `config=`, the active tuning result, the user's cache, the table shipped for this kind of device, the
-heuristic:
-the first that knows decides. Answers become attributes of custom calls. Nothing here reads a device or takes a time.
+heuristic: the first that knows decides. Answers become attributes of custom calls. Nothing here reads a device or takes
+a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Question:
       predict: predicted time of a candidate in microseconds, from a candidate and the neighbours a site (None where
         they are not known); the least is the heuristic's choice.
       is_here: whether the device is one of this process.
-      problem: what is to be computed, for who wants to time it: `jaxsparse.tuning.record.Layer`.
+      problem: what is to be computed, for who wants to time it: `jaxsparse.ops.conv.choices.Problem`, None of a
+        decision that layers share.
     """
 
     key: Key

@@ -69,7 +69,6 @@ class Gpu:
 
     Attributes:
       multiprocessors: how many.
-      products: of one multiprocessor, multiply-adds a microsecond, 16-bit.
       memory_bytes: of the whole, bytes a microsecond.
       step_us, step_bytes: a step takes this time, and that of its copies at so many bytes a microsecond.
       chain_us: of a step of a block that waits for itself alone, a fifth more by the stages: a deeper ring divides it.
@@ -80,7 +79,6 @@ class Gpu:
     """
 
     multiprocessors: int = 132
-    products: float = 3.0e6
     memory_bytes: float = 2.43e6
     step_us: float = 0.2
     step_bytes: float = 1.28e5
@@ -96,9 +94,9 @@ class Gpu:
         registers = 64 + cols // 2
         return max(min(self.shared_bytes // (shared + 1024), self.registers // (threads * registers)), 1)
 
-    def step(self, products: float, copied: float) -> float:
+    def step(self, products_us: float, copied: float) -> float:
         """Microseconds of a step where others run beside it."""
-        return max(products / self.products, self.step_us + copied / self.step_bytes)
+        return max(products_us, self.step_us + copied / self.step_bytes)
 
     def blocks_us(
         self, blocks: float, resident: int, steps: float, most_steps: float, step: float, stages: int
@@ -117,14 +115,18 @@ class Gpu:
 
 H100 = Gpu()
 STEP_BYTES = 128  # of depth, that a step multiplies
+PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5, "float64": 1.1e5}
+"""Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
+BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 
-def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, itemsize: int, is_sorted: bool, gpu: Gpu = H100) -> float:
+def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted: bool, gpu: Gpu = H100) -> float:
     """An implicit product over a schedule, `cuda/conv/implicit_gemm.cuh`."""
     rows, cols, stages = tile
+    itemsize = BYTES[dtype]
     taps = kernel_map.executed(rows, is_sorted)
-    # As many 16-bit products whatever the width of an operand. An absent row costs a copy too, of zeros.
-    step = gpu.step(rows * cols * STEP_BYTES / 2, STEP_BYTES * (rows + cols))
+    products_us = rows * cols * STEP_BYTES / itemsize / PRODUCTS[dtype]
+    step = gpu.step(products_us, STEP_BYTES * (rows + cols))  # an absent row costs a copy too, of zeros
     blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols)
     shared = stages * STEP_BYTES * (rows + cols) + min(kernel_map.taps, 32) * rows * 4 + 1024
     resident = gpu.resident(2 * rows, cols, shared)
@@ -149,10 +151,10 @@ LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what ru
 FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 32, "reverse": 96}, 256  # doubled from grid to grid
 
 
-def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, itemsize: int = 2, gpu: Gpu = H100) -> float:
+def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu = H100) -> float:
     """A schedule and the layers that typically use it: those of the program at hand are not known to any of them."""
     channels = min(FIRST_CHANNELS[direction] * max(grid, default=1), MOST_CHANNELS)
-    layer = min(conv_us(tile, kernel_map, channels, channels, itemsize, sorts, gpu) for tile in tiles)
+    layer = min(conv_us(tile, kernel_map, channels, channels, "float16", sorts, gpu) for tile in tiles)
     return schedule_us(kernel_map, sorts, gpu) + LAYERS_OF_A_MAP[direction] * layer
 
 
@@ -162,15 +164,15 @@ def wgrad_slots(taps: int, c_in: int, c_out: int, tile, gpu: Gpu = H100) -> int:
     return max(2 * taps, 2 * gpu.multiprocessors // pieces)
 
 
-def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, itemsize: int, gpu: Gpu = H100) -> float:
+def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
     """A gradient of weights over pairs, `cuda/conv/wgrad_gemm.cuh`: partial sums of slots, then their sum."""
     rows, cols, stages = tile
     slots = wgrad_slots(kernel_map.taps, c_in, c_out, tile, gpu)
     pieces = math.ceil(c_in / rows) * math.ceil(c_out / cols)
     in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)
     used = min(slots, kernel_map.pairs / in_slot + kernel_map.taps / 2)
-    depth = 64  # pairs a step
-    step = gpu.step(rows * cols * depth * itemsize / 2, depth * (rows + cols) * itemsize)
+    itemsize, depth = BYTES[dtype], STEP_BYTES // BYTES[dtype]  # depth: pairs a step
+    step = gpu.step(rows * cols * depth / PRODUCTS[dtype], STEP_BYTES * (rows + cols))
     shared = stages * depth * (rows + max(cols, 64)) * itemsize + 2 * stages * depth * 8 + 1024
     resident = gpu.resident(2 * rows, cols, shared)
     partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, stages)
@@ -178,16 +180,12 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, itemsize: int, gpu: G
     return partial + sums
 
 
-PLAIN_PRODUCTS = 2.0e5  # of one multiprocessor, without tensor-core tiles
-
-
-def plain_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, itemsize: int, gpu: Gpu = H100) -> float:
+def plain_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
     """The kernel for every dtype and width on CUDA, `cuda/conv/conv_forward.cu`: a step a tap."""
     taps, cols, depth = kernel_map.executed(tile_rows, is_sorted=False), 32, max(c_in, 16)
     blocks = math.ceil(kernel_map.rows / tile_rows) * math.ceil(c_out / cols)
-    step = gpu.step_us + max(
-        tile_rows * cols * depth / PLAIN_PRODUCTS, itemsize * depth * (tile_rows + cols) / gpu.step_bytes
-    )
+    products_us = 8 * tile_rows * cols * depth / PRODUCTS[dtype]  # it reaches an eighth of the rate
+    step = gpu.step_us + gpu.step(products_us, BYTES[dtype] * depth * (tile_rows + cols))
     return gpu.blocks_us(blocks, 2, taps, kernel_map.taps, step, 2)
 
 
@@ -198,8 +196,9 @@ CPU_CORES = 8
 CPU_FAST_BYTES = 32 * 1024
 
 
-def cpu_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, itemsize: int) -> float:
+def cpu_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: str) -> float:
     """`bindings/cpu/conv.cc`: a task a tile, whose sums should stay in the first cache."""
+    itemsize = BYTES[dtype]
     tiles = math.ceil(kernel_map.rows / tile_rows)
     entries = tile_rows * kernel_map.taps * CPU_ENTRY_US
     products = tile_rows * kernel_map.neighbours * c_in * c_out * itemsize / 4 / CPU_PRODUCTS

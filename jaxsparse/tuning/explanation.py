@@ -11,7 +11,8 @@ from jaxsparse.tuning.choice import active, answer
 from jaxsparse.tuning.key import Choice, Choices
 from jaxsparse.tuning.record import record
 from jaxsparse.tuning.result import describe, show
-from jaxsparse.tuning.search import divide, this_platform
+from jaxsparse.tuning.search import this_platform
+from jaxsparse.tuning.work import divide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def explain(fn: Callable, *args: Any, measured: bool | None = None) -> Explanati
                 if measured:
                     maps = [recorded.maps[0][which][1]]
                     program = measure.layer_program(layer, maps, active() or Choices(), platform).compile()
-                    time = measure.times_us([program], platform)[0] / measure.CALLS[platform]
+                    time = measure.times_us([program], platform, measure.CALLS[platform])[0].median
                 what = f"{work.name}: {layer.op}, {describe(question.key)}"
                 rows.append(Row(what, count, found.choice, found.source, us, time))
     return Explanation(tuple(rows))

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,8 +80,25 @@ def compile_all(makers: Sequence[Callable[[], Program]]) -> list[Program | Excep
     return compiled
 
 
-def times_us(programs: Sequence[Program], platform: str, rounds: int | None = None) -> list[float]:
-    """Median time of each program in microseconds."""
+MARGIN = 0.99  # of another time, that a quicker one stays below: differences within it are noise
+
+
+class Time(NamedTuple):
+    """Of several rounds, in microseconds: the median, which is reported, and the least, which noise leaves alone."""
+
+    median: float
+    least: float
+
+    def beats(self, other: Time) -> bool:
+        """Whether this is quicker by more than noise."""
+        return self.median < MARGIN * other.median and self.least < MARGIN * other.least
+
+
+NEVER = Time(math.inf, math.inf)
+
+
+def times_us(programs: Sequence[Program], platform: str, calls: int = 1, rounds: int | None = None) -> list[Time]:
+    """The time of a call of each program that has so many."""
     global programs_timed
     programs_timed += len(programs)
     repeats = []
@@ -99,7 +116,7 @@ def times_us(programs: Sequence[Program], platform: str, rounds: int | None = No
             jax.block_until_ready(out)
             times.append(1e6 * (time.perf_counter() - start) / repeat)
             del out
-    return [statistics.median(times) for times in taken]
+    return [Time(statistics.median(times) / calls, min(times) / calls) for times in taken]
 
 
 @jax.jit

@@ -23,7 +23,7 @@ class Decision:
       layers: how many products it serves.
       chosen, chosen_us: the winner, and its time in microseconds.
       runner_up, runner_up_us: the next best, None of one candidate.
-      heuristic, heuristic_us: what runs without a result.
+      heuristic, heuristic_us: what runs without a result; None where its numbers are wrong.
       rejected: candidates that gave wrong numbers or failed, each with the reason.
     """
 
@@ -34,7 +34,7 @@ class Decision:
     runner_up: Choice | None
     runner_up_us: float | None
     heuristic: Choice
-    heuristic_us: float
+    heuristic_us: float | None
     rejected: tuple[str, ...] = ()
 
 

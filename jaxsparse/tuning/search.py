@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import sys
@@ -14,13 +13,11 @@ import jax
 
 from jaxsparse.tuning import measure, store
 from jaxsparse.tuning.choice import Question, device_of
-from jaxsparse.tuning.key import Choice, Choices, Key, row_bucket
+from jaxsparse.tuning.key import Choice, Choices, Key
+from jaxsparse.tuning.measure import NEVER, Time
 from jaxsparse.tuning.record import Layer, Recorded, record
 from jaxsparse.tuning.result import Decision, Group, TuningResult, describe, show
-
-WITHIN = 1.6  # of the least predicted time: candidates beyond are not tried
-MOST_TRIED = 7
-MARGIN = 0.99  # of the heuristic's time, that a winner must stay below: differences within it are noise
+from jaxsparse.tuning.work import Work, divide, pruned
 
 
 def autotune(
@@ -98,95 +95,18 @@ def this_platform() -> str:
 
 
 @dataclasses.dataclass
-class Task:
-    """A decision that belongs to one layer, or to several equal ones."""
-
-    question: Question
-    layer: Layer
-    which: int  # map
-    neighbours: float
-    count: int = 0
-
-    @property
-    def weight(self) -> float:
-        """Predicted time of all its products in microseconds."""
-        return self.count * self.question.predict(self.question.heuristic(), self.neighbours)
-
-
-@dataclasses.dataclass
-class Work:
-    """A group: maps, layers with their counts by map, the decisions of layers and those that they share."""
-
-    name: str
-    layers: dict[int, collections.Counter[Layer]]
-    tasks: dict[Key, Task]
-    shared: dict[Key, tuple[Question, float]]  # with neighbours
-
-    @property
-    def heuristic(self) -> dict[Key, Choice]:
-        """What runs without a result, by key."""
-        questions = [t.question for t in self.tasks.values()] + [q for q, _ in self.shared.values()]
-        return {q.key: q.heuristic() for q in questions}
-
-
-def divide(recorded: Recorded, platform: str, mode: str) -> list[Work]:
-    """The groups of a function, that with the longest predicted time first."""
-    products = [layer for layers in recorded.layers for layer in layers]
-    add_gradients = mode == "training" and not any(layer.op == "wgrad" for layer in products)
-    works: dict[tuple, Work] = {}
-    for which, layers in enumerate(recorded.layers):
-        if add_gradients:
-            grown: collections.Counter[Layer] = collections.Counter()
-            for layer, count in layers.items():
-                for product in layer.with_gradients():
-                    grown[product] += count
-            layers = grown
-        spec = next(iter(layers)).spec
-        name = f"grid {'x'.join(map(str, spec.grid))}, {spec.in_rows:,} rows"
-        work = works.setdefault((spec.grid, row_bucket(spec.in_rows)), Work(name, {}, {}, {}))
-        work.layers[which] = layers
-        build = recorded.builds[which]
-        question = build.question(platform) if build is not None else None
-        if question is not None:
-            work.shared.setdefault(question.key, (question, 0.0))
-        neighbours: dict[bool, float] = {}
-        for layer, count in layers.items():
-            of_reverse = layer.problem.of_reverse
-            if of_reverse not in neighbours:
-                neighbours[of_reverse] = recorded.neighbours(which, of_reverse)
-            for role, (question, explicit) in layer.questions(platform).items():
-                if explicit is not None or len(question.candidates) == 1:
-                    continue
-                if role == "own":
-                    task = Task(question, layer, which, neighbours[of_reverse])
-                    work.tasks.setdefault(question.key, task).count += count
-                else:
-                    work.shared.setdefault(question.key, (question, neighbours[of_reverse]))
-    return sorted(works.values(), key=lambda work: -sum(task.weight for task in work.tasks.values()))
-
-
-def pruned(question: Question, neighbours: float | None) -> list[Choice]:
-    """The candidates worth timing by the cost model, the most promising first; the heuristic's choice is among them."""
-    predicted = {c: question.predict(c, neighbours) for c in question.candidates}
-    limit = WITHIN * min(predicted.values())
-    near = sorted((c for c in predicted if predicted[c] <= limit), key=predicted.__getitem__)[:MOST_TRIED]
-    known = question.heuristic()
-    return near if known in near else [*near, known]
-
-
-@dataclasses.dataclass
 class Timed:
     """Candidates of one layer's decision: times of the right ones in microseconds, reasons why others are out."""
 
-    us: dict[Choice, float]
+    us: dict[Choice, Time]
     rejected: tuple[str, ...]
 
     def best(self, heuristic: Choice) -> Choice | None:
-        """The quickest, or the heuristic's choice where that is as quick."""
+        """The quickest, or the heuristic's choice where that is as quick; None where nothing is right."""
         if not self.us:
             return None
         best = min(self.us, key=self.us.__getitem__)
-        return heuristic if self.us.get(heuristic, float("inf")) * MARGIN <= self.us[best] else best
+        return best if self.us[best].beats(self.us.get(heuristic, NEVER)) else heuristic
 
 
 def time_layer(
@@ -219,9 +139,8 @@ def time_layer(
             right[candidate] = program
         else:
             rejected.append(f"{show(candidate)}: wrong numbers, error {found:.1e} where {limit:.1e} passes")
-    times = measure.times_us(list(right.values()), platform)
-    calls = measure.CALLS[platform]
-    return Timed({c: t / calls for c, t in zip(right, times, strict=True)}, tuple(rejected))
+    times = measure.times_us(list(right.values()), platform, measure.CALLS[platform])
+    return Timed(dict(zip(right, times, strict=True)), tuple(rejected))
 
 
 class Search:
@@ -310,39 +229,39 @@ class Search:
         ]
         variants = [heuristic, chosen, *({**chosen, **change} for change in changes)]
         times, rejected = self._time_group(work, variants)
-        gains = [change for change, t in zip(changes, times[2:], strict=True) if t < MARGIN * times[1]]
+        gains = [change for change, t in zip(changes, times[2:], strict=True) if t.beats(times[1])]
         if len(gains) > 1:  # of two changes of one decision the better, of different ones all
-            gains.sort(key=lambda change: -times[2 + changes.index(change)])
+            gains.sort(key=lambda change: times[2 + changes.index(change)], reverse=True)
             variants.append({**chosen, **{k: v for change in gains for k, v in change.items()}})
-            more, wrong = self._time_group(work, [heuristic, variants[-1]])
-            times.append(more[1] * times[0] / more[0])
+            (_, combined), wrong = self._time_group(work, [chosen, variants[-1]])
+            times.append(combined)
             rejected += wrong
         best = min(range(len(times)), key=times.__getitem__)
-        if times[0] * MARGIN <= times[best]:
+        if not times[best].beats(times[0]):
             best = 0
         for key, value in variants[best].items():
             self.decided[key] = chosen[key] = value
         decisions = []
         for question, _ in work.shared.values():
             key = question.key
-            us: dict[Choice, float] = {chosen[key]: times[best]}
+            us = {chosen[key]: times[best]}
             for change, t in zip(changes, times[2:], strict=False):
                 if key in change:
                     us.setdefault(change[key], t)
             us.setdefault(heuristic[key], times[0])
-            timed = Timed({c: t for c, t in us.items() if t < float("inf") or c == chosen[key]}, tuple(rejected))
+            timed = Timed({c: t for c, t in us.items() if t != NEVER or c == chosen[key]}, tuple(rejected))
             decisions.append(_decision(f"{describe(key)}: whole group", 0, chosen[key], heuristic[key], timed))
             rejected = []
-        return times[best], times[0], decisions
+        return times[best].median, times[0].median, decisions
 
-    def _time_group(self, work: Work, variants: Sequence[dict[Key, Choice]]) -> tuple[list[float], list[str]]:
-        """Times of the whole group under each set of choices, infinite where numbers are wrong.
+    def _time_group(self, work: Work, variants: Sequence[dict[Key, Choice]]) -> tuple[list[Time], list[str]]:
+        """Times of the whole group under each set of choices, `NEVER` where numbers are wrong.
 
         Reasons name how a set differs from the second.
         """
         distinct = list(dict.fromkeys(map(Choices, variants)))
         programs = measure.compile_all([lambda c=c: self._program(work, c) for c in distinct])  # type: ignore[misc]
-        times, rejected = dict.fromkeys(distinct, float("inf")), []
+        times, rejected = dict.fromkeys(distinct, NEVER), []
         right: dict[Choices, measure.Program] = {}
         for choices, program in zip(distinct, programs, strict=True):
             reason = _first_line(program) if isinstance(program, Exception) else self._wrong(work, program)
@@ -419,16 +338,16 @@ def tune_layer(question: Question) -> Choice:
 
 def _decision(what: str, count: int, chosen: Choice, heuristic: Choice, timed: Timed) -> Decision:
     others = sorted((t, i, c) for i, (c, t) in enumerate(timed.us.items()) if c != chosen)
-    runner_up_us, _, runner_up = others[0] if others else (None, 0, None)
+    runner_up_time, _, runner_up = others[0] if others else (None, 0, None)
     return Decision(
         what,
         count,
         chosen,
-        timed.us[chosen],
+        timed.us[chosen].median,
         runner_up,
-        runner_up_us,
+        None if runner_up_time is None else runner_up_time.median,
         heuristic,
-        timed.us.get(heuristic, float("nan")),
+        timed.us[heuristic].median if heuristic in timed.us else None,
         timed.rejected,
     )
 

@@ -49,18 +49,18 @@ def _key(op: str, device: str, p: Problem, dtype: str, channels: bool) -> Key:
 def conv(platform: str, p: Problem) -> Question:
     """The tile of forward and dgrad, whose `rows` outputs read `x_rows` inputs."""
     device, is_here = choice.device_of(platform)
-    key = _key("conv", device, p, p.spec.dtype_name(platform), channels=True)
+    dtype = p.spec.dtype_name(platform)
+    key = _key("conv", device, p, dtype, channels=True)
     at = _map(p)
-    itemsize = p.spec.call_dtypes(platform, p.spec.dtype)[0].itemsize
     if p.spec.uses_tensor_cores(platform, p.c_in, p.c_out):
         sorts = bool(sort(platform, p).heuristic())
         tiles: tuple = FORWARD_TILES if p.c_in % 8 == 0 else NARROW_TILES
         return Question(
-            key, tiles, lambda tile, n: cost.conv_us(tile, at(n), p.c_in, p.c_out, itemsize, sorts), is_here, p
+            key, tiles, lambda tile, n: cost.conv_us(tile, at(n), p.c_in, p.c_out, dtype, sorts), is_here, p
         )
     predict = cost.cpu_conv_us if platform == "cpu" else cost.plain_conv_us
     return Question(
-        key, PLAIN_TILE_ROWS, lambda tile_rows, n: predict(tile_rows, at(n), p.c_in, p.c_out, itemsize), is_here, p
+        key, PLAIN_TILE_ROWS, lambda tile_rows, n: predict(tile_rows, at(n), p.c_in, p.c_out, dtype), is_here, p
     )
 
 
@@ -79,11 +79,11 @@ def sort(platform: str, p: Problem) -> Question:
 def wgrad(platform: str, p: Problem) -> Question:
     """The tile of wgrad on tensor cores."""
     device, is_here = choice.device_of(platform)
-    at = _map(p)
+    at, dtype = _map(p), p.spec.dtype_name(platform)
     return Question(
-        _key("wgrad", device, p, p.spec.dtype_name(platform), channels=True),
+        _key("wgrad", device, p, dtype, channels=True),
         WGRAD_TILES,
-        lambda tile, n: cost.wgrad_us(tile, at(n), p.c_in, p.c_out, p.spec.dtype.itemsize),
+        lambda tile, n: cost.wgrad_us(tile, at(n), p.c_in, p.c_out, dtype),
         is_here,
         p,
     )
