@@ -126,21 +126,17 @@ class Geometry:
     @property
     def blocks_under_window(self) -> float:
         """Over how many blocks of 64 sites, the last six bits of a key, a window lies on average."""
-        return math.prod(
-            d * (k - 1) / size + 1 for k, d, size in zip(self.kernel, self.dilation, self._block, strict=True)
-        )
-
-    @property
-    def _block(self) -> list[int]:
         dims = len(self.kernel)
-        return [1 << (6 // dims + (dims - 1 - axis < 6 % dims)) for axis in range(dims)]
+        sizes = [1 << (6 // dims + (dims - 1 - axis < 6 % dims)) for axis in range(dims)]
+        return math.prod(d * (k - 1) / size + 1 for k, d, size in zip(self.kernel, self.dilation, sizes, strict=True))
 
     @property
     def builders(self) -> tuple[str, ...]:
         """How a kernel map can be built from sorted input sites, the quickest first; see `jaxsparse.kernel_map`."""
-        under = 1  # blocks that a window can lie over
-        axes = zip(self.kernel, self.stride, self.padding, self.dilation, self._block, strict=True)
-        for k, s, p, d, size in axes:
+        dims = len(self.kernel)
+        under = 1  # blocks of 64 sites, the last six bits of a key, that a window can lie over
+        for axis, (k, s, p, d) in enumerate(zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)):
+            size = 1 << (6 // dims + (dims - 1 - axis < 6 % dims))
             worst = 0 if s % size == 0 and p % size == 0 else size - 1  # offset of the first tap in its block
             under *= (worst + d * (k - 1)) // size + 1
         return ("blocks", "hash") if under <= 27 else ("hash",)
