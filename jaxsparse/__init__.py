@@ -6,13 +6,14 @@ x, point_to_voxel = js.voxelize(points, feats, voxel_size=0.05, capacity=131072)
 y = js.nn.SubMConv(4, 32, 3, rngs=nnx.Rngs(0))(x)
 """
 
-from jaxsparse import models, nn, ops, status
+from jaxsparse import models, nn, ops, status, tuning
 from jaxsparse._ffi import DISABLE_JAX_EXPORT_CHECKS
 from jaxsparse.kernel_map import KernelMap, kernel_map
 from jaxsparse.planning import capacities
 from jaxsparse.sites import Capacities, Sites
 from jaxsparse.status import SiteError
 from jaxsparse.tensor import SparseTensor
+from jaxsparse.tuning.search import autotune
 from jaxsparse.voxel import collate, devoxelize, voxelize
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "SiteError",
     "Sites",
     "SparseTensor",
+    "autotune",
     "capacities",
     "collate",
     "devoxelize",
@@ -32,5 +34,6 @@ __all__ = [
     "nn",
     "ops",
     "status",
+    "tuning",
     "voxelize",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive, get_opaque_trace_state
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, get_opaque_trace_state
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import PartitionSpec
 
@@ -15,14 +15,18 @@ __all__ = [
     "ad",
     "apply_primitive",
     "batching",
+    "bind_equation",
+    "make_user_context",
     "mlir",
     "out_aval",
     "promote",
+    "sub_jaxprs",
     "trace_state",
     "zero_tangent",
 ]
 
 apply_primitive = xla.apply_primitive
+make_user_context = jax.make_user_context
 
 
 def trace_state():
@@ -62,3 +66,21 @@ def out_aval(like, shape: Sequence[int], dtype):
 def zero_tangent(primal) -> ad.Zero:
     """The symbolic zero that stands for the tangent of a value."""
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
+
+
+def sub_jaxprs(eqn) -> list[ClosedJaxpr]:
+    """The bodies of an equation of a jaxpr, such as those of `jit`, `scan` and `cond`."""
+    found = []
+    for value in eqn.params.values():
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, ClosedJaxpr):
+                found.append(item)
+            elif isinstance(item, Jaxpr):
+                found.append(ClosedJaxpr(item, ()))
+    return found
+
+
+def bind_equation(eqn, values: Sequence) -> list:
+    """Runs one equation of a jaxpr."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]

@@ -124,6 +124,13 @@ class Geometry:
         return tuple(group for group in groups if group)[:9]
 
     @property
+    def blocks_under_window(self) -> float:
+        """Over how many blocks of 64 sites, the last six bits of a key, a window lies on average."""
+        dims = len(self.kernel)
+        sizes = [1 << (6 // dims + (dims - 1 - axis < 6 % dims)) for axis in range(dims)]
+        return math.prod(d * (k - 1) / size + 1 for k, d, size in zip(self.kernel, self.dilation, sizes, strict=True))
+
+    @property
     def builders(self) -> tuple[str, ...]:
         """How a kernel map can be built from sorted input sites, the quickest first; see `jaxsparse.kernel_map`."""
         dims = len(self.kernel)

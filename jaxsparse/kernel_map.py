@@ -27,6 +27,8 @@ class KernelMap:
       is_symmetric: whether `table[k, m] = n` means `table[K - 1 - k, n] = m`, as in a submanifold convolution of odd
         kernel size: the map is then its own reverse.
       tap_groups: groups of taps by which the GPU's kernels sort rows, `Geometry.tap_groups`; changes speed alone.
+      grid, strides: stride of the fine grid, and of the coarse one in its cells; kernels are chosen by them, results
+        do not depend on them.
     """
 
     table: jax.Array
@@ -35,6 +37,8 @@ class KernelMap:
     out_counts: jax.Array
     is_symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
     tap_groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
+    grid: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 def kernel_map(
@@ -60,8 +64,8 @@ def kernel_map(
         by default.
       builder: how the custom call finds input rows; every builder gives the same map. "hash" looks every tap up in a
         hash map of sites. "blocks" looks up the blocks of 64 sites under each window, whose masks answer for all their
-        taps; it needs input sites in Morton order, and at most 27 blocks under a window. "auto" takes blocks where it
-        can: they were quicker on every scan measured.
+        taps; it needs input sites in Morton order, and at most 27 blocks under a window. "auto" lets
+        `jaxsparse.tuning` choose among those that serve.
       implementation: "auto" for the custom call of the platform, "xla" for plain JAX, which has no builders.
 
     Raises:
@@ -97,10 +101,20 @@ def map_between(
             coarse.counts,
             geometry=geometry,
             builder=builder,
+            grid=fine.stride,
             implementation=implementation,
         )
         is_symmetric = fine.same_as(coarse) and geometry.is_symmetric
-        return KernelMap(table, masks, fine.counts, coarse.counts, is_symmetric, geometry.tap_groups)
+        return KernelMap(
+            table,
+            masks,
+            fine.counts,
+            coarse.counts,
+            is_symmetric,
+            geometry.tap_groups,
+            fine.stride,
+            geometry.stride,
+        )
 
     return fine.memo(("map", geometry, coarse._memo, implementation, builder), make)
 
@@ -108,7 +122,7 @@ def map_between(
 def _chosen_builder(builder: str, geometry: Geometry, fine: Sites) -> str:
     possible = geometry.builders if fine.order == "morton" else ("hash",)
     if builder == "auto":
-        return possible[0]
+        return "auto" if len(possible) > 1 else possible[0]
     if builder not in _coords.BUILDERS:
         raise ValueError(f"`builder` (={builder!r}) must be one of {('auto', *_coords.BUILDERS)}.")
     if builder not in possible:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import tempfile
 
 # Before jax starts. On a machine with a GPU the suite runs there; JAX_PLATFORMS=cpu keeps it off.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxsparse-cache-")  # not what the user tuned
 
 import jax
 import pytest

@@ -6,6 +6,8 @@ the emulated handler of `cuda_on_host`.
 
 from __future__ import annotations
 
+import re
+
 import cuda_on_host
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,10 @@ import jaxsparse as js
 from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, rows
-from jaxsparse.ops.conv import primitives
+from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, primitives
+from jaxsparse.tuning import TuningResult, choice, measure, search, work
+from jaxsparse.tuning.key import Choices, Key, row_bucket
+from jaxsparse.tuning.record import record
 
 OPS = [
     _coords.unique_sites,
@@ -189,3 +194,77 @@ def test_network_does_not_depend_on_place_or_order():
     with jax.default_matmul_precision("highest"):
         theirs = jax.jit(lambda x: net(x).feats)(js.SparseTensor(moved, feats[::-1]))
     assert row_error(ours, theirs[::-1]) < 1e-5
+
+
+def attributes(text, target):
+    """The attributes of each call of a target in a program's text."""
+    lines = [line for line in text.splitlines() if f"@{target}_on_host(" in line]
+    assert lines
+    found = [dict(re.findall(r"(\w+) = (\d+) : i64", line)) for line in lines]
+    return [{name: int(value) for name, value in one.items()} for one in found]
+
+
+@pytest.mark.parametrize("tile", [FORWARD_TILES[0], FORWARD_TILES[-1]])
+def test_choices_become_attributes_of_the_calls_of_tensor_cores(tile, monkeypatch):
+    """A layer's own tiles, and the order of rows that all layers of a map share: one schedule, both ways."""
+    monkeypatch.setattr(choice, "device_of", lambda platform: ("a GPU", True))
+    x = random_tensor(0, rows=150, capacity=200, features=16, dtype=jnp.float16, low=-3, high=4)
+    kernels = [random_kernel(s, Geometry.create(3, 3), 16, 16, jnp.float16) for s in range(2)]
+
+    def loss(kernels, feats):
+        y = x.with_feats(feats)
+        for kernel in kernels:
+            y = js.ops.conv(y, kernel, kernel_size=3)
+        return y.feats.astype(jnp.float32).sum()
+
+    key = Key("conv", "a GPU", "float16", 16, 16, 27, "same", (1, 1, 1), row_bucket(200))
+    wgrad = key._replace(op="wgrad")
+    sort = Key("sort", "a GPU", "", 0, 0, 27, "same", (1, 1, 1), row_bucket(200))
+    for sorts in (False, True):
+        lowered = jax.jit(lambda *a: jax.grad(loss, (0, 1))(*a))
+        with TuningResult(Choices({key: tile, wgrad: WGRAD_TILES[-1], sort: sorts})):
+            hlo = lowered.lower(kernels, x.feats)
+        found = attributes(hlo.as_text(), "jaxsparse_conv_gemm_v1")
+        assert all((a["tile_rows"], a["tile_cols"], a["stages"]) == tuple(tile) for a in found)
+        found = attributes(hlo.as_text(), "jaxsparse_wgrad_gemm_v1")
+        assert all((a["tile_rows"], a["tile_cols"], a["stages"]) == tuple(WGRAD_TILES[-1]) for a in found)
+        compiled = hlo.compile().as_text()
+        schedules = [line for line in compiled.splitlines() if 'custom_call_target="jaxsparse_conv_schedule_v1' in line]
+        assert len(schedules) == 1  # forward and backward, both layers
+        groups = re.findall(r"conv_schedule_v1.*groups = \S+.*?: tensor<(\d+)xi64>", hlo.as_text())
+        assert set(groups) == {"9" if sorts else "0"}
+
+
+def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
+    """Tiles of forward, dgrad and wgrad, order of rows, builder: each candidate right against plain JAX."""
+    monkeypatch.setattr(choice, "device_of", lambda platform: ("a GPU", True))
+    monkeypatch.setattr(measure, "CALLS", {"cuda": 2})
+    monkeypatch.setattr(measure, "ROUND_US", {"cuda": 0})
+    monkeypatch.setattr(measure, "ROUNDS", 1)
+    monkeypatch.setattr(work, "MOST_TRIED", 2)
+    x = random_tensor(0, rows=150, features=16, low=-3, high=4)
+    centres = x.coords[:, 1:].astype(jnp.float32) + 0.5
+    x, _ = js.voxelize(centres, x.feats, 1.0, capacity=192, batch=x.coords[:, 0], batch_size=2)
+    x = x.astype(jnp.float16)
+    kernel, down = (random_kernel(0, Geometry.create(3, k), 16, 16, jnp.float16) for k in (3, 2))
+
+    def net(x):
+        y = js.ops.conv(x, kernel, kernel_size=3)
+        z = js.ops.conv(y, down, kernel_size=2, strides=2, sites="reachable", capacity=128)
+        return js.ops.conv_transpose(z, down, kernel_size=2, strides=2, like=y)
+
+    found = search.Search(record(net, [(x,)]), "cuda", "training", float("inf"), progress=False)
+    groups = found.run()
+    kinds = {(key.op, key.direction) for key in found.decided}
+    directions = {"same", "table", "reverse"}
+    assert kinds == {
+        *(("conv", d) for d in directions),
+        *(("sort", d) for d in directions),
+        ("wgrad", "same"),
+        ("wgrad", "table"),
+        ("builder", "table"),
+    }
+    for group in groups:
+        assert group.total_us <= group.heuristic_us
+        for decision in group.decisions:
+            assert not decision.rejected, decision

@@ -13,7 +13,11 @@ from jax import lax
 
 from jaxsparse import _ffi, _keys
 from jaxsparse._primitive import Op
+from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _workspace
+from jaxsparse.tuning import choice, cost
+from jaxsparse.tuning.choice import Question
+from jaxsparse.tuning.key import Key, row_bucket
 
 
 def _int32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -168,7 +172,17 @@ def _find(sorted_keys, query):
 BUILDERS = ("hash", "blocks")  # numbered for the custom calls
 
 
-def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry, builder):
+def builder_question(platform: str, sites: int, geometry: Geometry, grid: tuple[int, ...]) -> Question:
+    """How to build the maps of so many sorted input sites on a grid: asked alike by all, since they share an index."""
+    device, is_here = choice.device_of(platform)
+    key = Key("builder", device, "", 0, 0, 0, "table", grid, row_bucket(sites))
+    blocks = geometry.blocks_under_window
+    return Question(
+        key, geometry.builders, lambda builder, _: cost.builder_us(builder, sites, geometry.volume, blocks), is_here
+    )
+
+
+def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry, builder, grid=()):
     in_real = _keys.real_rows(in_count, in_coords.shape[0])
     out_real = _keys.real_rows(out_count, out_coords.shape[0])
     high, low = _keys.keys_of(jnp.where(in_real[:, None], in_coords, _keys.PADDING_COORD))
@@ -195,7 +209,9 @@ def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometr
     return table, tap_masks(table)
 
 
-def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry, builder):
+def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry, builder, grid=()):
+    if builder == "auto":
+        builder = choice.answer(builder_question(platform, in_coords.shape[0], geometry, grid)).choice
     struct = jax.ShapeDtypeStruct((_workspace.site_index(in_coords.shape[0]),), jnp.uint8)
     of_blocks = int(builder == "blocks")
     # Maps from the same sites share their index: XLA merges equal calls.
@@ -209,7 +225,7 @@ def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, ge
 
 kernel_map = Op(
     "kernel_map",
-    lambda in_coords, in_count, out_coords, out_count, *, geometry, builder, implementation: [
+    lambda in_coords, in_count, out_coords, out_count, *, geometry, builder, grid=(), implementation: [
         ((geometry.volume, out_coords.shape[0]), jnp.int32),
         ((out_coords.shape[0], -(-geometry.volume // 32)), jnp.uint32),
     ],
@@ -220,6 +236,7 @@ kernel_map = Op(
 
 `table[k, m]`, int32 `[K, N_out]`, is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1; masks,
 uint32 `[N_out, W]`, say where one is. Of equal input sites the first row is taken. Columns from `out_count` on hold
-anything. The builder, one of `BUILDERS`, changes nothing but the time it takes; "blocks" wants the real input rows to
+anything. The builder, one of `BUILDERS`, changes nothing but the time it takes, and "auto" is chosen among those of the
+geometry, by `grid`, the stride of the input sites, too; "blocks" wants the real input rows to
 be distinct sites sorted by (batch, Morton code), and a geometry that `Geometry.builders` lists it for.
 """

@@ -150,7 +150,14 @@ def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
 def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementation):
     m = kernel_map
     spec = primitives.Spec(
-        rows.dtype, canonical_precision(precision), in_rows, config or ConvConfig(), m.is_symmetric, m.tap_groups
+        rows.dtype,
+        canonical_precision(precision),
+        in_rows,
+        config or ConvConfig(),
+        m.is_symmetric,
+        m.tap_groups,
+        m.grid,
+        m.strides,
     )
     return op(
         rows,

@@ -23,8 +23,11 @@ from jaxsparse._compat import ad, batching, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
-from jaxsparse.ops.conv import config, reference
-from jaxsparse.ops.conv.config import ConvConfig
+from jaxsparse.ops.conv import choices, reference
+from jaxsparse.ops.conv.choices import Problem
+from jaxsparse.ops.conv.config import PLAIN_TILE_ROWS, ConvConfig
+from jaxsparse.tuning import cost
+from jaxsparse.tuning.choice import answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Spec:
       config: choice of kernel.
       is_symmetric: whether the map is its own reverse, see `KernelMap`.
       tap_groups: groups of taps by which rows are sorted, see `KernelMap`.
+      grid, strides: of the map, see `KernelMap`; by which kernels are chosen.
     """
 
     dtype: jnp.dtype
@@ -46,10 +50,19 @@ class Spec:
     config: ConvConfig
     is_symmetric: bool
     tap_groups: tuple[tuple[int, ...], ...] = ()
+    grid: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
 
-    def attributes(self) -> dict[str, int]:
+    def attributes(self, tile_rows: int) -> dict[str, int]:
         """As attributes of the custom calls for all dtypes and widths."""
-        return {"tile_rows": self.config.tile_rows}
+        return {"tile_rows": tile_rows}
+
+    def dtype_name(self, platform: str) -> str:
+        """Of the products, as the keys of tuning name it."""
+        dtype, _ = self.call_dtypes(platform, self.dtype)
+        if dtype.itemsize == 2:
+            return "float16"
+        return "tf32" if platform == "cuda" and dtype == jnp.float32 and not self.is_exact else dtype.name
 
     def call_dtypes(self, platform: str, out_dtype) -> tuple[jnp.dtype, jnp.dtype]:
         """Dtypes of the custom call's operands and result. The CPU's take float32 or float64 only."""
@@ -95,12 +108,14 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, o
     operand, result = spec.call_dtypes(platform, out_dtype)
     x, w = (a.astype(spec.dtype).astype(operand) for a in (x, w))
     struct = jax.ShapeDtypeStruct((rows, c_out), result)
+    problem = Problem(spec, x.shape[0], rows, taps, c_in, c_out, of_reverse)
     if not spec.uses_gemm(platform, c_in, c_out):
-        (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, counts, **spec.attributes())
+        attributes = spec.attributes(answer(choices.conv(platform, problem), spec.config.tile_rows).choice)
+        (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, counts, **attributes)
         return [y.astype(out_dtype)]
-    sort = config.sorts_rows(taps, of_reverse) if spec.config.sort is None else spec.config.sort
+    sort = answer(choices.sort(platform, problem), spec.config.sort).choice
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
-    tile = tile or config.forward_tile(rows, c_in, c_out, spec.dtype)
+    tile = answer(choices.conv(platform, problem), tile).choice
     if spec.dtype == jnp.float32:
         w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
     (y,) = _ffi.call("jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile, spec))
@@ -130,7 +145,8 @@ def _to_tf32(w):
 
 
 def _tile_attributes(tile, spec):
-    return {"tile_rows": tile.rows, "tile_cols": tile.cols, "stages": tile.stages, "exact": int(spec.is_exact)}
+    rows, cols, stages = tile
+    return {"tile_rows": rows, "tile_cols": cols, "stages": stages, "exact": int(spec.is_exact)}
 
 
 def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
@@ -139,16 +155,17 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     (taps, rows), c_in, c_out = table.shape, x.shape[1], g.shape[1]
     struct = jax.ShapeDtypeStruct((taps, c_in, c_out), result)
     if spec.uses_gemm(platform, c_in, c_out):
-        return [_wgrad_gemm(x, g, table, out_counts, struct, spec).astype(out_dtype)]
+        question = choices.wgrad(platform, Problem(spec, x.shape[0], rows, taps, c_in, c_out))
+        tile = answer(question, spec.config.wgrad).choice
+        return [_wgrad_gemm(x, g, table, out_counts, struct, spec, tile).astype(out_dtype)]
     sum_bytes = reference.accumulation_dtype(spec.dtype).itemsize
     workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, rows, sum_bytes))
-    dw, _ = _ffi.call(
-        "jaxsparse_conv_wgrad_v1", [struct, workspace], x, g, table, masks, out_counts, **spec.attributes()
-    )
+    attributes = spec.attributes(spec.config.tile_rows or PLAIN_TILE_ROWS[0])  # whose tile_rows it has no use for
+    dw, _ = _ffi.call("jaxsparse_conv_wgrad_v1", [struct, workspace], x, g, table, masks, out_counts, **attributes)
     return [dw.astype(out_dtype)]
 
 
-def _wgrad_gemm(x, g, table, out_counts, struct, spec):
+def _wgrad_gemm(x, g, table, out_counts, struct, spec, tile):
     taps, c_in, c_out = struct.shape
     rows = table.shape[1]
     structs = [
@@ -157,8 +174,7 @@ def _wgrad_gemm(x, g, table, out_counts, struct, spec):
         _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
     ]
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, out_counts, in_rows=x.shape[0])
-    tile = spec.config.wgrad or config.wgrad_tile(c_in, c_out, spec.dtype)
-    slots = config.wgrad_slots(taps, c_in, c_out, tile)
+    slots = cost.wgrad_slots(taps, c_in, c_out, tile)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
     attributes = _tile_attributes(tile, spec) | {"slots": slots}
     return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
@@ -205,6 +221,7 @@ wgrad = Op(
     _wgrad_call,
     _wgrad_reference,
 )
+PRODUCTS = {"forward": forward, "dgrad": dgrad, "wgrad": wgrad}
 
 
 # --- derivatives ---

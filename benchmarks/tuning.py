@@ -1,0 +1,271 @@
+"""What tuning is worth: whole networks by heuristic, shipped table, tuning, and the best single choice for all layers.
+
+    python benchmarks/tuning.py --data SCANS [--part networks transfer fit] [--workload seg-kitti ...] [--out FOLDER]
+
+- networks: each workload of `networks.py` compiled in each way; GPU time of a step over a ring of turned scans.
+  "single" is the best of the tiles that serve every layer, the same for all, the order of rows as the heuristic has it.
+- transfer: SparseResUNet42 with the choices tuned for one scan, on others, beside tuning on those.
+- fit: times of every tile of every layer of a workload, as JSON: what the cost model's rates were fitted to.
+- Every way is measured three times, in turn; the median counts.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import time
+from contextlib import nullcontext
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import measure
+import networks
+import reference
+import report
+import scans
+
+import jaxsparse as js
+from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES
+from jaxsparse.tuning import choice
+from jaxsparse.tuning import measure as layer_measure
+from jaxsparse.tuning import search as tuning_search
+from jaxsparse.tuning.key import Choices
+from jaxsparse.tuning.record import record
+from jaxsparse.tuning.result import show
+from jaxsparse.tuning.work import divide
+
+BUDGETS = {"inference": 60.0, "training": 180.0}
+ONLY = {"heuristic": {"cache": False, "table": False}, "table": {"cache": False, "table": True}}
+
+
+def inputs_of(workload, args):
+    """Weights, ring of voxels, model, ring of tensors."""
+    voxels = scans.ring([scans.read(args.data, s, workload.voxel_size, args.share) for s in workload.scans])
+    weights = reference.random_weights(reference.layers(workload.stages, networks.IN_FEATURES))
+    model = networks.jaxsparse_model(workload, weights, args.dtype)
+    model.train() if workload.training else model.eval()
+    return weights, voxels, model, networks.jaxsparse_ring(voxels, model, args.dtype)
+
+
+def tune(workload, model, ring, budget=None):
+    """The tuning result of a workload, on two of its ring."""
+    mode = "training" if workload.training else "inference"
+    with choice.policy(**ONLY["heuristic"]):
+        return js.autotune(
+            model, ring[0], samples=ring[1:2], mode=mode, budget_s=budget or BUDGETS[mode], cache=False, progress=False
+        )
+
+
+def compiled_step(workload, weights, voxels, args, ways):
+    """The step compiled under the given contexts."""
+    build = networks.jaxsparse_training if workload.training else networks.jaxsparse_inference
+    with choice.policy(**ways.get("policy", ONLY["heuristic"])), ways.get("choices", nullcontext()):
+        step, state, inputs, _ = build(workload, weights, voxels, args.dtype)
+    return (lambda x: step(state, x)), inputs
+
+
+def step_ms(steps_by_way, args):
+    """GPU time of each way's step (wall time on a CPU), the median of three rounds in turn."""
+    taken = {way: [] for way in steps_by_way}
+    for _ in range(3):
+        for way, (step, inputs) in steps_by_way.items():
+            ms = measure.jax_gpu_ms(step, inputs, min(args.steps, len(inputs)))
+            if ms is None:
+                ms = measure.summary(measure.wall_ms(step, inputs, jax.block_until_ready, args.steps))["median"]
+            taken[way].append(ms)
+    return {way: statistics.median(times) for way, times in taken.items()}
+
+
+def single_choices(model, x, mode):
+    """For each tile that serves some layer: that tile for all layers it serves."""
+    works = divide(record(model, [(x,)]), tuning_search.this_platform(), mode)
+    questions = [task.question for work in works for task in work.tasks.values()]
+    singles = {}
+    for tile in (t for t in FORWARD_TILES if t.rows == 128 and t.cols >= 64):
+        for wgrad in [t for t in WGRAD_TILES if t.rows == 128] if mode == "training" else [None]:
+            found = {}
+            for q in questions:
+                wanted = wgrad if q.key.op == "wgrad" else tile
+                found[q.key] = wanted if wanted in q.candidates else q.heuristic()
+            singles[show(tile) + (f" {show(wgrad)}" if wgrad else "")] = Choices(found)
+    return singles
+
+
+def networks_part(args):
+    """A row a workload."""
+    rows = []
+    for name in args.workload:
+        workload = networks.WORKLOADS[name]
+        if reason := scans.missing(args.data, workload.scans):
+            print(f"skipped {name}: {reason}")
+            continue
+        start = time.perf_counter()
+        weights, voxels, model, ring = inputs_of(workload, args)
+        print(f"{name}: inputs {time.perf_counter() - start:.1f} s", flush=True)
+        result = tune(workload, model, ring)
+        print(result, flush=True)
+        if args.out:
+            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+            result.save(pathlib.Path(args.out) / f"tuned_{name}.json")
+        ways = {way: {"policy": ONLY[way]} for way in ONLY} | {"tuned": {"choices": result}}
+        steps = {way: compiled_step(workload, weights, voxels, args, context) for way, context in ways.items()}
+        mode = "training" if workload.training else "inference"
+        if args.singles:
+            singles = single_choices(model, ring[0], mode)
+            for label in list(singles)[:: max(1, len(singles) // args.singles)]:
+                ways[label] = {"choices": choice.activate(singles[label])}
+                steps[label] = compiled_step(workload, weights, voxels, args, ways[label])
+        ms = step_ms(steps, args)
+        single = min((label for label in ms if label not in ("heuristic", "table", "tuned")), key=ms.get, default=None)
+        rows.append(
+            {
+                "workload": name,
+                "dtype": args.dtype,
+                "mode": mode,
+                "tuning_s": result.seconds,
+                **{f"{way}_ms": ms[way] for way in ("heuristic", "table", "tuned")},
+                "single": single,
+                "single_ms": ms.get(single),
+                "all_ms": ms,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def over(way):
+    """Percent over the tuned time."""
+    return lambda r: None if r.get(f"{way}_ms") is None else 100 * (r[f"{way}_ms"] / r["tuned_ms"] - 1)
+
+
+NETWORK_COLUMNS = {
+    "workload": lambda r: r["workload"],
+    "mode": lambda r: r["mode"],
+    "tuning s": lambda r: r["tuning_s"],
+    "tuned ms": lambda r: r["tuned_ms"],
+    "heuristic ms": lambda r: r["heuristic_ms"],
+    "over tuned %": over("heuristic"),
+    "table ms": lambda r: r["table_ms"],
+    "over tuned % ": over("table"),
+    "best single": lambda r: r["single"],
+    "its ms": lambda r: r["single_ms"],
+    "over tuned %  ": over("single"),
+}
+
+TRANSFER = {  # scan and voxel edge
+    "semkitti_00_000000": 0.05,
+    "pandaset_002_01": 0.05,
+    "ouster_os0128": 0.05,
+    "nusc_10sweep": 0.1,
+}
+
+
+def transfer_part(args):
+    """SparseResUNet42 on each scan: the choices of the first scan's tuning, and its own."""
+    rows, first = [], None
+    for scan, voxel in TRANSFER.items():
+        workload = networks.Workload(networks.SEG, (scan,), voxel)
+        if reason := scans.missing(args.data, workload.scans):
+            print(f"skipped {scan}: {reason}")
+            continue
+        weights, voxels, model, ring = inputs_of(workload, args)
+        own = tune(workload, model, ring)
+        first = first or own
+        ways = {"first": first, "own": own}
+        ms = step_ms({w: compiled_step(workload, weights, voxels, args, {"choices": r}) for w, r in ways.items()}, args)
+        rows.append({"scan": scan, "voxels": len(voxels[0].coords), "first_ms": ms["first"], "own_ms": ms["own"]})
+        print(rows[-1], flush=True)
+    return rows
+
+
+TRANSFER_COLUMNS = {
+    "scan": lambda r: r["scan"],
+    "voxels": lambda r: f"{r['voxels']:,}",
+    "tuned on the first scan, ms": lambda r: r["first_ms"],
+    "tuned on this one, ms": lambda r: r["own_ms"],
+    "over its own %": lambda r: 100 * (r["first_ms"] / r["own_ms"] - 1),
+}
+
+
+def fit_part(args):
+    """Every candidate of every layer of the first workload and its gradients, sorted and not."""
+    rows, start = [], time.perf_counter()
+    for name in args.workload:
+        workload = networks.WORKLOADS[name]
+        _, _, model, ring = inputs_of(workload, args)
+        recorded = record(model, [(ring[0],)])
+        platform = tuning_search.this_platform()
+        tasks = [(task, work) for work in divide(recorded, platform, "training") for task in work.tasks.values()]
+        for task, work in tasks[:: args.every]:
+            kernel_map = recorded.maps[0][task.which][1]
+            expected = layer_measure.reference(task.layer, kernel_map, platform)
+            key = task.question.key
+            for sorts in (True, False) if key.op == "conv" else (None,):
+                if time.perf_counter() - start > args.seconds:
+                    return rows
+                others = work.heuristic | {k: sorts for k in work.heuristic if k.op == "sort" and sorts is not None}
+                timed = tuning_search.time_layer(
+                    task.layer, key, task.question.candidates, [kernel_map], Choices(others), platform, expected
+                )
+                p = task.layer.problem
+                rows.append(
+                    {
+                        "op": key.op,
+                        "direction": key.direction,
+                        "grid": key.grid,
+                        "capacity": p.rows,
+                        "rows": int(kernel_map[2 if p.of_reverse else 3].sum()),
+                        "taps": p.taps,
+                        "neighbours": task.neighbours,
+                        "c_in": p.c_in,
+                        "c_out": p.c_out,
+                        "sorts": sorts,
+                        "us": [[c, us.median] for c, us in timed.us.items()],
+                        "rejected": timed.rejected,
+                    }
+                )
+                print(
+                    rows[-1]["op"],
+                    p.c_in,
+                    p.c_out,
+                    p.taps,
+                    sorts,
+                    min(rows[-1]["us"], key=lambda r: r[1]),
+                    timed.rejected,
+                )
+    return rows
+
+
+def main():
+    """Runs the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the scans")
+    parser.add_argument("--part", nargs="+", choices=["networks", "transfer", "fit"], default=["networks"])
+    parser.add_argument("--workload", nargs="+", choices=networks.WORKLOADS, default=list(networks.WORKLOADS))
+    parser.add_argument("--dtype", choices=list(networks.LOSS_SCALE), default="float16")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
+    parser.add_argument("--singles", type=int, default=0, help="how many single choices to try, about (default: none)")
+    parser.add_argument("--every", type=int, default=1, help="fit: take every so manieth layer")
+    parser.add_argument("--seconds", type=float, default=600, help="fit: stop after so long")
+    parser.add_argument("--out", default=None, help="folder for the results (default: only print)")
+    args = parser.parse_args()
+    if "networks" in args.part:
+        report.write(args.out, "tuning", "Tuning of whole networks", NETWORK_COLUMNS, networks_part(args))
+    if "transfer" in args.part:
+        rows = transfer_part(args)
+        report.write(
+            args.out, "tuning_transfer", "SparseResUNet42 tuned on one scan, run on others", TRANSFER_COLUMNS, rows
+        )
+    if "fit" in args.part:
+        rows = fit_part(args)
+        if args.out:
+            path = pathlib.Path(args.out) / "tuning_fit.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({**report.context(), "layers": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

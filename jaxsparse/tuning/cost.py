@@ -1,0 +1,221 @@
+"""The cost model: predicted microseconds of each candidate. Its least is the heuristic, and the tuner's pruning.
+
+Every prediction is built from the same terms: products over the matrix rate and bytes over a bandwidth, both for what
+is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
+again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
+never faster than the longest of them. The rates of forward tiles and schedules were fitted to single layers measured on
+a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. Those
+of wgrad, of the kernels for everything and of look-ups follow from the same terms and were not fitted. Other GPUs take
+these rates too, since a choice depends on their ratios.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """What the model knows of a kernel map.
+
+    Attributes:
+      rows: rows computed.
+      taps: number of taps, K.
+      neighbours: present taps a row, on average.
+    """
+
+    rows: int
+    taps: int
+    neighbours: float
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of input and output rows."""
+        return self.rows * self.neighbours
+
+    def executed(self, tile_rows: int, is_sorted: bool) -> float:
+        """Taps that a tile of rows does not skip, on average.
+
+        Were a tile's rows independent, a tap would be skipped with (1 - density)^rows. They are alike: LiDAR scans show
+        the same with rows^0.5 in their place, and with rows^0.14 where rows with like taps were sorted together. Up to
+        nine taps, they are sorted by all of them, and hardly a tile has two kinds of rows.
+        """
+        if is_sorted and self.taps <= 9:
+            return min(1.05 * self.neighbours, self.taps)
+        density = min(self.neighbours / self.taps, 1.0)
+        independent = tile_rows ** (0.14 if is_sorted else 0.5)
+        return max(self.taps * (1 - (1 - density) ** independent), self.neighbours)
+
+
+def expected_neighbours(taps: int, strides: Sequence[int], grid: Sequence[int], ratio: float, direction: str) -> float:
+    """Present taps a row where no map has been seen: those of LiDAR scans, which grow from level to level.
+
+    `ratio` is fine rows over coarse rows, the capacities. Of a strided map, a fine row lies under taps / strides
+    windows.
+    """
+    stride = math.prod(strides)
+    if stride > 1:
+        of_fine = max(taps / stride, 1.0)
+        return min(of_fine if direction == "reverse" else of_fine * ratio, taps)
+    level = math.log2(max(grid, default=1))
+    return max(taps * min(0.14 + 0.07 * level, 0.35), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Rates of a GPU, for the kernels on tensor cores.
+
+    Attributes:
+      multiprocessors: how many.
+      memory_bytes: of the whole, bytes a microsecond.
+      step_us, step_bytes: a step takes this time, and that of its copies at so many bytes a microsecond.
+      chain_us: of a step of a block that waits for itself alone, a fifth more by the stages: a deeper ring divides it.
+      lone: how much more a step takes where no second block fits on the multiprocessor.
+      block_us: of a block's beginning and end.
+      launch_us: of a kernel.
+      shared_bytes, registers: of a multiprocessor.
+    """
+
+    multiprocessors: int = 132
+    memory_bytes: float = 2.43e6
+    step_us: float = 0.2
+    step_bytes: float = 1.28e5
+    chain_us: float = 0.59
+    lone: float = 0.39
+    block_us: float = 0.27
+    launch_us: float = 2.75
+    shared_bytes: int = 227 * 1024
+    registers: int = 65536
+
+    def resident(self, threads: int, cols: int, shared: int) -> int:
+        """Blocks on a multiprocessor at a time."""
+        registers = 64 + cols // 2
+        return max(min(self.shared_bytes // (shared + 1024), self.registers // (threads * registers)), 1)
+
+    def step(self, products_us: float, copied: float) -> float:
+        """Microseconds of a step where others run beside it."""
+        return max(products_us, self.step_us + copied / self.step_bytes)
+
+    def blocks_us(
+        self, blocks: float, resident: int, steps: float, most_steps: float, step: float, stages: int
+    ) -> float:
+        """Blocks of `steps` steps on average, the longest of `most_steps` first.
+
+        Blocks of unlike length fill the multiprocessors evenly, and the longest bounds the time from below; where both
+        are alike neither hides the other.
+        """
+        if resident == 1:
+            step *= 1 + self.lone
+        even = max(blocks / self.multiprocessors, 1.0) * (steps * step + self.block_us)
+        longest = most_steps * max(step, self.chain_us * (1 + 0.2 / (stages - 1))) + self.block_us
+        return (even**4 + longest**4) ** 0.25 + self.launch_us
+
+
+H100 = Gpu()
+STEP_BYTES = 128  # of depth, that a step multiplies
+PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5, "float64": 1.1e5}
+"""Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
+BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}
+
+
+def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted: bool, gpu: Gpu = H100) -> float:
+    """An implicit product over a schedule, `cuda/conv/implicit_gemm.cuh`."""
+    rows, cols, stages = tile
+    itemsize = BYTES[dtype]
+    taps = kernel_map.executed(rows, is_sorted)
+    products_us = rows * cols * STEP_BYTES / itemsize / PRODUCTS[dtype]
+    step = gpu.step(products_us, STEP_BYTES * (rows + cols))  # an absent row costs a copy too, of zeros
+    blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols)
+    shared = stages * STEP_BYTES * (rows + cols) + min(kernel_map.taps, 32) * rows * 4 + 1024
+    resident = gpu.resident(2 * rows, cols, shared)
+    depth = c_in * itemsize / STEP_BYTES  # steps a tap
+    most = kernel_map.taps if kernel_map.taps > 9 or not is_sorted else taps
+    compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, stages)
+    least_bytes = kernel_map.rows * (c_in + c_out) * itemsize + kernel_map.taps * c_in * c_out * itemsize
+    return max(compute, least_bytes / gpu.memory_bytes + gpu.launch_us)
+
+
+def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
+    """The order of rows, and the map laid out in it: `cuda/conv/schedule.cu`."""
+    entries = kernel_map.rows * kernel_map.executed(64, sorts)
+    fixed = gpu.launch_us + SCHEDULE_TAP_US * kernel_map.taps + (SORT_US if sorts else 0.0)
+    return fixed + SCHEDULE_ENTRY_BYTES * entries / gpu.memory_bytes
+
+
+SORT_US = 11.0  # passes of a radix sort, each a barrier of the grid
+SCHEDULE_TAP_US = 0.36
+SCHEDULE_ENTRY_BYTES = 32  # reads of 4 bytes at random, and the write
+LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what runs on a map in common networks
+FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 32, "reverse": 96}, 256  # doubled from grid to grid
+
+
+def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu = H100) -> float:
+    """A schedule and the layers that typically use it: those of the program at hand are not known to any of them."""
+    channels = min(FIRST_CHANNELS[direction] * max(grid, default=1), MOST_CHANNELS)
+    layer = min(conv_us(tile, kernel_map, channels, channels, "float16", sorts, gpu) for tile in tiles)
+    return schedule_us(kernel_map, sorts, gpu) + LAYERS_OF_A_MAP[direction] * layer
+
+
+def wgrad_slots(taps: int, c_in: int, c_out: int, tile, gpu: Gpu = H100) -> int:
+    """Shares of the pairs in wgrad: as many as make two blocks for each multiprocessor, and two for each tap."""
+    pieces = math.ceil(c_in / tile[0]) * math.ceil(c_out / tile[1])
+    return max(2 * taps, 2 * gpu.multiprocessors // pieces)
+
+
+def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
+    """A gradient of weights over pairs, `cuda/conv/wgrad_gemm.cuh`: partial sums of slots, then their sum."""
+    rows, cols, stages = tile
+    slots = wgrad_slots(kernel_map.taps, c_in, c_out, tile, gpu)
+    pieces = math.ceil(c_in / rows) * math.ceil(c_out / cols)
+    in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)
+    used = min(slots, kernel_map.pairs / in_slot + kernel_map.taps / 2)
+    itemsize, depth = BYTES[dtype], STEP_BYTES // BYTES[dtype]  # depth: pairs a step
+    step = gpu.step(rows * cols * depth / PRODUCTS[dtype], STEP_BYTES * (rows + cols))
+    shared = stages * depth * (rows + max(cols, 64)) * itemsize + 2 * stages * depth * 8 + 1024
+    resident = gpu.resident(2 * rows, cols, shared)
+    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, stages)
+    sums = 2 * 4 * used * c_in * c_out / gpu.memory_bytes + gpu.launch_us
+    return partial + sums
+
+
+def plain_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
+    """The kernel for every dtype and width on CUDA, `cuda/conv/conv_forward.cu`: a step a tap."""
+    taps, cols, depth = kernel_map.executed(tile_rows, is_sorted=False), 32, max(c_in, 16)
+    blocks = math.ceil(kernel_map.rows / tile_rows) * math.ceil(c_out / cols)
+    products_us = 8 * tile_rows * cols * depth / PRODUCTS[dtype]  # it reaches an eighth of the rate
+    step = gpu.step_us + gpu.step(products_us, BYTES[dtype] * depth * (tile_rows + cols))
+    return gpu.blocks_us(blocks, 2, taps, kernel_map.taps, step, 2)
+
+
+CPU_PRODUCTS = 3e4  # of one core, multiply-adds a microsecond, float32
+CPU_TILE_TAP_US = 0.08  # a tap of a tile, besides its pairs
+CPU_ENTRY_US = 0.0005  # an entry of the table
+CPU_CORES = 8
+CPU_FAST_BYTES = 32 * 1024
+
+
+def cpu_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: str) -> float:
+    """`bindings/cpu/conv.cc`: a task a tile, whose sums should stay in the first cache."""
+    itemsize = BYTES[dtype]
+    tiles = math.ceil(kernel_map.rows / tile_rows)
+    entries = tile_rows * kernel_map.taps * CPU_ENTRY_US
+    products = tile_rows * kernel_map.neighbours * c_in * c_out * itemsize / 4 / CPU_PRODUCTS
+    spilled = 1.0 + 0.1 * max(math.log2(tile_rows * c_out * itemsize / CPU_FAST_BYTES), 0.0)
+    weights = kernel_map.taps * c_in * c_out * itemsize / 4e4  # read anew by every tile, from a farther cache
+    tile_us = kernel_map.taps * CPU_TILE_TAP_US + entries + products * spilled + weights
+    return math.ceil(tiles / CPU_CORES) * tile_us
+
+
+LOOK_UP_BYTES = 64  # of memory, that a key looked up or entered reads at random
+SITES_IN_BLOCK = 3.0  # of LiDAR scans
+
+
+def builder_us(builder: str, sites: int, taps: int, blocks: float, gpu: Gpu = H100) -> float:
+    """A kernel map by look-ups, `cuda/coords/kernel_map.cu`: keys entered, keys looked up.
+
+    `blocks` is how many blocks a window lies over. A look-up by blocks answers for all taps in the block.
+    """
+    entered, asked = (sites / SITES_IN_BLOCK, min(blocks, taps)) if builder == "blocks" else (sites, taps)
+    return 2 * gpu.launch_us + LOOK_UP_BYTES * (2 * entered + sites * asked / 4) / gpu.memory_bytes
