@@ -192,6 +192,35 @@ def test_every_decision_is_made_and_the_report_tells():
         assert jnp.abs(net(x).feats - y).max() < 1e-5
 
 
+def test_tiles_are_tuned_for_each_order_of_rows(monkeypatch):
+    """The quickest program may need another order and another tile, where either change alone is a loss."""
+    x, kernel = scene(features=8).astype(jnp.float16), random_kernel(0, Geometry.create(3, 3), 8, 8)
+    recorded = record(lambda x: js.ops.conv(x, kernel.astype(jnp.float16), kernel_size=3).feats, [(x,)])
+    monkeypatch.setattr(work, "WITHIN", 1e9)
+    found = search.Search(recorded, "cuda", "inference", time.perf_counter() + 60, progress=False)
+    ((order,), (tile,)) = ([q for q, _ in found.works[0].shared.values() if q.key.op == "sort"], found.works[0].tasks)
+    usual = order.heuristic()
+    first, *_, last = work.pruned(found.works[0].tasks[tile].question, None)
+
+    def us(choices):
+        best = first if choices[order.key] == usual else last
+        return (10.0 if choices[order.key] == usual else 5.0) + (10.0 if choices[tile] != best else 0.0)
+
+    def time_layer(layer, key, candidates, maps, others, platform, expected):
+        times = {c: us({**others, key: c}) for c in candidates}
+        return search.Timed({c: measure.Time(t, t) for c, t in times.items()}, ())
+
+    monkeypatch.setattr(search, "time_layer", time_layer)
+    monkeypatch.setattr(
+        search.Search, "_time_group", lambda self, work, variants: ([measure.Time(us(v), us(v)) for v in variants], [])
+    )
+    monkeypatch.setattr(search.Search, "_reference", lambda *args: None)
+    (group,) = found.run()
+    assert (found.decided[order.key], found.decided[tile]) == (not usual, last)
+    assert group.total_us == 5.0
+    assert next(d for d in group.decisions if d.what.startswith("conv")).chosen_us == 5.0
+
+
 FAST_AND_WRONG = 48
 
 

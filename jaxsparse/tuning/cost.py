@@ -4,9 +4,10 @@ Every prediction is built from the same terms: products over the matrix rate and
 is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
 again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
 never faster than the longest of them. The rates of forward tiles and schedules were fitted to single layers measured on
-a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. Those
-of wgrad, of the kernels for everything and of look-ups follow from the same terms and were not fitted. Other GPUs take
-these rates too, since a choice depends on their ratios.
+a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. The
+steps of float32 were set by hand from the figures in `cuda/conv/implicit_gemm.cuh`. Those of wgrad (whose least was the
+measured least in 26 of 27 cases), of the kernels for everything and of look-ups follow from the same terms. Other GPUs
+take these rates too, since a choice depends on their ratios.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ H100 = Gpu()
 STEP_BYTES = 128  # of depth, that a step multiplies
 PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5, "float64": 1.1e5}
 """Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
+FLOAT_ROW_US, FLOAT_COL_US = 0.0027, 0.0014  # of a step of float32: tiles of 64 rows cost half of those of 128
 BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 
@@ -126,7 +128,10 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
     itemsize = BYTES[dtype]
     taps = kernel_map.executed(rows, is_sorted)
     products_us = rows * cols * STEP_BYTES / itemsize / PRODUCTS[dtype]
-    step = gpu.step(products_us, STEP_BYTES * (rows + cols))  # an absent row costs a copy too, of zeros
+    if itemsize == 2:
+        step = gpu.step(products_us, STEP_BYTES * (rows + cols))  # an absent row costs a copy too, of zeros
+    else:
+        step = max(products_us, FLOAT_ROW_US * rows + FLOAT_COL_US * cols)
     blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols)
     shared = stages * STEP_BYTES * (rows + cols) + min(kernel_map.taps, 32) * rows * 4 + 1024
     resident = gpu.resident(2 * rows, cols, shared)

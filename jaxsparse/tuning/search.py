@@ -17,7 +17,7 @@ from jaxsparse.tuning.key import Choice, Choices, Key
 from jaxsparse.tuning.measure import NEVER, Time
 from jaxsparse.tuning.record import Layer, Recorded, record
 from jaxsparse.tuning.result import Decision, Group, TuningResult, describe, show
-from jaxsparse.tuning.work import Work, divide, pruned
+from jaxsparse.tuning.work import Work, divide, other_orders, pruned
 
 
 def autotune(
@@ -151,6 +151,8 @@ class Search:
         self.works = divide(recorded, platform, mode)
         self.decided: dict[Key, Choice] = {}
         self._expected: dict[tuple, jax.Array] = {}
+        # The best tiles under the other order of rows: a tile may suit one order alone.
+        self._reordered: dict[tuple[Key, Choice], dict[Key, tuple[Choice, Timed]]] = {}
         self._start = time.perf_counter()
         self._steps = sum(len(work.tasks) + 2 for work in self.works)
         self._done = 0
@@ -204,11 +206,20 @@ class Search:
             if best is not None:
                 chosen[key] = self.decided[key] = best
                 measured[key] = timed
+            for order in other_orders(task):
+                others = Choices({**chosen, **dict([order])})
+                reordered = time_layer(task.layer, key, candidates, maps, others, self.platform, expected)
+                best = reordered.best(heuristic[key])
+                if best is not None:
+                    self._reordered.setdefault(order, {})[key] = best, reordered
             self._step(f"{work.name}, {describe(key)}")
         total, base = None, None
         shared: list[Decision] = []
         if not self.is_over and len(measured) == len(work.tasks):
             total, base, shared = self._tune_shared(work, chosen)
+            for (key, value), tiles in self._reordered.items():
+                if chosen.get(key) == value:
+                    measured |= {k: timed for k, (_, timed) in tiles.items() if k in measured}
         self._step(f"{work.name}, maps and order of rows", 2)
         count = sum(sum(layers.values()) for layers in work.layers.values())
         name = f"{work.name}, {count} products"
@@ -218,11 +229,15 @@ class Search:
         ]
         return Group(name, (*decisions, *shared), total, base, time.perf_counter() - start)
 
+    def _tiles(self, key: Key, value: Choice) -> dict[Key, tuple[Choice, Timed]]:
+        """The tiles that go with a shared decision, where they were tuned for it."""
+        return self._reordered.get((key, value), {})
+
     def _tune_shared(self, work: Work, chosen: dict[Key, Choice]) -> tuple[float, float, list[Decision]]:
         """Times the whole group by the heuristic, with the layers' choices, and with each shared decision changed."""
         heuristic = work.heuristic
         changes: list[dict[Key, Choice]] = [
-            {question.key: candidate}
+            {question.key: candidate, **{k: tile for k, (tile, _) in self._tiles(question.key, candidate).items()}}
             for question, n in work.shared.values()
             for candidate in pruned(question, n or None)
             if candidate != chosen[question.key]

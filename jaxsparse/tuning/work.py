@@ -21,6 +21,7 @@ class Task:
     layer: Layer
     which: int  # map
     neighbours: float
+    sort: Question | None  # whether its rows are sorted, where the group decides that
     count: int = 0
 
     @property
@@ -70,11 +71,14 @@ def divide(recorded: Recorded, platform: str, mode: str) -> list[Work]:
             of_reverse = layer.problem.of_reverse
             if of_reverse not in neighbours:
                 neighbours[of_reverse] = recorded.neighbours(which, of_reverse)
-            for role, (question, explicit) in layer.questions(platform).items():
+            questions = layer.questions(platform)
+            sort, sort_is_given = questions.get("sort", (None, None))
+            for role, (question, explicit) in questions.items():
                 if explicit is not None or len(question.candidates) == 1:
                     continue
                 if role == "own":
-                    task = Task(question, layer, which, neighbours[of_reverse])
+                    undecided = None if sort_is_given is not None else sort
+                    task = Task(question, layer, which, neighbours[of_reverse], undecided)
                     work.tasks.setdefault(question.key, task).count += count
                 else:
                     work.shared.setdefault(question.key, (question, neighbours[of_reverse]))
@@ -88,3 +92,11 @@ def pruned(question: Question, neighbours: float | None) -> list[Choice]:
     near = sorted((c for c in predicted if predicted[c] <= limit), key=predicted.__getitem__)[:MOST_TRIED]
     known = question.heuristic()
     return near if known in near else [*near, known]
+
+
+def other_orders(task: Task) -> list[tuple[Key, Choice]]:
+    """Orders of rows besides the heuristic's that are worth a try with this task, as changed choices."""
+    if task.sort is None:
+        return []
+    usual = task.sort.heuristic()
+    return [(task.sort.key, v) for v in pruned(task.sort, task.neighbours) if v != usual]
