@@ -14,10 +14,11 @@
 // Bound by L2: where tiles are many, the time is that of the bytes that blocks copy, at 5.3 TB/s on an H100: a row of x for
 // each pair and tile of columns, the weights of a tap for each tile of rows that has it, y. At deep levels, with fewer than
 // two blocks a multiprocessor, the tile with the most taps rules: 27 of them where the mean is 15. Tried against that, with
-// right results: blocks of a cluster that share long tiles (a cluster costs 15 ns to launch, so only the deepest level gained,
-// 5,890 sites, 256 to 256 channels: 67 to 40 us), even shares of the list of taps for a block on each place of the device,
-// partial sums between them (the same 67 to 40, elsewhere 0 to 40 % slower), and that with tiles of 256 rows. Measured on an H100, finest level of a LiDAR scan (91,767
-// sites, 3.8 neighbours), 64 to 64 channels, 20.5 us:
+// right results: blocks of a cluster that share long tiles (a cluster costs 15 ns to launch, so only the deepest level
+// gained, 5,890 sites, 256 to 256 channels: 67 to 40 us); even shares of all taps for each block that the device holds, with
+// partial sums between them (the same 67 to 40, elsewhere up to 40 % slower); and that with tiles of 256 rows (67 to 45).
+//
+// Measured on an H100, finest level of a LiDAR scan (91,767 sites, 3.8 neighbours), 64 to 64 channels, 20.5 us:
 //
 //     50.6 us   rows in the order of sites instead
 //     37.1      tiles of 64 rows: weights are read twice as often; 23.5 with 256 rows, one block a multiprocessor

@@ -163,16 +163,19 @@ def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu 
     return schedule_us(kernel_map, sorts, gpu) + LAYERS_OF_A_MAP[direction] * layer
 
 
-def wgrad_slots(taps: int, c_in: int, c_out: int, tile, gpu: Gpu = H100) -> int:
-    """Shares of the pairs in wgrad: as many as make two blocks for each multiprocessor, and two for each tap."""
-    pieces = math.ceil(c_in / tile[0]) * math.ceil(c_out / tile[1])
+def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
+    """Shares of the pairs in wgrad: as many as make two blocks of 128 x 128 a multiprocessor, and two a tap.
+
+    They decide how sums are split, so they depend on nothing that a choice or a capacity may change.
+    """
+    pieces = math.ceil(c_in / 128) * math.ceil(c_out / 128)
     return max(2 * taps, 2 * gpu.multiprocessors // pieces)
 
 
 def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
     """A gradient of weights over pairs, `cuda/conv/wgrad_gemm.cuh`: partial sums of slots, then their sum."""
     rows, cols, stages = tile
-    slots = wgrad_slots(kernel_map.taps, c_in, c_out, tile, gpu)
+    slots = wgrad_slots(kernel_map.taps, c_in, c_out, gpu)
     pieces = math.ceil(c_in / rows) * math.ceil(c_out / cols)
     in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)
     used = min(slots, kernel_map.pairs / in_slot + kernel_map.taps / 2)

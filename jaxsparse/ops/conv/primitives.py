@@ -174,7 +174,7 @@ def _wgrad_gemm(x, g, table, out_counts, struct, spec, tile):
         _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
     ]
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, out_counts, in_rows=x.shape[0])
-    slots = cost.wgrad_slots(taps, c_in, c_out, tile)
+    slots = cost.wgrad_slots(taps, c_in, c_out)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
     attributes = _tile_attributes(tile, spec) | {"slots": slots}
     return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
