@@ -49,6 +49,7 @@ WORKLOADS = {
     "seg-kitti-half": Workload(SEG, ("semkitti_00_000000",), 0.05, width=0.5),
     "seg-nuscenes": Workload(SEG, ("nusc_key00",), 0.1),
     "seg-room": Workload(SEG, ("pcl_room_scan1",), 0.02),
+    "seg-room-quarter": Workload(SEG, ("pcl_room_scan1",), 0.05, width=0.25),
     "det-nuscenes10": Workload(DET, ("nusc_10sweep",), (0.1, 0.1, 0.2)),
     "det-pandaset": Workload(DET, ("pandaset_002_01",), (0.1, 0.1, 0.15)),
     "seg-kitti-train": Workload(SEG, ("semkitti_00_000000", "semkitti_00_000001"), 0.05, training=True),
