@@ -21,10 +21,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import measure
-import networks
+import networks_jaxsparse
 import reference
 import report
 import scans
+from workloads import IN_FEATURES, LOSS_SCALE, SEG, WORKLOADS, Workload
 
 import jaxsparse as js
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES
@@ -41,12 +42,12 @@ ONLY = {"heuristic": {"cache": False, "table": False}, "table": {"cache": False,
 
 
 def inputs_of(workload, args):
-    """Weights, ring of voxels, model, ring of tensors."""
+    """The program of `networks.py` for a workload, the ring of voxels, and that of tensors."""
     voxels = scans.ring([scans.read(args.data, s, workload.voxel_size, args.share) for s in workload.scans])
-    weights = reference.random_weights(reference.layers(workload.stages, networks.IN_FEATURES))
-    model = networks.jaxsparse_model(workload, weights, args.dtype)
-    model.train() if workload.training else model.eval()
-    return weights, voxels, model, networks.jaxsparse_ring(voxels, model, args.dtype)
+    weights = reference.random_weights(reference.layers(workload.stages, IN_FEATURES))
+    task = networks_jaxsparse.Gradients if workload.training else networks_jaxsparse.Inference
+    program = task(workload, weights, args.dtype)
+    return program, voxels, networks_jaxsparse.tensors(voxels, program.model, args.dtype, factor=1.1)
 
 
 def tune(workload, model, ring, budget=None):
@@ -58,19 +59,22 @@ def tune(workload, model, ring, budget=None):
         )
 
 
-def compiled_step(workload, weights, voxels, args, ways):
+def compiled_step(program, ring, ways):
     """The step compiled under the given contexts."""
-    build = networks.jaxsparse_training if workload.training else networks.jaxsparse_inference
+
+    def run(state, x):
+        return program.run(state, x)
+
     with choice.policy(**ways.get("policy", ONLY["heuristic"])), ways.get("choices", nullcontext()):
-        step, state, inputs, _ = build(workload, weights, voxels, args.dtype)
-    return (lambda x: step(state, x)), inputs
+        compiled = jax.jit(run).lower(program.state, ring[0]).compile()
+    return lambda x: compiled(program.state, x)
 
 
-def step_ms(steps_by_way, args):
+def step_ms(steps_by_way, inputs, args):
     """GPU time of each way's step (wall time on a CPU), the median of three rounds in turn."""
     taken = {way: [] for way in steps_by_way}
     for _ in range(3):
-        for way, (step, inputs) in steps_by_way.items():
+        for way, step in steps_by_way.items():
             ms = measure.jax_gpu_ms(step, inputs, min(args.steps, len(inputs)))
             if ms is None:
                 ms = measure.summary(measure.wall_ms(step, inputs, jax.block_until_ready, args.steps))["median"]
@@ -97,27 +101,27 @@ def networks_part(args):
     """A row a workload."""
     rows = []
     for name in args.workload:
-        workload = networks.WORKLOADS[name]
+        workload = WORKLOADS[name]
         if reason := scans.missing(args.data, workload.scans):
             print(f"skipped {name}: {reason}")
             continue
         start = time.perf_counter()
-        weights, voxels, model, ring = inputs_of(workload, args)
+        program, _, ring = inputs_of(workload, args)
         print(f"{name}: inputs {time.perf_counter() - start:.1f} s", flush=True)
-        result = tune(workload, model, ring)
+        result = tune(workload, program.model, ring)
         print(result, flush=True)
         if args.out:
             pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
             result.save(pathlib.Path(args.out) / f"tuned_{name}.json")
         ways = {way: {"policy": ONLY[way]} for way in ONLY} | {"tuned": {"choices": result}}
-        steps = {way: compiled_step(workload, weights, voxels, args, context) for way, context in ways.items()}
+        steps = {way: compiled_step(program, ring, context) for way, context in ways.items()}
         mode = "training" if workload.training else "inference"
         if args.singles:
-            singles = single_choices(model, ring[0], mode)
+            singles = single_choices(program.model, ring[0], mode)
             for label in list(singles)[:: max(1, len(singles) // args.singles)]:
                 ways[label] = {"choices": choice.activate(singles[label])}
-                steps[label] = compiled_step(workload, weights, voxels, args, ways[label])
-        ms = step_ms(steps, args)
+                steps[label] = compiled_step(program, ring, ways[label])
+        ms = step_ms(steps, ring, args)
         single = min((label for label in ms if label not in ("heuristic", "table", "tuned")), key=ms.get, default=None)
         rows.append(
             {
@@ -166,15 +170,15 @@ def transfer_part(args):
     """SparseResUNet42 on each scan: the choices of the first scan's tuning, and its own."""
     rows, first = [], None
     for scan, voxel in TRANSFER.items():
-        workload = networks.Workload(networks.SEG, (scan,), voxel)
+        workload = Workload(SEG, (scan,), voxel)
         if reason := scans.missing(args.data, workload.scans):
             print(f"skipped {scan}: {reason}")
             continue
-        weights, voxels, model, ring = inputs_of(workload, args)
-        own = tune(workload, model, ring)
+        program, voxels, ring = inputs_of(workload, args)
+        own = tune(workload, program.model, ring)
         first = first or own
         ways = {"first": first, "own": own}
-        ms = step_ms({w: compiled_step(workload, weights, voxels, args, {"choices": r}) for w, r in ways.items()}, args)
+        ms = step_ms({w: compiled_step(program, ring, {"choices": r}) for w, r in ways.items()}, ring, args)
         rows.append({"scan": scan, "voxels": len(voxels[0].coords), "first_ms": ms["first"], "own_ms": ms["own"]})
         print(rows[-1], flush=True)
     return rows
@@ -193,9 +197,9 @@ def fit_part(args):
     """Every candidate of every layer of the first workload and its gradients, sorted and not."""
     rows, start = [], time.perf_counter()
     for name in args.workload:
-        workload = networks.WORKLOADS[name]
-        _, _, model, ring = inputs_of(workload, args)
-        recorded = record(model, [(ring[0],)])
+        workload = WORKLOADS[name]
+        program, _, ring = inputs_of(workload, args)
+        recorded = record(program.model, [(ring[0],)])
         platform = tuning_search.this_platform()
         tasks = [(task, work) for work in divide(recorded, platform, "training") for task in work.tasks.values()]
         for task, work in tasks[:: args.every]:
@@ -243,8 +247,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the scans")
     parser.add_argument("--part", nargs="+", choices=["networks", "transfer", "fit"], default=["networks"])
-    parser.add_argument("--workload", nargs="+", choices=networks.WORKLOADS, default=list(networks.WORKLOADS))
-    parser.add_argument("--dtype", choices=list(networks.LOSS_SCALE), default="float16")
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--dtype", choices=list(LOSS_SCALE), default="float16")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
     parser.add_argument("--singles", type=int, default=0, help="how many single choices to try, about (default: none)")

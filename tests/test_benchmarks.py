@@ -18,6 +18,8 @@ import breakdown
 import layer_cases
 import layers
 import measure
+import tuning
+import workloads
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +109,19 @@ def test_kernels_are_told_apart_by_their_instruction():
         "": "rest",
     }.items():
         assert breakdown.part_of(measure.Kernel("k", "jit_step", instruction, 0, 1), calls) == part
+
+
+def test_tuning_times_every_way_of_a_network(monkeypatch, tmp_path):
+    xyz = np.random.default_rng(0).uniform(0, 4, (300, 3)).astype(np.float32)
+    np.savez(tmp_path / "cube.npz", xyz=xyz)
+    tiny = workloads.Workload(workloads.DET, ("cube",), 0.5, width=0.25)
+    monkeypatch.setattr(tuning, "WORKLOADS", {"tiny": tiny})
+    monkeypatch.setattr(tuning, "BUDGETS", {"inference": 2.0})
+    arguments = ["tuning.py", "--data", str(tmp_path), "--dtype", "float32", "--steps", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--part", "networks", "fit", "--seconds", "2"])
+    tuning.main()
+    assert json.loads((tmp_path / "tuning_fit.json").read_text())["layers"][0]["us"]
+    (row,) = json.loads((tmp_path / "tuning.json").read_text())["results"]
+    assert set(row["all_ms"]) == {"heuristic", "table", "tuned"}
+    assert all(ms > 0 for ms in row["all_ms"].values())
+    assert js.tuning.TuningResult.load(tmp_path / "tuned_tiny.json").choices
