@@ -58,8 +58,14 @@ struct HalfOperands {
 // multiply begins a step; wait ends it, and with it the reading of shared memory; see_copies comes between the arrival of
 // copies and the barrier before multiply. finish, called by the whole block when nothing is on its way, moves the sums to
 // their lanes, through shared memory of the warpgroup's own: kFinishBytes.
+// A product that is over when multiply returns, and one that tensor cores go on with.
+struct Synchronous {
+  __device__ static void wait() {}
+  __device__ static void see_copies() {}
+};
+
 template <typename T, int kCols, LayoutOfA kLayout>
-struct MmaProduct : HalfOperands<T, kCols> {
+struct MmaProduct : HalfOperands<T, kCols>, Synchronous {
   using Operands = HalfOperands<T, kCols>;
   static constexpr bool kTransposed = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = 0;
@@ -82,14 +88,17 @@ struct MmaProduct : HalfOperands<T, kCols> {
       }
     }
   }
-  __device__ static void wait() {}
-  __device__ static void see_copies() {}
   __device__ static void finish(float (&)[kCols / 2], char*) {}
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+struct Asynchronous {
+  __device__ static void wait() { wgmma_wait(); }
+  __device__ static void see_copies() { fence_shared_for_wgmma(); }
+};
+
 template <typename T, int kCols, LayoutOfA kLayout>
-struct WgmmaProduct : HalfOperands<T, kCols> {
+struct WgmmaProduct : HalfOperands<T, kCols>, Asynchronous {
   using Operands = HalfOperands<T, kCols>;
   static constexpr bool kTransposed = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = 0;
@@ -103,12 +112,6 @@ struct WgmmaProduct : HalfOperands<T, kCols> {
       Wgmma<T, kCols, kTransposed>::multiply(sums, da + s * (kStepA >> 4), db + s * (kStepB >> 4));
     }
     wgmma_commit();
-  }
-  __device__ static void wait() {
-    wgmma_wait();
-  }
-  __device__ static void see_copies() {
-    fence_shared_for_wgmma();
   }
   __device__ static void finish(float (&)[kCols / 2], char*) {}
 };

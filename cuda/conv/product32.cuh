@@ -56,7 +56,7 @@ constexpr int kMoveBytes = kGroupRows * (kCols + 4) * 4;
 // ldmatrix would have to transpose, which it does with 16-bit elements alone: lanes read single elements, and a warp takes
 // 32 rows and half of the columns, which reads least.
 template <int kCols, LayoutOfA kLayout>
-struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true> {
+struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true>, Synchronous {
   using Operands = FloatOperands<kCols, kLayout, true>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kIsWgrad ? kMoveBytes<kCols> : 0;
@@ -101,8 +101,6 @@ struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true> {
       }
     }
   }
-  __device__ static void wait() {}
-  __device__ static void see_copies() {}
   __device__ static void finish(float (&sums)[kCols / 2], char* shared) {
     if constexpr (kIsWgrad) {
       constexpr int kColTiles = kCols / 16;
@@ -117,7 +115,7 @@ struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true> {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 template <int kCols>
-struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true> {
+struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true>, Asynchronous {
   static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     wgmma_fence();
@@ -125,12 +123,6 @@ struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true> {
 #pragma unroll
     for (int s = 0; s < 4; ++s) Wgmma<float, kCols, false>::multiply(sums, da + s * (32 >> 4), db + s * (32 >> 4));
     wgmma_commit();
-  }
-  __device__ static void wait() {
-    wgmma_wait();
-  }
-  __device__ static void see_copies() {
-    fence_shared_for_wgmma();
   }
   __device__ static void finish(float (&)[kCols / 2], char*) {}
 };
@@ -142,7 +134,7 @@ struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true> {
 // A lane's rows and columns come in runs that one load of a depth reads, 1 in forward; between two of its runs lie those of
 // the other lanes and warps, so that they are a constant number of bytes apart.
 template <int kCols, LayoutOfA kLayout>
-struct FmaProduct : FloatOperands<kCols, kLayout, false> {
+struct FmaProduct : FloatOperands<kCols, kLayout, false>, Synchronous {
   using Operands = FloatOperands<kCols, kLayout, false>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kMoveBytes<kCols>;
@@ -207,8 +199,6 @@ struct FmaProduct : FloatOperands<kCols, kLayout, false> {
       }
     }
   }
-  __device__ static void wait() {}
-  __device__ static void see_copies() {}
   __device__ static void finish(float (&sums)[kCols / 2], char* shared) {
     move_sums<kCols>(
         sums, shared, [&](int i) { return first_row() + row_step(i / kOwnCols); },
