@@ -129,7 +129,9 @@ class Case:
         self.pairs = int((self.table >= 0).sum())
         self.map = None
         if layer.kernel != ONE:
-            self.map = jax.jit(lambda f, c: js.kernel_map(f, c, layer.kernel, layer.strides))(fine, coarse)
+            to = () if coarse is fine else (coarse,)  # the same object makes a submanifold map, its own reverse
+            build = jax.jit(lambda f, *c: js.kernel_map(f, *(c or (f,)), layer.kernel, layer.strides))
+            self.map = build(fine, *to)
         self.weights, self.ring = self._inputs(len(self.table))
 
     def _inputs(self, taps):

@@ -29,9 +29,8 @@ def function(layer, dtype, coords, training):
 
     if layer.kind == "submanifold":
         conv = ready(spconv.SubMConv3d(layer.c_in, layer.c_out, **taps, **options))
-        x = tensor(layer.c_in)
-        out = conv(x)
-        return conv, out.indices, lambda feats: conv(x.replace_feature(feats)).features
+        out = conv(tensor(layer.c_in))
+        return conv, out.indices, lambda feats: conv(out.replace_feature(feats)).features  # `out` has the map
     down = ready(spconv.SparseConv3d(layer.c_in, layer.c_out, stride=layer.strides, **taps, **options))
     out = down(tensor(layer.c_in))
     if layer.kind == "inverse":

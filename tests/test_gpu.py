@@ -138,7 +138,8 @@ def neighbours(rows, tap, cube):
 def check_layer_is_exact(cube, channels):
     """A 3^3 layer on a full cube, forward and backward in float16: sampled rows and weights, bit for bit.
 
-    Products are multiples of 1/64 and sums stay below 2^18: float32 holds them exactly, in every order.
+    Products are multiples of 1/64 below 1 and sums stay below 2^18: float32 holds them exactly, in every order. For the
+    weights' gradients, sums over all sites, all but every 64th cotangent is 0.
     """
     sites = int(np.prod(cube))
     coords = jnp.asarray(np.concatenate([np.zeros((sites, 1)), np.indices(cube).reshape(3, -1).T], 1), jnp.int32)
@@ -176,11 +177,13 @@ def check_layer_is_exact(cube, channels):
     del dx
 
     # Gradients of float32 weights are not rounded to float16.
-    dw = jax.jit(lambda x, w, g: jax.vjp(lambda w: layer(x, w), w)[1](g)[0])(x, kernel.astype(jnp.float32), g)
     rows, last = np.arange(sites), channels - 1
+    g = jnp.where(jnp.arange(sites)[:, None] % 64 == 0, g, 0)
+    dw = jax.jit(lambda x, w, g: jax.vjp(lambda w: layer(x, w), w)[1](g)[0])(x, kernel.astype(jnp.float32), g)
     for k, i, j in [(13, 0, 0), (0, last, 3), (26, 5, last), (5, 4, 7)]:
         under = neighbours(rows, taps[k], cube)
-        assert float(dw[k, i, j]) == np.where(under >= 0, digits(under, i, 0), 0) @ digits(rows, j, 1)
+        products = np.where((under >= 0) & (rows % 64 == 0), digits(under, i, 0) * digits(rows, j, 1), 0)
+        assert float(dw[k, i, j]) == products.sum()
 
 
 def test_a_layer_on_a_full_cube_is_exact():
