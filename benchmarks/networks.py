@@ -8,15 +8,16 @@
 Where torch and spconv are installed, spconv runs the same network with the same weights on the same voxels beside it.
 seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its last stage's output.
 
-- Every step gets another input: a ring of 8 batches, the scans turned and mirrored. Inputs and weights lie on the
-  device; all maps are built anew in each step.
+- Every step gets another input: a ring of 8 batches, the scans turned and mirrored. They lie on the device; all maps
+  are built anew in each step.
 - Voxels come in the order that each library's users have them: as `voxelize` sorts them here, as measured in spconv.
 - inference: weights in the compute dtype, running statistics, those of the first scan. forward + backward: the mean
   squared output in float32 and its gradients for all weights, which are in the compute dtype; in float16 the loss is
   scaled by 2^16 in both libraries, or gradients would vanish. train step: the same with float32 parameters (autocast in
   torch) and AdamW; here the state is given away.
-- Here the model is split once and its step compiled ahead of time: `compiled` counts that program and any that XLA
-  compiled while the steps ran. Compile seconds go from Python to the program, without and with a filled cache on disk.
+- Here the step is compiled ahead of time, for inference with the weights as constants, for training with its state as
+  a list of arrays: `compiled` counts that program and any that XLA compiled while the steps ran. Compile seconds go
+  from Python to the program, without and with a filled cache on disk.
 - On a CPU spconv gets one thread: with more, its scatter adds race and its results are wrong.
 - error: of outputs (of the first scan) or gradients against float64 on the first batch, |difference| / |float64| in the
   2-norm; a result beyond the limit for its dtype gets no time.

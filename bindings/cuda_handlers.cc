@@ -7,6 +7,7 @@
 #include "bindings/bind.h"
 #include "bindings/checks.h"
 #include "bindings/handlers.h"
+#include "cuda/channels/moments.h"
 #include "cuda/conv/conv.h"
 #include "cuda/conv/gemm.h"
 #include "cuda/conv/schedule.h"
@@ -309,18 +310,61 @@ ffi::Error segment_sum(cudaStream_t stream, In x, In order, In offsets, Out y) {
   return launch_error("jaxsparse_segment_sum_v1", cuda::segment_sum(args, stream));
 }
 
+ffi::Error channel_moments(cudaStream_t stream, In a, In b, In center, In count, Out sum, Out product, Out workspace) {
+  constexpr const char* call = "jaxsparse_channel_moments_v1";
+  Channels s;
+  ffi::Error error = check_channel_moments(a, b, center, count, sum, product, workspace, &s);
+  if (error.failure()) return error;
+  const cuda::Dtype dtype = kernel_dtype(s.dtype);
+  error = check_workspace(call, s.workspace, cuda::moments_workspace(s.channels, dtype));
+  if (error.failure()) return error;
+  const cuda::MomentsArgs args{dtype,
+                               a.untyped_data(),
+                               b.untyped_data(),
+                               center.untyped_data(),
+                               ints(count),
+                               narrow(s.rows),
+                               narrow(s.channels),
+                               sum->untyped_data(),
+                               product->untyped_data(),
+                               workspace->untyped_data()};
+  return launch_error(call, cuda::channel_moments(args, stream));
+}
+
+ffi::Error channel_statistics(cudaStream_t stream, In x, In count, Out mean, Out squares, Out workspace) {
+  constexpr const char* call = "jaxsparse_channel_statistics_v1";
+  Channels s;
+  ffi::Error error = check_channel_statistics(x, count, mean, squares, workspace, &s);
+  if (error.failure()) return error;
+  const cuda::Dtype dtype = kernel_dtype(s.dtype);
+  error = check_workspace(call, s.workspace, cuda::moments_workspace(s.channels, dtype));
+  if (error.failure()) return error;
+  const cuda::StatisticsArgs args{dtype,
+                                  x.untyped_data(),
+                                  ints(count),
+                                  narrow(s.rows),
+                                  narrow(s.channels),
+                                  mean->untyped_data(),
+                                  squares->untyped_data(),
+                                  workspace->untyped_data()};
+  return launch_error(call, cuda::channel_statistics(args, stream));
+}
+
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
 // Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
 JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
-// The scheduled products, which CUDA alone has.
+// The scheduled products and the sums over rows, which CUDA alone has.
 XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>())), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 2, 3>().Attr<int64_t>("in_rows")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm, (with_tile(bind<Stream, 4, 2>()).Attr<int64_t>("slots")),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 4, 3>()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kChannelStatistics, channel_statistics, (bind<Stream, 2, 3>()),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
@@ -331,7 +375,9 @@ const Handlers& cuda_handlers() {
     handlers.insert(handlers.end(), {{"jaxsparse_conv_schedule_v1", kConvSchedule},
                                      {"jaxsparse_conv_gemm_v1", kConvGemm},
                                      {"jaxsparse_conv_pairs_v1", kConvPairs},
-                                     {"jaxsparse_wgrad_gemm_v1", kWgradGemm}});
+                                     {"jaxsparse_wgrad_gemm_v1", kWgradGemm},
+                                     {"jaxsparse_channel_moments_v1", kChannelMoments},
+                                     {"jaxsparse_channel_statistics_v1", kChannelStatistics}});
     return handlers;
   }();
   return all;

@@ -3,9 +3,9 @@
     python examples/serve.py                                               # synthetic streets, on any machine
     python examples/serve.py --data a.npz b.npz --width 1 --dtype float16 --voxel 0.05 --requests 1000
 
-Two halves that could be two programs. `export` turns a Flax model into one portable program: points in, a class and
-its confidence for each point out. `Server` reads that program and the model's arrays, compiles ahead of time, and needs
-no model code. Beside it stands what `nnx.jit` and a plain `jax.jit` cost. docs/deployment.md explains each step.
+Two halves that could be two programs. `export` turns a Flax model into one portable program, weights included: points
+in, a class and its confidence for each point out. `Server` reads that program, compiles ahead of time, and needs no
+model code. Beside it stands what `nnx.jit` and a plain `jax.jit` cost. docs/deployment.md explains each step.
 Weights are random here; those of a trained model serve the same way.
 """
 
@@ -45,32 +45,28 @@ def label_points(model: nnx.Module, grid: training.Grid, xyz, intensity, count):
     return label, js.devoxelize(probability.max(axis=1, keepdims=True), voxel_of_point)[:, 0], y.status
 
 
-def export(model: nnx.Module, grid: training.Grid, points: int) -> tuple[bytes, list[np.ndarray]]:
-    """The program for at most so many points, for CPU and CUDA, and the arrays that it takes first."""
-    graph, state = nnx.split(model)  # once: walking the model at each call is what makes nnx.jit slow
-    leaves, tree = jax.tree.flatten(state)
+def export(model: nnx.Module, grid: training.Grid, points: int) -> bytes:
+    """The program for at most so many points, for CPU and CUDA. The model's arrays are constants in it."""
 
     @jax.jit
-    def program(leaves, xyz, intensity, count):
-        return label_points(nnx.merge(graph, jax.tree.unflatten(tree, leaves)), grid, xyz, intensity, count)
+    def program(xyz, intensity, count):
+        return label_points(model, grid, xyz, intensity, count)
 
     shapes = [((points, 3), jnp.float32), ((points,), jnp.float32), ((), jnp.int32)]
     exported = jax.export.export(program, platforms=["cpu", "cuda"], disabled_checks=js.DISABLE_JAX_EXPORT_CHECKS)(
-        leaves, *(jax.ShapeDtypeStruct(*s) for s in shapes)
+        *(jax.ShapeDtypeStruct(*s) for s in shapes)
     )
-    return bytes(exported.serialize()), [np.asarray(leaf) for leaf in leaves]
+    return bytes(exported.serialize())
 
 
 class Server:
     """A program of `export` on one device, compiled when it is made."""
 
-    def __init__(self, program: bytes, leaves: list[np.ndarray], device: jax.Device):
+    def __init__(self, program: bytes, device: jax.Device):
         exported = jax.export.deserialize(program)
-        *_, xyz, intensity, count = exported.in_avals
-        self.points, self._device, self._leaves = xyz.shape[0], device, jax.device_put(leaves, device)
+        self.points, self._device = exported.in_avals[0].shape[0], device
         # The intensities' memory is given away and takes the confidences: nothing is allocated for those.
-        jitted = jax.jit(exported.call, donate_argnums=2)
-        self._compiled = jitted.lower(self._leaves, xyz, intensity, count).compile()
+        self._compiled = jax.jit(exported.call, donate_argnums=1).lower(*exported.in_avals).compile()
 
     def send(self, scan: scans.Scan) -> list[jax.Array]:
         """Starts the copy of a scan, padded, to the device."""
@@ -78,7 +74,7 @@ class Server:
 
     def __call__(self, sent: list[jax.Array]):
         """Starts the work on a scan that was sent, once. Returns class, confidence and status of its points."""
-        return self._compiled(self._leaves, *sent)
+        return self._compiled(*sent)
 
 
 def padded(scan: scans.Scan, points: int) -> list[np.ndarray]:
@@ -130,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--width", type=float, default=0.25, help="multiplies the network's channels")
     add("--voxel", type=float, default=0.2, help="voxel size in metres")
     add("--requests", type=int, default=50, help="scans to serve, going round")
-    add("--out", type=Path, default=Path("out/serve"), help="folder for the exported program and its arrays")
+    add("--out", type=Path, default=Path("out/serve"), help="folder for the exported program")
     return parser.parse_args(arguments)
 
 
@@ -150,12 +146,11 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     grids, _ = training.plan(scan_set, batches.Sampler(scan_set, 1, 0), model, options.voxel, slack=1.2)
     grid = max(grids.values(), key=lambda grid: grid.capacity)
 
-    program, leaves = export(model, grid, points)
+    program = export(model, grid, points)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "program.jax").write_bytes(program)
-    np.savez(options.out / "arrays.npz", *leaves)
     begun = time.perf_counter()
-    server = Server(program, leaves, device)
+    server = Server(program, device)
     print(f"room for {points:,} points and {grid.capacity:,} voxels of {grid.voxel_size:g} m")
     print(f"program of {len(program) / 1e6:.1f} MB in {options.out}, compiled in {time.perf_counter() - begun:.1f} s")
 

@@ -32,6 +32,8 @@ CUDA_TARGETS = (
     "jaxsparse_conv_gemm_v1",
     "jaxsparse_conv_pairs_v1",
     "jaxsparse_wgrad_gemm_v1",
+    "jaxsparse_channel_moments_v1",
+    "jaxsparse_channel_statistics_v1",
 )
 
 DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS + CUDA_TARGETS]

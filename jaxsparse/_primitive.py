@@ -64,6 +64,15 @@ class Op:
         ad.primitive_jvps[self.primitive] = jvp
         ad.primitive_transposes[self.primitive] = transpose
 
+    def batch_as_reference(self) -> None:
+        """Makes `vmap` run the plain JAX code, batched."""
+
+        def rule(operands, dims, *, implementation, **params):
+            results = jax.vmap(lambda *x: list(self._reference(*x, **params)), dims)(*operands)
+            return results, [0] * len(results)
+
+        self.set_batching(rule)
+
     def loop_over_batch(self, operands, dims, **params):
         """The `vmap` rule that always holds: one call after another."""
         size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)

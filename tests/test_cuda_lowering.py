@@ -18,7 +18,7 @@ from scenes import pad_rows, quick_rngs, random_coords, random_kernel, random_te
 import jaxsparse as js
 from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _coords, rows
+from jaxsparse.ops import _coords, channels, rows
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket
@@ -34,6 +34,8 @@ OPS = [
     rows._gather,
     rows._group,
     rows._sum,
+    channels._moments,
+    channels._statistics,
 ]
 
 pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler")
@@ -268,3 +270,28 @@ def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
         assert group.total_us <= group.heuristic_us
         for decision in group.decisions:
             assert not decision.rejected, decision
+
+
+def test_batch_norm_takes_its_sums_from_custom_calls(calls):
+    x = random_tensor(0, rows=300, capacity=400, features=8)
+    n, (weight,) = int(x.count), [jnp.linspace(0.5, 1.5, 8)]
+
+    def f(feats, scale, bias):
+        y = x.with_feats(feats)
+        mean, variance, _ = js.ops.batch_statistics(y)
+        return (js.ops.batch_norm(y, mean, variance, scale, bias).feats ** 2 * weight[None]).sum()
+
+    def plain(feats, scale, bias):
+        feats = feats[:n]
+        y = (feats - feats.mean(0)[None]) / jnp.sqrt(feats.var(0) + 1e-5)[None] * scale[None] + bias[None]
+        return (y**2 * weight[None]).sum()
+
+    operands = x.feats * 3 + 2, jnp.full(8, 0.7), jnp.full(8, 0.3)
+    calls.clear()
+    value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*operands)
+    # One of each: scale and bias take both sums of one call, and the statistics' derivative needs none.
+    assert sorted(calls) == ["jaxsparse_channel_moments_v1", "jaxsparse_channel_statistics_v1"]
+    expected, wanted = jax.value_and_grad(plain, (0, 1, 2))(*operands)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for grad, want in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(grad, want, rtol=1e-3, atol=1e-3)

@@ -694,6 +694,27 @@ def test_segment_sum_adds_the_listed_rows(dtype, channels):
     np.testing.assert_array_equal(y.astype(F64), expected.astype(dtype).astype(F64))
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize(("rows", "count", "channels"), [(700, 650, 3), (4000, 3900, 24), (9, 5, 8), (40, 0, 16)])
+def test_channel_sums_are_those_of_the_real_rows(dtype, rows, count, channels):
+    rng = np.random.default_rng(rows)
+    a, b = (small_integers(rng, (rows, channels), dtype) for _ in range(2))
+    sums = F64 if dtype == F64 else F32
+    center = rng.integers(-3, 3, channels).astype(sums)
+    results = [((channels,), sums)] * 2 + [((_workspace.moments(channels, np.dtype(sums).itemsize),), U8)]
+    a[count:] = b[count:] = np.nan
+    counts, real = np.array([count], I32), slice(count)
+    with wide(dtype):
+        total, product, _ = call("channel_moments", results, a, b, center, counts)
+        mean, squares, _ = call("channel_statistics", results, a + dtype(100), counts)
+    np.testing.assert_array_equal(total, b[real].astype(F64).sum(0))
+    np.testing.assert_array_equal(product, ((a[real].astype(F64) - center) * b[real].astype(F64)).sum(0))
+    shifted = (a + dtype(100))[real].astype(F64)
+    expected = shifted.mean(0) if count else np.zeros(channels)
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(squares, ((shifted - expected) ** 2).sum(0), rtol=2e-6, atol=1e-9)
+
+
 # --- refusals ---
 
 

@@ -36,7 +36,7 @@ def served():
         model = js.models.SparseResUNet42(4, width=0.1, num_classes=5, rngs=quick_rngs())
         model.eval()
         grid = training.Grid(0.5, scans=1, capacity=1024)
-        return model, grid, serve.Server(*serve.export(model, grid, 1200), jax.devices()[0])
+        return model, grid, serve.Server(serve.export(model, grid, 1200), jax.devices()[0])
 
 
 def test_the_server_gives_the_classes_and_confidences_of_the_model(served):
@@ -86,7 +86,6 @@ def test_the_whole_program_runs_and_writes_what_it_serves(tmp_path, capsys):
     assert list(times) == ["nnx.jit", "jax.jit, state split once", "exported, compiled ahead of time"]
     assert all(len(ms) == 2 and min(ms) > 0 for ms in times.values())
     assert "p99" in capsys.readouterr().out
-    with np.load(tmp_path / "arrays.npz") as arrays:
-        server = serve.Server((tmp_path / "program.jax").read_bytes(), list(arrays.values()), jax.devices()[0])
+    server = serve.Server((tmp_path / "program.jax").read_bytes(), jax.devices()[0])
     scan = scans.synthetic_streets(1, 1, TINY).load(0)
     assert len(serve.received(server(server.send(scan)), len(scan.xyz))) == len(scan.xyz)

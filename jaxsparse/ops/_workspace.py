@@ -76,3 +76,8 @@ def wgrad_gemm(slots: int, c_in: int, c_out: int) -> int:
 def invert_index(positions: int) -> int:
     """`invert_index_workspace` in cuda/rows/rows.h."""
     return _sort(positions)
+
+
+def moments(channels: int, sum_bytes: int) -> int:
+    """`moments_workspace` in cuda/channels/moments.h; sums take `sum_bytes` each, 4 or 8."""
+    return 2 * 264 * channels * sum_bytes

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._compat import ad, zero_tangent
+from jaxsparse._keys import real_rows
+from jaxsparse._primitive import Op
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.tensor import SparseTensor, on_sites
 
@@ -22,9 +25,45 @@ def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> Spars
     return on_sites(x.sites, jnp.where(real, fn(jnp.where(real, x.feats, 0)), 0))
 
 
+# A tangent where the result is positive, else 0. An op of its own, so that a backward pass keeps the result, which the
+# next layer keeps too, and no mask beside it.
+_where_positive = Op(
+    "where_positive",
+    lambda y, dot, *, implementation: [(dot.shape, dot.dtype)],
+    lambda platform, y, dot: [jnp.where(y > 0, dot, 0)],
+    lambda y, dot: [jnp.where(y > 0, dot, 0)],
+)
+_where_positive.batch_as_reference()
+
+
+def _where_positive_jvp(primals, tangents, **params):
+    (y, dot), (_, dot_dot) = primals, tangents
+    out = _where_positive(y, dot, **params)
+    return out, [zero_tangent(out[0]) if type(dot_dot) is ad.Zero else _where_positive(y, dot_dot, **params)[0]]
+
+
+def _where_positive_transpose(cotangents, y, dot, **params):
+    (ct,) = cotangents
+    return [None, ad.Zero(dot.aval) if type(ct) is ad.Zero else _where_positive(y, ct, **params)[0]]
+
+
+_where_positive.set_linear(_where_positive_jvp, _where_positive_transpose)
+
+
+@jax.custom_jvp
+def _relu(x: jax.Array, counts: jax.Array) -> jax.Array:
+    return jnp.where(real_rows(counts, x.shape[0])[:, None], jnp.maximum(x, 0), 0)
+
+
+@_relu.defjvp
+def _relu_jvp(primals, tangents):
+    y = _relu(*primals)
+    return y, _where_positive(y, tangents[0])[0]
+
+
 def relu(x: SparseTensor) -> SparseTensor:
-    """`max(x, 0)`."""
-    return map_features(jax.nn.relu, x)
+    """`max(x, 0)`; the derivative at 0 is 0."""
+    return on_sites(x.sites, _relu(x.feats, x.sites.counts))
 
 
 def leaky_relu(x: SparseTensor, negative_slope: float = 0.01) -> SparseTensor:

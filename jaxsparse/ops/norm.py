@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
-from jaxsparse.ops.elementwise import map_features
-from jaxsparse.tensor import SparseTensor
+from jaxsparse.tensor import SparseTensor, on_sites
 
 
 def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -24,19 +24,17 @@ def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tupl
     Returns:
       Mean `[C]`, biased variance `[C]`, and the number of rows, a scalar. Without rows, zeros.
     """
-    real = x.sites.is_real[:, None]
-    feats = jnp.where(real, x.feats, 0).astype(accumulation_dtype(x.dtype))
-    count = x.sites.is_real.sum(dtype=feats.dtype)
-    total, count = _sum_over(axis_name, feats.sum(0), count)
+    mean, squares = statistics(x.feats, x.sites.counts)
+    count = jnp.clip(x.sites.counts[0], 0, x.capacity).astype(mean.dtype)
     rows = jnp.maximum(count, 1)
-    mean = total / rows
-    # Around the mean, not E[x^2] - mean^2, which cancels where the mean is large.
-    (square,) = _sum_over(axis_name, jnp.where(real, (feats - mean[None]) ** 2, 0).sum(0))
-    return mean, square / rows, count
-
-
-def _sum_over(axis_name, *values):
-    return values if axis_name is None else lax.psum(values, axis_name)
+    if axis_name is not None:
+        here = count
+        count, total = lax.psum((count, here * mean), axis_name)
+        rows = jnp.maximum(count, 1)
+        of_all = total / rows
+        squares = lax.psum(squares + here * (mean - of_all) ** 2, axis_name)
+        mean = of_all
+    return mean, squares / rows, count
 
 
 def batch_norm(
@@ -61,8 +59,10 @@ def batch_norm(
     if scale is not None:
         factor = factor * scale.astype(dtype)
 
-    def normalise(feats):
-        y = (feats.astype(dtype) - mean.astype(dtype)[None]) * factor[None]
-        return (y if bias is None else y + bias.astype(dtype)[None]).astype(x.dtype)
-
-    return map_features(normalise, x)
+    # Around a constant of the mean's value, so that nothing cancels; the mean's derivative comes by the shift.
+    mean = mean.astype(dtype)
+    center = lax.stop_gradient(mean)
+    shift = (center - mean) * factor
+    if bias is not None:
+        shift = shift + bias.astype(dtype)
+    return on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts))

@@ -1,0 +1,132 @@
+"""Sums over rows and their adjoint, and the batch norm and ReLU made of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+from scenes import random_tensor
+
+import jaxsparse as js
+from jaxsparse.ops import channels
+from jaxsparse.tensor import on_sites
+
+
+def draw(seed, *shapes, dtype=jnp.float64):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def moments(a, b, center, counts):
+    return channels._moments(a, b, center, counts)
+
+
+def affine(x, scale, shift, center, counts):
+    return channels._affine(x, scale, shift, center, counts, out_dtype=x.dtype)[0]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("count", [0, 1, 17, 20])
+def test_moments_and_affine_are_adjoint(count):
+    a, b, s, t, c = draw(count, (20, 3), (20, 3), (3,), (3,), (3,))
+    counts = jnp.array([count], jnp.int32)
+    total, product = moments(a, b, c, counts)
+    real = np.arange(20)[:, None] < count
+    np.testing.assert_allclose(total, np.where(real, b, 0).sum(0), atol=1e-12)
+    np.testing.assert_allclose(product, np.where(real, (a - c[None]) * b, 0).sum(0), atol=1e-12)
+    left = total @ t + product @ s
+    np.testing.assert_allclose(left, (affine(a, s, t, c, counts) * b).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_derivatives_of_every_mode_and_order():
+    a, b, s, t, c = draw(0, (9, 2), (9, 2), (2,), (2,), (2,))
+    counts = jnp.array([7], jnp.int32)
+    check_grads(lambda a, b: moments(a, b, c, counts), (a, b), order=3)
+    check_grads(lambda x, s, t: affine(x, s, t, c, counts), (a, s, t), order=3)
+    check_grads(lambda x: channels.statistics(x, counts), (a,), order=3)
+    check_grads(lambda x: moments(x, x, c, counts), (a,), order=2)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["forward", "reverse", "hessian"])
+def test_batch_norm_has_the_derivatives_of_plain_jax(mode):
+    x = random_tensor(0, rows=12, capacity=15, dtype=jnp.float64)
+    scale, bias, weight = draw(1, (3,), (3,), x.feats.shape)
+
+    def ours(feats):
+        y = x.with_feats(feats * 2 + 30)
+        mean, variance, _ = js.ops.batch_statistics(y)
+        return (js.ops.relu(js.ops.batch_norm(y, mean, variance, scale, bias)).feats * weight).sum()
+
+    def plain(feats):
+        rows = feats[: int(x.count)] * 2 + 30
+        y = (rows - rows.mean(0)[None]) / jnp.sqrt(rows.var(0) + 1e-5)[None] * scale[None] + bias[None]
+        return (jnp.maximum(y, 0) * weight[: len(rows)]).sum()
+
+    of = {"forward": jax.jacfwd, "reverse": jax.jacrev, "hessian": jax.hessian}[mode]
+    np.testing.assert_allclose(of(ours)(x.feats), of(plain)(x.feats), rtol=1e-8, atol=1e-9)
+
+
+def test_padding_reaches_nothing():
+    x = random_tensor(0, rows=12, capacity=15)
+    n, real = int(x.count), x.sites.is_real[:, None]
+    scale, bias = draw(1, (3,), (3,), dtype=jnp.float32)
+
+    def run(feats, ct):
+        def f(feats):
+            y = on_sites(x.sites, feats)  # unlike a constructor it does not clear padding
+            mean, variance, _ = js.ops.batch_statistics(y)
+            return js.ops.relu(js.ops.batch_norm(y, mean, variance, scale, bias)).feats
+
+        y, back = jax.vjp(f, feats)
+        return y, back(ct)[0]
+
+    (ct,) = draw(2, x.feats.shape, dtype=jnp.float32)
+    clean = run(x.feats, jnp.where(real, ct, 0))
+    dirty = run(jnp.where(real, x.feats, jnp.nan), jnp.where(real, ct, jnp.nan))
+    for a, b in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (b[n:] == 0).all()
+
+
+def test_vmap_over_scenes_is_a_loop_over_scenes():
+    a, b = draw(0, (4, 20, 3), (4, 20, 3), dtype=jnp.float32)
+    s, t, c = draw(1, (3,), (3,), (3,), dtype=jnp.float32)
+    counts = jnp.array([[0], [5], [20], [11]], jnp.int32)
+
+    def f(a, b, counts):
+        return *moments(a, b, c, counts), affine(a, s, t, c, counts), *channels.statistics(a, counts)
+
+    for batched, looped in zip(jax.vmap(f)(a, b, counts), zip(*map(f, a, b, counts), strict=True), strict=True):
+        np.testing.assert_allclose(batched, jnp.stack(looped), rtol=1e-5, atol=1e-5)
+    grad = jax.vmap(jax.grad(lambda a, b, counts: sum(jnp.sum(y**2) for y in f(a, b, counts))))(a, b, counts)
+    each = [
+        jax.grad(lambda a, b, n: sum(jnp.sum(y**2) for y in f(a, b, n)))(*o) for o in zip(a, b, counts, strict=True)
+    ]
+    np.testing.assert_allclose(grad, jnp.stack(each), rtol=1e-4, atol=1e-3)
+
+
+def test_a_backward_pass_keeps_features_and_no_masks():
+    x = random_tensor(0, rows=50, features=8, dtype=jnp.float16)
+    scale, bias = draw(1, (8,), (8,), dtype=jnp.float32)
+
+    def f(feats, scale, bias):
+        y = on_sites(x.sites, feats)
+        mean, variance, _ = js.ops.batch_statistics(y)
+        return js.ops.relu(js.ops.batch_norm(y, mean, variance, scale, bias)).feats
+
+    _, back = jax.vjp(f, x.feats, scale, bias)
+    kept = [(a.shape, a.dtype) for a in jax.tree.leaves(back) if a.shape == x.feats.shape]
+    assert kept
+    assert all(dtype == jnp.float16 for _, dtype in kept), kept  # none in float32, none of booleans
+    assert len(kept) <= 3, kept
+
+
+def test_the_derivative_of_relu_at_zero_is_zero():
+    x = random_tensor(0, rows=3).with_feats(jnp.array([[-1.0, 0.0, 2.0]] * 3, jnp.float32))
+    grad = jax.grad(lambda feats: js.ops.relu(x.with_feats(feats)).feats.sum())(x.feats)
+    np.testing.assert_array_equal(grad, np.array([[0, 0, 1]] * 3))
+    assert (jax.grad(jax.grad(lambda s: js.ops.relu(x.with_feats(x.feats * s)).feats.sum() ** 2))(1.0)) > 0
