@@ -12,7 +12,7 @@ namespace jaxsparse::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kReduceThreads = 256;
+constexpr int kReduceThreads = 1024;
 constexpr int kAtOnce = 4;  // rows that a thread reads together
 
 template <typename T, int V>
@@ -105,45 +105,50 @@ __global__ void __launch_bounds__(kThreads, 2) partial_kernel(MomentsArgs m) {
   }
 }
 
-// The sum over shares of value(share, sum, product), a channel a lane; a warp takes every so manieth share.
-template <typename A, typename Value>
-__device__ A sum_shares(const MomentsArgs& m, int32_t channel, Value value) {
-  constexpr int kWarps = kReduceThreads / kWarp;
-  __shared__ A sums[kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const A* const partial = static_cast<const A*>(m.workspace) + channel;
-  A sum = 0;
-  if (channel < m.channels) {
-#pragma unroll 4
-    for (int32_t share = warp; share < kMomentShares; share += kWarps) {
-      const A* const of_share = partial + int64_t{share} * 2 * m.channels;
-      sum += value(share, of_share[0], of_share[m.channels]);
-    }
-  }
+constexpr int kReduceWarps = kReduceThreads / kWarp;
+constexpr int kSharesOfWarp = static_cast<int>(div_up(kMomentShares, kReduceWarps));
+
+// The sum over the lanes of one channel, which are the same lane of each warp.
+template <typename A>
+__device__ A sum_warps(A value, A (&sums)[kReduceWarps][kWarp]) {
+  const int lane = threadIdx.x % kWarp;
   __syncthreads();  // an earlier sum may still be read
-  sums[warp][lane] = sum;
+  sums[threadIdx.x / kWarp][lane] = value;
   __syncthreads();
   A all = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) all += sums[w][lane];
+  for (int w = 0; w < kReduceWarps; ++w) all += sums[w][lane];
   return all;
 }
 
+// A channel a lane; a warp has every so manieth share, and all of them on their way at once.
 template <typename A, bool of_one>
 __global__ void __launch_bounds__(kReduceThreads) reduce_kernel(MomentsArgs m) {
-  const int32_t channel = static_cast<int32_t>(blockIdx.x * kWarp + threadIdx.x % kWarp);
-  A sum, product;
-  if constexpr (of_one) {
-    const int32_t rows = real_rows(m.count, m.rows);
-    const auto size = [&](int32_t share) { return static_cast<A>(Share(rows, share).size()); };
-    sum = sum_shares<A>(m, channel, [&](int32_t share, A mean, A) { return size(share) * mean; }) / max(rows, 1);
-    product = sum_shares<A>(m, channel, [&](int32_t share, A mean, A squares) {
-      return squares + size(share) * (mean - sum) * (mean - sum);
-    });
-  } else {
-    sum = sum_shares<A>(m, channel, [](int32_t, A s, A) { return s; });
-    product = sum_shares<A>(m, channel, [](int32_t, A, A p) { return p; });
+  __shared__ A sums[kReduceWarps][kWarp];
+  const int32_t channel = static_cast<int32_t>(blockIdx.x * kWarp + threadIdx.x % kWarp), rows = real_rows(m.count, m.rows);
+  A first[kSharesOfWarp], second[kSharesOfWarp];
+#pragma unroll
+  for (int i = 0; i < kSharesOfWarp; ++i) {
+    const int32_t share = static_cast<int32_t>(threadIdx.x) / kWarp + i * kReduceWarps;
+    const bool exists = channel < m.channels && share < kMomentShares;
+    const A* const from = static_cast<const A*>(m.workspace) + int64_t{share} * 2 * m.channels + channel;
+    first[i] = exists ? from[0] : A{0};
+    second[i] = exists ? from[m.channels] : A{0};
   }
+  const auto size = [&](int i) {
+    const int32_t share = static_cast<int32_t>(threadIdx.x) / kWarp + i * kReduceWarps;
+    return share < kMomentShares ? static_cast<A>(Share(rows, share).size()) : A{0};
+  };
+  A sum = 0, product = 0;
+#pragma unroll
+  for (int i = 0; i < kSharesOfWarp; ++i) sum += of_one ? size(i) * first[i] : first[i];
+  sum = sum_warps(sum, sums);
+  if (of_one) sum /= max(rows, 1);
+#pragma unroll
+  for (int i = 0; i < kSharesOfWarp; ++i) {
+    product += second[i] + (of_one ? size(i) * (first[i] - sum) * (first[i] - sum) : A{0});
+  }
+  product = sum_warps(product, sums);
   if (threadIdx.x >= kWarp || channel >= m.channels) return;
   static_cast<A*>(m.sum)[channel] = sum;
   static_cast<A*>(m.product)[channel] = product;
