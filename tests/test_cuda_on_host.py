@@ -520,22 +520,34 @@ def conv_gemm(x, w, table, counts, out_dtype, tile, groups=(), exact=0):
     return call("conv_gemm", [(shape, out_dtype)], x, w, *schedule(table, counts, groups), **attributes)[0]
 
 
-def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots, exact=0):
+def list_pairs(table, counts):
+    """Pairs of each tap and their number, checked; pairs past a tap's number hold anything."""
     volume, rows = table.shape
-    results = [((volume, rows, 2), I32), ((volume,), I32), ((_workspace.conv_pairs(volume, rows),), U8)]
-    types = [jax.ShapeDtypeStruct(*r) for r in results]
-    run = jax.jit(
-        lambda *args: jax.ffi.ffi_call("jaxsparse_conv_pairs_v1_on_host", types)(*args, in_rows=np.int64(len(x)))
-    )
-    pairs, tap_pairs, _ = run(table, np.array(counts, I32))  # pairs past a tap's number hold anything
+    results = [((volume, rows, 2), I32), ((volume,), I32), ((_workspace.conv_pairs(volume),), U8)]
+    pairs, tap_pairs, _ = call("conv_pairs", results, table, masks_of(table), np.array(counts, I32))
     real = np.array(real_rows(rows, counts), int)
     for k in range(volume):
         m = real[table[k, real] >= 0]
-        np.testing.assert_array_equal(np.asarray(pairs)[k, : int(tap_pairs[k])], np.stack([table[k, m], m], 1))
+        np.testing.assert_array_equal(pairs[k, : tap_pairs[k]], np.stack([table[k, m], m], 1))
+    return pairs, tap_pairs
+
+
+@pytest.mark.parametrize(
+    ("volume", "rows", "counts"),
+    [(27, 3000, [2900]), (45, 2000, [100, 0, 500, 1]), (8, 9000, [0]), (27, 9001, [9001]), (2, 140_000, [139_000])],
+)
+def test_pairs_are_those_of_real_rows_in_order(volume, rows, counts):
+    rng = np.random.default_rng(volume)
+    list_pairs(random_table(rng, volume, rows, rows, 0.1, centre=True), counts)
+
+
+def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots, exact=0):
+    pairs, tap_pairs = list_pairs(table, counts)
+    volume = len(table)
     shape = (volume, x.shape[1], g.shape[1])
     attributes = tile_attributes(tile, exact) | {"slots": slots}
     results = [(shape, out_dtype), ((_workspace.wgrad_gemm(slots, *shape[1:]),), U8)]
-    return call("wgrad_gemm", results, x, g, np.asarray(pairs), np.asarray(tap_pairs), **attributes)[0]
+    return call("wgrad_gemm", results, x, g, pairs, tap_pairs, **attributes)[0]
 
 
 @pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
