@@ -15,7 +15,7 @@ struct ConvForwardArgs {
   const void* x;           // [in_rows, in_channels]
   const void* w;           // [taps, in_channels, out_channels]
   const int32_t* table;    // [taps, out_rows]
-  const uint32_t* masks;   // [out_rows, mask_words]
+  const uint32_t* masks;   // [out_rows, mask_words]: where the table has an entry
   Segments out_rows;
   int32_t in_rows, taps, mask_words, in_channels, out_channels;
   void* y;  // [out_rows, out_channels]

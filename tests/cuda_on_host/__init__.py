@@ -68,8 +68,8 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
 
     Runs it twice, threads and blocks in one order and in the reverse, and asserts that the results are the same bits: a
     race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and site
-    indices, columns of a kernel map past the outputs, entries of a schedule under taps that a tile lacks, and a tap's
-    pairs past their number, which hold anything: the callers compare the others.
+    indices, columns of a kernel map past the outputs, entries of a reversed map or a schedule under taps that a row or
+    a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     attrs = {k: np.asarray(v, np.int64) if np.ndim(v) else np.int64(v) for k, v in attrs.items()}
@@ -81,6 +81,8 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     if target == "kernel_map":
         count = int(operands[3][0])
         outs = [[table[:, :count], masks[:count]] for table, masks in outs]
+    if target == "reverse_table":
+        outs = [[np.where(_taps_of(masks, len(table))[:, :, 0].T, table, -1), masks] for table, masks in outs]
     if target == "conv_schedule":
         outs = [[order, masks, np.where(_taps_of(masks, table.shape[1]), table, -1)] for order, masks, table, _ in outs]
     if target == "conv_pairs":
