@@ -402,20 +402,21 @@ inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_t
 }
 
 struct ConvPairs {
-  int64_t taps = kUnbound, out_rows = kUnbound, segments = kUnbound, workspace = kUnbound;
+  int64_t taps = kUnbound, out_rows = kUnbound, segments = kUnbound, mask_words = kUnbound, workspace = kUnbound;
 };
 
-inline ffi::Error check_conv_pairs(In table, In out_counts, Out pairs, Out tap_pairs, Out workspace, int64_t in_rows,
+inline ffi::Error check_conv_pairs(In table, In masks, In out_counts, Out pairs, Out tap_pairs, Out workspace,
                                    ConvPairs* s) {
   Checks checks("jaxsparse_conv_pairs_v1");
   int64_t two = 2;
   checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
+  if (checks.ok()) s->mask_words = (s->taps + 31) / 32;
+  checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
   checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
   checks.operand("pairs", pairs, ffi::S32, {&s->taps, &s->out_rows, &two});
   checks.operand("tap_pairs", tap_pairs, ffi::S32, {&s->taps});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
-  checks.require(in_rows >= 0 && in_rows <= kMaxSize, "in_rows must be 0 to 2^30");
   check_segments(checks, s->out_rows, s->segments);
   return checks.error();
 }

@@ -175,9 +175,11 @@ ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In ou
   args.x = x.untyped_data();
   args.g = g.untyped_data();
   args.table = ints(table);
+  args.masks = masks.typed_data<uint32_t>();
   args.out_rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
   args.in_rows = narrow(s.in_rows);
   args.taps = narrow(s.taps);
+  args.mask_words = narrow(s.mask_words);
   args.in_channels = narrow(s.in_channels);
   args.out_channels = narrow(s.out_channels);
   args.dw = dw->untyped_data();
@@ -244,18 +246,19 @@ ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, I
   return gemm_error("jaxsparse_conv_gemm_v1", cuda::conv_gemm(args, stream), args.tile);
 }
 
-ffi::Error conv_pairs(cudaStream_t stream, In table, In out_counts, Out pairs, Out tap_pairs, Out workspace,
-                      int64_t in_rows) {
+ffi::Error conv_pairs(cudaStream_t stream, In table, In masks, In out_counts, Out pairs, Out tap_pairs,
+                      Out workspace) {
   constexpr const char* call = "jaxsparse_conv_pairs_v1";
   ConvPairs s;
-  ffi::Error error = check_conv_pairs(table, out_counts, pairs, tap_pairs, workspace, in_rows, &s);
+  ffi::Error error = check_conv_pairs(table, masks, out_counts, pairs, tap_pairs, workspace, &s);
   if (error.failure()) return error;
-  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.taps, s.out_rows));
+  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.taps));
   if (error.failure()) return error;
   const cuda::PairsArgs args{ints(table),
+                             masks.typed_data<uint32_t>(),
                              {ints(out_counts), narrow(s.segments), narrow(s.out_rows)},
-                             narrow(in_rows),
                              narrow(s.taps),
+                             narrow(s.mask_words),
                              reinterpret_cast<cuda::Pair*>(ints(pairs)),
                              ints(tap_pairs),
                              workspace->untyped_data()};
@@ -359,8 +362,7 @@ JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>())), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 2, 3>().Attr<int64_t>("in_rows")),
-                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 3, 3>()), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm, (with_tile(bind<Stream, 4, 2>()).Attr<int64_t>("slots")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 4, 3>()), {ffi::Traits::kCmdBufferCompatible});

@@ -15,7 +15,7 @@ struct ConvForwardArgs {
   const void* x;           // [in_rows, in_channels]
   const void* w;           // [taps, in_channels, out_channels]
   const int32_t* table;    // [taps, out_rows]
-  const uint32_t* masks;   // [out_rows, mask_words]
+  const uint32_t* masks;   // [out_rows, mask_words]: where the table has an entry
   Segments out_rows;
   int32_t in_rows, taps, mask_words, in_channels, out_channels;
   void* y;  // [out_rows, out_channels]
@@ -29,8 +29,9 @@ struct ConvWgradArgs {
   const void* x;          // [in_rows, in_channels]
   const void* g;          // [out_rows, out_channels]
   const int32_t* table;   // [taps, out_rows]
+  const uint32_t* masks;  // [out_rows, mask_words]
   Segments out_rows;
-  int32_t in_rows, taps, in_channels, out_channels;
+  int32_t in_rows, taps, mask_words, in_channels, out_channels;
   void* dw;         // [taps, in_channels, out_channels]
   void* workspace;  // conv_wgrad_workspace(...)
 };
@@ -48,9 +49,9 @@ constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_cha
 
 constexpr int64_t conv_wgrad_workspace(int64_t taps, int64_t out_rows, int64_t in_channels, int64_t out_channels,
                                        int64_t sum_bytes) {
-  return padded(8 * taps * out_rows) + padded(4 * taps) + padded(pairs_workspace(taps, out_rows))  // pairs
-         + padded(4 * (taps + 1))                                                                // first slot of each tap
-         + padded(4)                                                                             // pairs in a slot
+  return padded(8 * taps * out_rows) + padded(4 * taps) + pairs_workspace(taps)  // pairs
+         + padded(4 * (taps + 1))                                                // first slot of each tap
+         + padded(4)                                                             // pairs in a slot
          + wgrad_slots(taps, in_channels, out_channels, sum_bytes) * in_channels * out_channels * sum_bytes;
 }
 

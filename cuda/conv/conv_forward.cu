@@ -25,11 +25,17 @@ struct Walk {
   uint32_t later;  // taps of the word after the next one
   int32_t tap, next_tap;
   int32_t channel;
+  uint32_t masks[GatherA::kOwn];  // of the thread's own rows: where they have no tap, the table may hold anything
   int32_t rows[GatherA::kOwn], next_rows[GatherA::kOwn];
 
   __device__ void start(const ConvForwardArgs& a, int32_t first_row, int32_t word, uint32_t bits) {
     later = bits;
     channel = 0;
+#pragma unroll
+    for (int i = 0; i < GatherA::kOwn; ++i) {
+      const int64_t m = first_row + GatherA::own_row(i);
+      masks[i] = m < a.out_rows.rows ? a.masks[m * a.mask_words + word] : 0;
+    }
     fetch_next(a, first_row, word);
     step_to_next(a, first_row, word);
   }
@@ -52,20 +58,23 @@ struct Walk {
   // Reads the table a tap ahead of the copies that need it.
   __device__ void fetch_next(const ConvForwardArgs& a, int32_t first_row, int32_t word) {
     if (later == 0) return;
-    next_tap = word * 32 + __ffs(static_cast<int>(later)) - 1;
+    const int bit = __ffs(static_cast<int>(later)) - 1;
+    next_tap = word * 32 + bit;
     later &= later - 1;
     const int32_t* entries = a.table + static_cast<int64_t>(next_tap) * a.out_rows.rows;
 #pragma unroll
     for (int i = 0; i < GatherA::kOwn; ++i) {
-      const int32_t m = first_row + GatherA::own_row(i);
-      const int32_t row = m < a.out_rows.rows ? entries[m] : -1;
+      const int32_t row = masks[i] >> bit & 1 ? entries[first_row + GatherA::own_row(i)] : -1;
       next_rows[i] = row < a.in_rows ? row : -1;
     }
   }
 };
 
 template <typename Tile>
-__global__ void __launch_bounds__(kTileThreads) conv_forward_kernel(ConvForwardArgs a) {
+constexpr int kBlocksAtLeast = Tile::kRows == 128 && sizeof(typename Tile::T) == 4 ? 4 : 0;  // 15 registers over, else
+
+template <typename Tile>
+__global__ void __launch_bounds__(kTileThreads, kBlocksAtLeast<Tile>) conv_forward_kernel(ConvForwardArgs a) {
   using T = typename Tile::T;
   using Sum = typename Tile::Sum;
   using GatherA = Gather<T, Tile::kRows, kDepth<T>>;

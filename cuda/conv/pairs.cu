@@ -1,85 +1,128 @@
-// count   how many pairs each tap has in each tile of output rows
-// scan    the sums before each tile
-// write   the pairs
+// count   the pairs of each tap in each share of the output rows, from the masks
+// write   a block a share: the pairs of each tap go behind those of earlier shares, and of the warps before in its own
+//
+// Bound by latency, and by reading the table under present taps, a sector of 32 bytes for each eight rows that have any.
 #include "cuda/conv/pairs.h"
 
-#include "cuda/common/device.cuh"
+#include "cuda/conv/entries.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kWarps = kShareThreads / kWarp;
+constexpr int kTapsOfWord = 32;
+static_assert(kWarps == kTapsOfWord, "a warp adds up a tap");
+static_assert(kPairShares == kShares && kShares == 4 * kWarp, "four counts a lane");
 
-// A block a tap and tile: work follows the real rows, since a tile past them has nothing to read.
-struct Tile {
-  int32_t tap, number, tiles;
-
-  __device__ explicit Tile(const PairsArgs& a) : tiles(static_cast<int32_t>(div_up(a.out_rows.rows, kTilePairRows))) {
-    tap = static_cast<int32_t>(blockIdx.x) / tiles;
-    number = static_cast<int32_t>(blockIdx.x) % tiles;
-  }
-};
-
-__device__ Pair pair_at(const PairsArgs& a, int32_t tap, int32_t m) {
-  if (!row_is_real(a.out_rows, m)) return {-1, m};
-  const int32_t row = a.table[int64_t{tap} * a.out_rows.rows + m];
-  return {row < a.in_rows ? row : -1, m};
+// The mask's word of a row, 0 where it is not a real one of the share's.
+__device__ uint32_t mask_of(const PairsArgs& a, Range share, int32_t m, int32_t word) {
+  const bool is_real = m < share.end && (a.out_rows.number == 1 || row_is_real(a.out_rows, m));
+  return is_real ? a.masks[int64_t{m} * a.mask_words + word] : 0;
 }
 
-__global__ void count_pairs_kernel(PairsArgs a, int32_t* tile_pairs) {
-  const Tile tile(a);
+// How many lanes have the tap that is this lane's number.
+__device__ int32_t count_taps(uint32_t mask) {
+  const int lane = threadIdx.x % kWarp;
   int32_t count = 0;
+  for (uint32_t taps = __reduce_or_sync(kAllLanes, mask); taps != 0; taps &= taps - 1) {
+    const int tap = __ffs(static_cast<int>(taps)) - 1;
+    const unsigned having = __ballot_sync(kAllLanes, mask >> tap & 1);
+    if (lane == tap) count = __popc(having);
+  }
+  return count;
+}
+
+__device__ int32_t warp_sum(int32_t value) {
+  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
+__global__ void __launch_bounds__(kShareThreads) count_pairs_kernel(PairsArgs a, int32_t* counts) {
+  __shared__ int32_t of_share[kTapsOfWord];
+  const int t = threadIdx.x, lane = t % kWarp;
+  const Range own = rows_of_shares(end_of_real_rows(a.out_rows), blockIdx.x, blockIdx.x + 1);
+  for (int32_t word = 0; word < a.mask_words; ++word) {
+    if (t < kTapsOfWord) of_share[t] = 0;
+    __syncthreads();
+    for (int32_t begin = own.begin + t - lane; begin < own.end; begin += kShareThreads) {
+      const int32_t count = count_taps(mask_of(a, own, begin + lane, word));
+      if (count != 0) atomicAdd(&of_share[lane], count);
+    }
+    __syncthreads();
+    const int32_t tap = word * kTapsOfWord + t;
+    if (t < kTapsOfWord && tap < a.taps) counts[int64_t{tap} * kShares + blockIdx.x] = of_share[t];
+  }
+}
+
+__global__ void __launch_bounds__(kShareThreads, 1) write_pairs_kernel(PairsArgs a, const int32_t* counts) {
+  __shared__ int32_t next[kTapsOfWord];                  // where the share's next pair of each tap goes
+  __shared__ int32_t first[kWarps][kTapsOfWord + 1];  // pairs of each tap in a warp's rows; then where they go
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, share = blockIdx.x;
+  const Range own = rows_of_shares(end_of_real_rows(a.out_rows), share, share + 1);
+  if (own.begin == own.end && share > 0) return;
+  for (int32_t word = 0; word < a.mask_words; ++word) {
+    if (const int32_t tap = word * kTapsOfWord + warp; tap < a.taps) {
+      const int4 of = reinterpret_cast<const int4*>(counts + int64_t{tap} * kShares)[lane];
+      const int32_t each[4] = {of.x, of.y, of.z, of.w};
+      int32_t before = 0, all = 0;
 #pragma unroll
-  for (int32_t j = 0; j < kTilePairRows / kThreads; ++j) {
-    const int32_t m = tile.number * kTilePairRows + j * kThreads + static_cast<int32_t>(threadIdx.x);
-    count += __syncthreads_count(pair_at(a, tile.tap, m).in_row >= 0);
-  }
-  if (threadIdx.x == 0) tile_pairs[int64_t{tile.tap} * (tile.tiles + 1) + tile.number] = count;
-}
-
-// A block a tap.
-__global__ void scan_pairs_kernel(PairsArgs a, int32_t* tile_pairs, int32_t tiles) {
-  tile_pairs += int64_t{blockIdx.x} * (tiles + 1);
-  int32_t sum = 0;
-  for (int32_t first = 0; first < tiles; first += kThreads) {
-    const int32_t tile = first + static_cast<int32_t>(threadIdx.x);
-    int32_t total;
-    const int32_t before = block_exclusive_scan<kThreads>(tile < tiles ? tile_pairs[tile] : 0, &total);
-    if (tile < tiles) tile_pairs[tile] = sum + before;
-    sum += total;
-  }
-  if (threadIdx.x == 0) {
-    tile_pairs[tiles] = sum;
-    a.tap_pairs[blockIdx.x] = sum;
-  }
-}
-
-__global__ void write_pairs_kernel(PairsArgs a, const int32_t* tile_pairs) {
-  const Tile tile(a);
-  tile_pairs += int64_t{tile.tap} * (tile.tiles + 1) + tile.number;
-  int32_t at = tile_pairs[0];
-  if (tile_pairs[1] == at) return;
-  Pair* pairs = a.pairs + int64_t{tile.tap} * a.out_rows.rows;
-  for (int32_t j = 0; j < kTilePairRows / kThreads; ++j) {
-    const int32_t m = tile.number * kTilePairRows + j * kThreads + static_cast<int32_t>(threadIdx.x);
-    const Pair pair = pair_at(a, tile.tap, m);
-    const int32_t exists = pair.in_row >= 0;
-    int32_t total;
-    const int32_t before = block_exclusive_scan<kThreads>(exists, &total);
-    if (exists) pairs[at + before] = pair;
-    at += total;
+      for (int i = 0; i < 4; ++i) {
+        before += 4 * lane + i < share ? each[i] : 0;
+        all += each[i];
+      }
+      before = warp_sum(before);
+      all = warp_sum(all);
+      if (lane == 0) next[warp] = before;
+      if (lane == 0 && share == 0) a.tap_pairs[tap] = all;
+    }
+    for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
+      const int32_t groups = (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp;
+      first[warp][lane] = warp < groups ? count_taps(mask_of(a, own, begin + warp * kWarp + lane, word)) : 0;
+      __syncthreads();
+      {
+        const int32_t count = first[lane][warp];
+        int32_t upto = count;
+        for (int step = 1; step < kWarp; step *= 2) {
+          const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
+          if (lane >= step) upto += below;
+        }
+        const int32_t before = next[warp];
+        first[lane][warp] = before + upto - count;
+        __syncwarp();
+        if (lane == kWarp - 1) next[warp] = before + upto;
+      }
+      __syncthreads();
+      // Again each warp has 32 rows, and a slice of the taps.
+      const int slices = tap_slices(groups), group = warp / slices, slice = warp % slices;
+      const int32_t m = begin + group * kWarp + lane;
+      const uint32_t mask = group < groups ? mask_of(a, own, m, word) : 0;
+      const int32_t place = group < groups ? first[group][lane] : 0;  // of the tap that is this lane's number
+      const int32_t* from = a.table + int64_t{word} * kTapsOfWord * a.out_rows.rows + m;
+      Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
+      uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice);
+      while (taps != 0) {
+        int32_t rows[kTapsInFlight];
+        const uint32_t rest = for_taps(taps, [&](int i, int tap) {
+          if (mask >> tap & 1) rows[i] = from[int64_t{tap} * a.out_rows.rows];
+        });
+        for_taps(taps, [&](int i, int tap) {
+          const unsigned having = __ballot_sync(kAllLanes, mask >> tap & 1);
+          const int32_t at = __shfl_sync(kAllLanes, place, tap) + __popc(having & ((1u << lane) - 1));
+          if (mask >> tap & 1) to[int64_t{tap} * a.out_rows.rows + at] = {rows[i], m};
+        });
+        taps = rest;
+      }
+      __syncthreads();
+    }
   }
 }
 
 }  // namespace
 
 cudaError_t list_pairs(const PairsArgs& a, cudaStream_t stream) {
-  int32_t* tile_pairs = static_cast<int32_t*>(a.workspace);
-  const int32_t tiles = static_cast<int32_t>(div_up(a.out_rows.rows, kTilePairRows));
-  const int64_t blocks = int64_t{a.taps} * tiles;
-  if (blocks > 0) JAXSPARSE_TRY(launch(count_pairs_kernel, blocks, {kThreads}, stream, a, tile_pairs));
-  JAXSPARSE_TRY(launch(scan_pairs_kernel, a.taps, {kThreads}, stream, a, tile_pairs, tiles));
-  return blocks > 0 ? launch(write_pairs_kernel, blocks, {kThreads}, stream, a, tile_pairs) : cudaSuccess;
+  int32_t* const counts = static_cast<int32_t*>(a.workspace);
+  JAXSPARSE_TRY(launch(count_pairs_kernel, kShares, {kShareThreads}, stream, a, counts));
+  return launch(write_pairs_kernel, kShares, {kShareThreads}, stream, a, static_cast<const int32_t*>(counts));
 }
 
 }  // namespace jaxsparse::cuda

@@ -12,20 +12,19 @@ struct Pair {
 };
 
 struct PairsArgs {
-  const int32_t* table;  // [taps, out_rows]
+  const int32_t* table;   // [taps, out_rows]
+  const uint32_t* masks;  // [out_rows, mask_words]: where the table has an entry
   Segments out_rows;
-  int32_t in_rows, taps;
+  int32_t taps, mask_words;
   Pair* pairs;         // [taps, out_rows]: the first tap_pairs[k] of each tap, in the order of output rows
   int32_t* tap_pairs;  // [taps]
-  void* workspace;     // pairs_workspace(...)
+  void* workspace;     // pairs_workspace(taps)
 };
 
 cudaError_t list_pairs(const PairsArgs& args, cudaStream_t stream);
 
-constexpr int kTilePairRows = 1024;  // output rows that a block looks at
+constexpr int kPairShares = 128;  // of the output rows, whose pairs are counted
 
-constexpr int64_t pairs_workspace(int64_t taps, int64_t out_rows) {
-  return padded(4 * taps * (div_up(out_rows, kTilePairRows) + 1));
-}
+constexpr int64_t pairs_workspace(int64_t taps) { return padded(4 * taps * kPairShares); }
 
 }  // namespace jaxsparse::cuda

@@ -1,88 +1,273 @@
-// One cooperative kernel:
+// Where rows keep their order, one kernel lays the table out. Where they are sorted, stably, there are two:
 //
-//     keys    of each real row: which groups of taps it has any of, a bit a group, as a place in the Gray sequence, counted
-//             down. Rows next to each other in that sequence differ in few groups, and crowded rows come first, so that
-//             the long tiles of the convolution begin first
-//     sort    rows by key, stably: rows of the same key stay in the order of their sites
-//     tiles   the taps of each tile of 64 rows, and the entries of the table under them
+//     count   the key of each row: which groups of taps it has any of, a bit a group, as a place in the Gray sequence,
+//             counted down. Rows next to each other in that sequence differ in few groups, and crowded rows come first, so
+//             that the long tiles of the convolution begin first. A block counts the keys of a chunk of rows; others
+//             meanwhile write -1 to all tiles.
+//     place   a block for each share of a chunk: its rows go after those of lesser keys, in all chunks, and after equal ones,
+//             in earlier chunks and in its own chunk, which it counts anew: that is cheaper than one more kernel that sums
+//             up counts of shares, or reading them all. A row's entries go from the table straight to its tile.
+//
+// Bound by latency: two launches and some eight dependent reads.
 //
 // Executed over useful products of a 3^3 kernel, tiles of 64 rows, on average over three levels of three scans: 3.4 in the
 // order of sites; sorted by the 27-bit mask 1.95, by the mask with rare taps first and in Gray order 1.70, both in three
-// passes of the sort; by nine groups, the planes above and below and seven columns beside, 1.60 in one.
+// passes of a radix sort; by nine groups, the planes above and below and seven columns beside, 1.60 in one.
 #include "cuda/conv/schedule.h"
 
-#include "cuda/sort/radix_sort.cuh"
+#include "cuda/conv/entries.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
-__device__ uint32_t sort_key(const ScheduleArgs& a, int32_t row) {
-  uint32_t bits = 0;
+constexpr int kWarps = kShareThreads / kWarp;
+constexpr int kSharesInChunk = kShares / kScheduleChunks;
+constexpr int32_t kNotReal = kScheduleKeys - 1;  // the key of rows that are not real, behind those of others
+static_assert(kScheduleKeys <= kShareThreads, "a thread a key");
+
+constexpr int kRowsInFlight = 8;
+
+// The keys of rows row, row + kShareThreads, ... that lie before `end`.
+__device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32_t (&keys)[kRowsInFlight]) {
+  uint32_t bits[kRowsInFlight] = {};
   for (int32_t word = 0; word < a.mask_words; ++word) {
-    const uint32_t mask = a.masks[int64_t{row} * a.mask_words + word];
-    for (int32_t i = 0; i < a.groups; ++i) bits |= static_cast<uint32_t>((mask & a.group[i][word]) != 0) << (a.groups - 1 - i);
+    uint32_t masks[kRowsInFlight];
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      const int64_t m = row + i * kShareThreads;
+      masks[i] = m < end ? a.masks[m * a.mask_words + word] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+#pragma unroll
+      for (int g = 0; g < kMostGroups; ++g) {
+        bits[i] |= static_cast<uint32_t>((masks[i] & a.group[g][word]) != 0) << (kMostGroups - 1 - g);
+      }
+    }
   }
-  for (int shift = 1; shift < 32; shift *= 2) bits ^= bits >> shift;  // from Gray code to its place in the sequence
-  return ~bits & ((1u << a.groups) - 1);
+#pragma unroll
+  for (int i = 0; i < kRowsInFlight; ++i) {
+#pragma unroll
+    for (int shift = 1; shift < kMostGroups; shift *= 2) bits[i] ^= bits[i] >> shift;  // from Gray code to its place
+    keys[i] = static_cast<int32_t>(~bits[i] & ((1u << kMostGroups) - 1));
+    if (a.rows.number > 1 && !row_is_real(a.rows, row + i * kShareThreads)) keys[i] = kNotReal;
+  }
 }
 
-// A warp a tile, two rows a lane.
-__device__ void lay_out_tile(const ScheduleArgs& a, int32_t tile, const int32_t (&row)[2], const bool (&real)[2]) {
-  const int lane = threadIdx.x % kWarp;
-  for (int32_t word = 0; word < a.mask_words; ++word) {
-    uint32_t mask[2];
+// Adds the keys of rows, which find(row, end, keys) finds, to counts in shared memory.
+template <typename Find>
+__device__ void count_keys(Range rows, int32_t* counts, Find find) {
+  for (int32_t row = rows.begin + threadIdx.x; row < rows.end; row += kRowsInFlight * kShareThreads) {
+    int32_t keys[kRowsInFlight];
+    find(row, rows.end, keys);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) mask[r] = real[r] ? a.masks[int64_t{row[r]} * a.mask_words + word] : 0;
-    const uint32_t any = __reduce_or_sync(kAllLanes, mask[0] | mask[1]);
-    if (lane == 0) a.tile_masks[int64_t{tile} * a.mask_words + word] = any;
-    const int32_t* from = a.table + int64_t{word} * 32 * a.rows.rows;
-    int32_t* to = a.tile_table + (int64_t{tile} * a.taps + word * 32) * kScheduleRows + lane;
-#pragma unroll 4
-    for (uint32_t rest = any; rest != 0; rest &= rest - 1) {
-      const int32_t bit = __ffs(static_cast<int>(rest)) - 1;
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      if (row + i * kShareThreads < rows.end) atomicAdd(&counts[keys[i]], 1);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, int32_t* counts, uint16_t* keys) {
+  __shared__ int32_t own[kScheduleKeys];
+  const int t = threadIdx.x, block = blockIdx.x;
+  const int32_t n = end_of_real_rows(a.rows);
+  if (block < kScheduleChunks) {
+    if (t < kScheduleKeys) own[t] = 0;
+    __syncthreads();
+    count_keys(
+        rows_of_shares(n, block * kSharesInChunk, (block + 1) * kSharesInChunk), own,
+        [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
+          find_keys(a, row, end, found);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        to[bit * kScheduleRows + r * kWarp] = mask[r] >> bit & 1 ? from[int64_t{bit} * a.rows.rows + row[r]] : -1;
+          for (int i = 0; i < kRowsInFlight; ++i) {
+            if (row + i * kShareThreads < end) keys[row + i * kShareThreads] = static_cast<uint16_t>(found[i]);
+          }
+        });
+    __syncthreads();
+    if (t < kScheduleKeys) counts[block * kScheduleKeys + t] = own[t];
+    return;
+  }
+  const int64_t first = static_cast<int64_t>(block - kScheduleChunks) * kShareThreads + t;
+  const int64_t step = static_cast<int64_t>(gridDim.x - kScheduleChunks) * kShareThreads;
+  const int64_t pieces = div_up(n, kScheduleRows) * a.taps * (kScheduleRows / 4);
+  for (int64_t i = first; i < pieces; i += step) reinterpret_cast<int4*>(a.tile_table)[i] = make_int4(-1, -1, -1, -1);
+  const int64_t words = div_up(a.rows.rows, kScheduleRows) * a.mask_words;
+  for (int64_t i = first; i < words; i += step) a.tile_masks[i] = 0;
+  for (int64_t row = n + first; row < a.rows.rows; row += step) a.order[row] = static_cast<int32_t>(row);
+}
+
+struct PlaceShared {
+  int32_t next[kScheduleKeys];                  // where the block's next row of each key goes
+  uint16_t before[kWarps][kScheduleKeys + 1];  // rows of each key in a warp; then in the warps before it
+  int32_t places[kShareThreads];
+};
+
+// Where the block's rows of each key begin, one a thread.
+__device__ void begin_keys(const int32_t* counts, const uint16_t* keys, int32_t n, PlaceShared& s) {
+  const int t = threadIdx.x, share = blockIdx.x, chunk = share / kSharesInChunk;
+  if (t < kScheduleKeys) s.next[t] = 0;
+  __syncthreads();
+  count_keys(rows_of_shares(n, chunk * kSharesInChunk, share), s.next,
+             [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
+#pragma unroll
+               for (int i = 0; i < kRowsInFlight; ++i) {
+                 found[i] = row + i * kShareThreads < end ? keys[row + i * kShareThreads] : 0;
+               }
+             });
+  int32_t before = 0, all = 0;
+  if (t < kScheduleKeys) {
+#pragma unroll
+    for (int c = 0; c < kScheduleChunks; ++c) {
+      const int32_t count = counts[c * kScheduleKeys + t];
+      before += c < chunk ? count : 0;
+      all += count;
+    }
+  }
+  int32_t total;
+  const int32_t start = block_exclusive_scan<kShareThreads>(all, &total);
+  if (t < kScheduleKeys) s.next[t] += start + before;
+}
+
+// Ranks the tile of `rows` rows whose keys the threads have, those of a warp below those of the next; returns a row's
+// place. *in_tile, of the key that the thread stands for, is how many rows the tile before had of it, then this one.
+__device__ int32_t place_of(int32_t key, int32_t rows, int32_t* in_tile, PlaceShared& s) {
+  const int t = threadIdx.x, lane = t % kWarp, warp = t / kWarp;
+  const bool exists = t < rows;
+  const int warps = (rows + kWarp - 1) / kWarp;
+  unsigned peers = __ballot_sync(kAllLanes, exists);  // lanes with this lane's key; __match_any_sync is far slower
+  if (!exists) peers = ~peers;
+  if (warp < warps) {
+    for (int i = lane; i < (kScheduleKeys + 1) / 2; i += kWarp) reinterpret_cast<uint32_t*>(s.before[warp])[i] = 0;
+#pragma unroll
+    for (int bit = 0; bit <= kMostGroups; ++bit) {
+      const bool is_set = key >> bit & 1;
+      const unsigned set = __ballot_sync(kAllLanes, is_set);
+      peers &= is_set ? set : ~set;
+    }
+  }
+  const int below = __popc(peers & ((1u << lane) - 1));
+  if (below == 0 && exists) s.before[warp][key] = static_cast<uint16_t>(__popc(peers));
+  __syncthreads();
+  if (t < kScheduleKeys) {
+    int32_t sum = 0;
+#pragma unroll 8
+    for (int w = 0; w < warps; ++w) {
+      const int32_t count = s.before[w][t];
+      s.before[w][t] = static_cast<uint16_t>(sum);
+      sum += count;
+    }
+    s.next[t] += *in_tile;
+    *in_tile = sum;
+  }
+  __syncthreads();
+  return exists ? s.next[key] + s.before[warp][key] + below : 0;
+}
+
+__global__ void __launch_bounds__(kShareThreads, 1) place_kernel(ScheduleArgs a, const int32_t* counts, const uint16_t* keys) {
+  __shared__ PlaceShared shared;
+  const int t = threadIdx.x, lane = t % kWarp, warp = t / kWarp;
+  const int32_t n = end_of_real_rows(a.rows);
+  const Range own = rows_of_shares(n, blockIdx.x, blockIdx.x + 1);
+  if (own.begin == own.end) return;
+  begin_keys(counts, keys, n, shared);
+  int32_t in_tile = 0;
+  for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
+    const int32_t rows = min(kShareThreads, own.end - begin), groups = (rows + kWarp - 1) / kWarp;
+    // A warp has 32 rows and a slice of the taps; it reads the first entries before it knows where they go.
+    const int slices = tap_slices(groups), group = warp / slices, slice = warp % slices;
+    const int32_t m = begin + group * kWarp + lane;
+    const bool is_real = group < groups && m < own.end && (a.rows.number == 1 || row_is_real(a.rows, m));
+    int32_t entries[kTapsInFlight];
+    uint32_t mask, taps, rest;
+    const auto begin_word = [&](int32_t word) {
+      mask = is_real ? a.masks[int64_t{m} * a.mask_words + word] : 0;
+      taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice);
+    };
+    const auto read_entries = [&](int32_t word) {
+      const int32_t* from = a.table + int64_t{word} * 32 * a.rows.rows + m;
+      rest = for_taps(taps, [&](int i, int tap) {
+        if (mask >> tap & 1) entries[i] = from[int64_t{tap} * a.rows.rows];
+      });
+    };
+    begin_word(0);
+    read_entries(0);
+
+    const int32_t place = place_of(t < rows ? keys[begin + t] : 0, rows, &in_tile, shared);
+    if (t < rows) {
+      shared.places[t] = place;
+      a.order[place] = begin + t;
+    }
+    __syncthreads();
+    const int32_t to_place = is_real ? shared.places[m - begin] : 0, tile = to_place / kScheduleRows;
+    int32_t* const to_row = a.tile_table + int64_t{tile} * a.taps * kScheduleRows + to_place % kScheduleRows;
+    for (int32_t word = 0; word < a.mask_words; ++word) {
+      if (word > 0) {
+        begin_word(word);
+        read_entries(word);
+      }
+      if (slice == 0 && mask != 0) atomicOr(&a.tile_masks[int64_t{tile} * a.mask_words + word], mask);
+      while (taps != 0) {
+        for_taps(taps, [&](int i, int tap) {
+          if (mask >> tap & 1) to_row[(word * 32 + tap) * kScheduleRows] = entries[i];
+        });
+        taps = rest;
+        read_entries(word);
       }
     }
   }
 }
 
-__global__ void __launch_bounds__(kGridThreads, 2) schedule_kernel(ScheduleArgs a, SortBuffers sort) {
-  __shared__ SortShared shared;
-  const Grid grid = cooperative_groups::this_grid();
-  const int32_t rows = a.rows.rows;
-  const bool sorts = a.groups > 0;
-  const int32_t n = a.rows.number == 1 ? real_rows(a.rows.counts, rows) : rows;  // rows that may be real
-  if (sorts) {
-    for (int64_t row = global_thread(); row < n; row += all_threads()) {
-      sort.keys[row] = row_is_real(a.rows, row) ? sort_key(a, row) : uint64_t{1} << a.groups;
-    }
-    grid.sync();
-    radix_sort(grid, sort, n, a.groups + (a.rows.number > 1), shared, [](uint64_t key) { return key; });
-  }
-  const int32_t tiles = static_cast<int32_t>(div_up(rows, kScheduleRows));
-  const int32_t all_warps = static_cast<int32_t>(all_threads() / kWarp);
-  for (int32_t tile = static_cast<int32_t>(global_thread() / kWarp); tile < tiles; tile += all_warps) {
-    int32_t row[2];
-    bool real[2];
+constexpr int kLayOutThreads = 256;
+constexpr int kLayOutSlices = 4;  // of taps, a warp each, two rows a lane
+
+__global__ void __launch_bounds__(kLayOutThreads) lay_out_kernel(ScheduleArgs a) {
+  const int64_t warp = global_thread() / kWarp;
+  const int lane = threadIdx.x % kWarp, slice = static_cast<int>(warp % kLayOutSlices);
+  const int64_t tile = warp / kLayOutSlices;
+  if (tile >= div_up(a.rows.rows, kScheduleRows)) return;
+  int32_t row[2];
+  bool is_real[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int32_t m = tile * kScheduleRows + r * kWarp + static_cast<int32_t>(threadIdx.x) % kWarp;
-      row[r] = sorts && m < n ? static_cast<int32_t>(sort.values[m]) : m;
-      real[r] = m < n && row_is_real(a.rows, row[r]);
-      if (m < rows) a.order[m] = row[r];
+  for (int r = 0; r < 2; ++r) {
+    row[r] = static_cast<int32_t>(tile) * kScheduleRows + r * kWarp + lane;
+    is_real[r] = row_is_real(a.rows, row[r]);
+    if (slice == 0 && row[r] < a.rows.rows) a.order[row[r]] = row[r];
+  }
+  for (int32_t word = 0; word < a.mask_words; ++word) {
+    uint32_t mask[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) mask[r] = is_real[r] ? a.masks[int64_t{row[r]} * a.mask_words + word] : 0;
+    const uint32_t any = __reduce_or_sync(kAllLanes, mask[0] | mask[1]);
+    if (slice == 0 && lane == 0) a.tile_masks[tile * a.mask_words + word] = any;
+    const int32_t* from = a.table + int64_t{word} * 32 * a.rows.rows;
+    int32_t* to = a.tile_table + (tile * a.taps + word * 32) * kScheduleRows + lane;
+    for (uint32_t taps = taps_of_slice(any, kLayOutSlices, slice), rest; taps != 0; taps = rest) {
+      int32_t entries[kTapsInFlight][2];
+      rest = for_taps(taps, [&](int i, int tap) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) entries[i][r] = mask[r] >> tap & 1 ? from[int64_t{tap} * a.rows.rows + row[r]] : -1;
+      });
+      for_taps(taps, [&](int i, int tap) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) to[tap * kScheduleRows + r * kWarp] = entries[i][r];
+      });
     }
-    lay_out_tile(a, tile, row, real);
   }
 }
 
 }  // namespace
 
 cudaError_t schedule(const ScheduleArgs& a, cudaStream_t stream) {
+  const int64_t tiles = div_up(a.rows.rows, kScheduleRows);
+  if (a.groups == 0) {
+    return launch(lay_out_kernel, div_up(tiles * kLayOutSlices * kWarp, kLayOutThreads), {kLayOutThreads}, stream, a);
+  }
   Workspace workspace(a.workspace);
-  const SortBuffers sort = take_sort_buffers(workspace, a.rows.rows);
-  return launch_grid(schedule_kernel, div_up(a.rows.rows, kGridThreads), stream, a, sort);
+  int32_t* const counts = workspace.take<int32_t>(kScheduleChunks * kScheduleKeys);
+  uint16_t* const keys = workspace.take<uint16_t>(a.rows.rows);
+  const int64_t clearing = striding_blocks(tiles * a.taps * kScheduleRows / 4, 4 * kShareThreads);
+  JAXSPARSE_TRY(launch(count_kernel, kScheduleChunks + clearing, {kShareThreads}, stream, a, counts, keys));
+  return launch(place_kernel, tiles < kShares ? tiles : kShares, {kShareThreads}, stream, a, counts, keys);
 }
 
 }  // namespace jaxsparse::cuda

@@ -356,16 +356,25 @@ __global__ void __launch_bounds__(kTileThreads, 1024 / kTileThreads)
 
 // --- reverse ---
 
-__global__ void reverse_table_kernel(ReverseTableArgs a, int64_t entries) {
-  const int64_t i = global_thread();
-  if (i >= entries) return;
-  const int32_t k = static_cast<int32_t>(i / a.out_rows.rows);
-  const int32_t m = static_cast<int32_t>(i % a.out_rows.rows);
-  if (!row_is_real(a.out_rows, m)) return;
-  const int32_t row = a.table[i];
-  if (row < 0 || row >= a.in_rows) return;
-  a.reverse[static_cast<int64_t>(k) * a.in_rows + row] = m;
-  atomicOr(&a.masks[static_cast<int64_t>(row) * a.mask_words + k / 32], 1u << (k % 32));
+constexpr int kReversedAtOnce = 4;  // outputs that a thread looks at under one tap
+constexpr int kReverseTile = kReversedAtOnce * kThreads;
+
+__global__ void reverse_table_kernel(ReverseTableArgs a) {
+  const uint32_t tiles = static_cast<uint32_t>(div_up(a.out_rows.rows, kReverseTile));
+  const int32_t k = static_cast<int32_t>(blockIdx.x / tiles);
+  const int32_t first = static_cast<int32_t>(blockIdx.x % tiles) * kReverseTile + static_cast<int32_t>(threadIdx.x);
+  int32_t rows[kReversedAtOnce];
+#pragma unroll
+  for (int i = 0; i < kReversedAtOnce; ++i) {
+    const int32_t m = first + i * kThreads;
+    rows[i] = row_is_real(a.out_rows, m) ? a.table[static_cast<int64_t>(k) * a.out_rows.rows + m] : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < kReversedAtOnce; ++i) {
+    if (rows[i] < 0 || rows[i] >= a.in_rows) continue;
+    a.reverse[static_cast<int64_t>(k) * a.in_rows + rows[i]] = first + i * kThreads;
+    atomicOr(&a.masks[static_cast<int64_t>(rows[i]) * a.mask_words + k / 32], 1u << (k % 32));
+  }
 }
 
 template <int D, typename Slot>
@@ -402,12 +411,10 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
 }
 
 cudaError_t reverse_table(const ReverseTableArgs& a, cudaStream_t stream) {
-  const size_t reverse_bytes = sizeof(int32_t) * a.taps * a.in_rows;
   const size_t mask_bytes = sizeof(uint32_t) * a.in_rows * a.mask_words;
-  const int64_t entries = static_cast<int64_t>(a.taps) * a.out_rows.rows;
-  JAXSPARSE_TRY(cudaMemsetAsync(a.reverse, 0xff, reverse_bytes, stream));  // -1
   JAXSPARSE_TRY(cudaMemsetAsync(a.masks, 0, mask_bytes, stream));
-  return launch(reverse_table_kernel, div_up(entries, kThreads), {kThreads}, stream, a, entries);
+  const int64_t blocks = a.taps * div_up(a.out_rows.rows, kReverseTile);
+  return blocks > 0 ? launch(reverse_table_kernel, blocks, {kThreads}, stream, a) : cudaSuccess;
 }
 
 }  // namespace jaxsparse::cuda

@@ -52,7 +52,7 @@ struct ReverseTableArgs {
   uint32_t* masks;   // [in_rows, mask_words]
 };
 
-// reverse[k, table[k, m]] = m for real rows m, -1 elsewhere.
+// reverse[k, table[k, m]] = m for real rows m; masks say where. Elsewhere `reverse` is left as it is.
 cudaError_t reverse_table(const ReverseTableArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

@@ -54,18 +54,18 @@ def site_index(rows: int) -> int:
 def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:
     """`conv_wgrad_workspace` in cuda/conv/conv.h; sums take `sum_bytes` each, 4 or 8."""
     slots = max(2 * volume, min(2048, 2**25 // (c_in * c_out * sum_bytes)))
-    pairs = _padded(8 * volume * out_rows) + _padded(4 * volume) + _padded(conv_pairs(volume, out_rows))
+    pairs = _padded(8 * volume * out_rows) + _padded(4 * volume) + conv_pairs(volume)
     return pairs + _padded(4 * (volume + 1)) + _padded(4) + slots * c_in * c_out * sum_bytes
 
 
 def conv_schedule(rows: int) -> int:
     """`schedule_workspace` in cuda/conv/schedule.h."""
-    return _sort(rows)
+    return _padded(4 * 16 * 513) + _padded(2 * rows)
 
 
-def conv_pairs(volume: int, out_rows: int) -> int:
+def conv_pairs(volume: int) -> int:
     """`pairs_workspace` in cuda/conv/pairs.h."""
-    return _padded(4 * volume * (_ceil_div(out_rows, 1024) + 1))
+    return _padded(4 * volume * 128)
 
 
 def wgrad_gemm(slots: int, c_in: int, c_out: int) -> int:

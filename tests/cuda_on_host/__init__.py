@@ -58,13 +58,18 @@ def _taps_of(masks, volume):
     return (masks[:, k // 32] >> (k % 32).astype(np.uint32) & 1 != 0)[:, :, None]
 
 
+def _listed(pairs, number):
+    """Whether each place of a tap has a pair, [volume, rows, 1]."""
+    return (np.arange(pairs.shape[1]) < number[:, None])[:, :, None]
+
+
 def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
 
     Runs it twice, threads and blocks in one order and in the reverse, and asserts that the results are the same bits: a
     race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and site
-    indices, columns of a kernel map past the outputs, and entries of a schedule under taps that a tile lacks, which
-    hold anything: the callers compare the others.
+    indices, columns of a kernel map past the outputs, entries of a reversed map or a schedule under taps that a row or
+    a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     attrs = {k: np.asarray(v, np.int64) if np.ndim(v) else np.int64(v) for k, v in attrs.items()}
@@ -76,8 +81,12 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     if target == "kernel_map":
         count = int(operands[3][0])
         outs = [[table[:, :count], masks[:count]] for table, masks in outs]
+    if target == "reverse_table":
+        outs = [[np.where(_taps_of(masks, len(table))[:, :, 0].T, table, -1), masks] for table, masks in outs]
     if target == "conv_schedule":
         outs = [[order, masks, np.where(_taps_of(masks, table.shape[1]), table, -1)] for order, masks, table, _ in outs]
+    if target == "conv_pairs":
+        outs = [[np.where(_listed(pairs, number), pairs, -1), number, rest] for pairs, number, rest in outs]
     for one, other in zip(*outs, strict=True):
         assert one.dtype == np.uint8 or one.tobytes() == other.tobytes(), f"{target} depends on the order of threads"
     return outs[1]

@@ -157,7 +157,7 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     if spec.uses_gemm(platform, c_in, c_out):
         question = choices.wgrad(platform, Problem(spec, x.shape[0], rows, taps, c_in, c_out))
         tile = answer(question, spec.config.wgrad).choice
-        return [_wgrad_gemm(x, g, table, out_counts, struct, spec, tile).astype(out_dtype)]
+        return [_wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile).astype(out_dtype)]
     sum_bytes = reference.accumulation_dtype(spec.dtype).itemsize
     workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, rows, sum_bytes))
     attributes = spec.attributes(spec.config.tile_rows or PLAIN_TILE_ROWS[0])  # whose tile_rows it has no use for
@@ -165,15 +165,15 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     return [dw.astype(out_dtype)]
 
 
-def _wgrad_gemm(x, g, table, out_counts, struct, spec, tile):
+def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     taps, c_in, c_out = struct.shape
     rows = table.shape[1]
     structs = [
         jax.ShapeDtypeStruct((taps, rows, 2), jnp.int32),
         jax.ShapeDtypeStruct((taps,), jnp.int32),
-        _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
+        _workspace.struct("cuda", _workspace.conv_pairs(taps)),
     ]
-    pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, out_counts, in_rows=x.shape[0])
+    pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, masks, out_counts)
     slots = cost.wgrad_slots(taps, c_in, c_out)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
     attributes = _tile_attributes(tile, spec) | {"slots": slots}

@@ -1,4 +1,4 @@
-// A grid of one block: all blocks have come when its threads have.
+// The barrier of a grid: once the block's threads have come, the other blocks have their turns.
 #pragma once
 
 #include "cuda_on_host.h"
@@ -6,7 +6,14 @@
 namespace cooperative_groups {
 
 struct grid_group {
-  void sync() const { __syncthreads(); }
+  void sync() const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      cuda_on_host::turns.pass_on();
+      cuda_on_host::turns.wait_for(cuda_on_host::own_turn);
+    }
+    __syncthreads();
+  }
 };
 inline grid_group this_grid() { return {}; }
 

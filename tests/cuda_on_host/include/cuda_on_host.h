@@ -1,10 +1,11 @@
 // CUDA's names on a plain C++ compiler, so that tests run the kernels' own source where there is no GPU.
 //
 // Blocks run one after the other; the threads of a block are coroutines that run in turn from barrier to barrier, the
-// lanes of a warp from one warp collective to the next. What this shows: indexing, bounds, the protocol of barriers and
-// asynchronous copies (copies land as late as CUDA allows), and, by running threads and blocks backwards
-// (cuda_on_host_backwards), results that depend on an order CUDA does not promise. What it cannot show: speed, the exact
-// order in which tensor cores add, and blocks that wait for each other: a cooperative launch has one block here.
+// lanes of a warp from one warp collective to the next. The blocks of a cooperative launch have an operating system's
+// thread each, for their shared memory, and run in turn from one barrier of the grid to the next. What this shows:
+// indexing, bounds, the protocol of barriers and asynchronous copies (copies land as late as CUDA allows), and, by running
+// threads and blocks backwards (cuda_on_host_backwards), results that depend on an order CUDA does not promise. What it
+// cannot show: speed, and the exact order in which tensor cores add.
 #pragma once
 
 #include <math.h>
@@ -12,6 +13,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -19,12 +21,13 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 
 using std::max;
@@ -69,11 +72,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// The device has one multiprocessor that holds one block.
+// The device has three multiprocessors that hold one block each.
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
 template <typename F>
 cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -83,7 +86,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, s
   return *blocks = 1, cudaSuccess;
 }
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline bool cuda_on_host_backwards = false;
 
 namespace cuda_on_host {
@@ -93,7 +96,26 @@ namespace cuda_on_host {
   std::abort();
 }
 
-inline std::mutex one_launch_at_a_time;  // shared memory is static, and so are the threads
+inline std::mutex one_launch_at_a_time;
+
+// Whose turn it is among the blocks of a cooperative launch.
+struct Turns {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int blocks = 0, at = 0;
+
+  void wait_for(int turn) {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return at == turn; });
+  }
+  void pass_on() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    at = (at + 1) % blocks;
+    changed.notify_all();
+  }
+};
+inline Turns turns;
+inline thread_local int own_turn = 0;
 
 struct Thread {
   static constexpr size_t kStack = 128 << 10;
@@ -105,20 +127,20 @@ struct Thread {
   std::vector<std::vector<std::function<void()>>> copies{1};  // asynchronous ones by group, the last still open
 };
 
-inline jmp_buf scheduler;
-inline std::vector<Thread> threads(1024);
-inline Thread* running = nullptr;
 inline std::function<void()> body;
-inline int votes[2];  // of __syncthreads_count, for this and the next barrier
-inline int barriers = 0;
+inline thread_local jmp_buf scheduler;
+inline thread_local std::vector<Thread> threads(1024);
+inline thread_local Thread* running = nullptr;
+inline thread_local int votes[2];  // of __syncthreads_count, for this and the next barrier
+inline thread_local int barriers = 0;
 
 constexpr int kLanes = 32;
 struct Warp {
   uint64_t values[2][kLanes];  // what its lanes show each other, in this and the next collective
   int collectives = 0;
 };
-inline std::vector<Warp> warps(1024 / kLanes);
-inline std::vector<char> dynamic_shared;
+inline thread_local std::vector<Warp> warps(1024 / kLanes);
+inline thread_local std::vector<char> dynamic_shared;
 
 // Contexts start a thread on its own stack; from then on setjmp and longjmp switch, without a system call.
 [[gnu::noinline]] inline void wait() {
@@ -192,6 +214,25 @@ inline void run_block(int count) {
     ++barriers;
     votes[barriers % 2] = 0;
   }
+}
+
+// Runs the blocks of a cooperative launch; each has its turn up to every barrier of the grid and to its end.
+inline void run_blocks_in_turn(dim3 grid, dim3 block) {
+  turns.blocks = static_cast<int>(grid.x);
+  turns.at = 0;
+  std::vector<std::thread> all;
+  for (int turn = 0; turn < turns.blocks; ++turn) {
+    all.emplace_back([=] {
+      gridDim = grid;
+      blockDim = block;
+      own_turn = turn;
+      blockIdx.x = cuda_on_host_backwards ? turns.blocks - 1 - turn : turn;
+      turns.wait_for(turn);
+      run_block(static_cast<int>(block.x));
+      turns.pass_on();
+    });
+  }
+  for (std::thread& block_thread : all) block_thread.join();
 }
 
 inline int barrier(int line, bool vote) {
@@ -269,8 +310,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   gridDim = config->gridDim;
   cuda_on_host::dynamic_shared.assign(config->dynamicSmemBytes, static_cast<char>(0xa5));
-  if (config->numAttrs > 0 && gridDim.x > 1) cuda_on_host::die("a cooperative launch of more than one block");
   cuda_on_host::body = [&] { kernel(args...); };
+  if (config->numAttrs > 0) {
+    if (config->dynamicSmemBytes > 0) cuda_on_host::die("a cooperative launch with dynamic shared memory");
+    cuda_on_host::run_blocks_in_turn(config->gridDim, config->blockDim);
+    return cudaSuccess;
+  }
   for (unsigned b = 0; b < gridDim.x; ++b) {
     blockIdx.x = cuda_on_host_backwards ? gridDim.x - 1 - b : b;
     cuda_on_host::run_block(static_cast<int>(blockDim.x));
