@@ -682,11 +682,14 @@ def test_inverted_index_lists_the_positions_of_each_value(positions, values):
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
 @pytest.mark.parametrize("channels", [1, 3, 64])
 def test_segment_sum_adds_the_listed_rows(dtype, channels):
+    """Groups of every length about those that a thread reads at once, that a thread sums, and that a warp reads at once."""
     rng = np.random.default_rng(channels)
-    index = rng.integers(-1, 50, 400).astype(I32)
-    results = [((400,), I32), ((51,), I32), ((_workspace.invert_index(400),), U8)]
+    lengths = [0, 1, 2, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 70, 255, 256, 257, 530, *rng.integers(0, 4, 32)]
+    index = rng.permutation(np.concatenate([np.repeat(np.arange(50), lengths), np.full(30, -1)])).astype(I32)
+    rows = len(index)
+    results = [((rows,), I32), ((51,), I32), ((_workspace.invert_index(rows),), U8)]
     order, offsets, _ = call("invert_index", results, index)
-    x = small_integers(rng, (400, channels), dtype)
+    x = small_integers(rng, (rows, channels), dtype)
     x[index < 0] = np.nan
     with wide(dtype):
         (y,) = call("segment_sum", [((50, channels), dtype)], x, order, offsets)
