@@ -28,6 +28,7 @@ __device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outsi
     write_padding<D>(a.sites + row * (1 + D));
   }
   if (global_thread() == 0) {
+    *a.kept = min(found, a.capacity);
     *a.found = found;
     *a.outside = outside;
   }
