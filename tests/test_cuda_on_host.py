@@ -242,7 +242,21 @@ def test_kernel_map_finds_the_first_row_of_each_site(geometry, rows, count, out_
 
 
 @pytest.mark.parametrize(
-    "geometry", [*GEOMETRIES, ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)), ((40,), (1,), (9,), (9,))]
+    "geometry",
+    [
+        *GEOMETRIES,
+        ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)),
+        ((40,), (1,), (9,), (9,)),
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)),  # windows over two blocks on each axis, from here on
+        ((3, 3, 3), (1, 1, 1), (2, 2, 2), (2, 2, 2)),
+        ((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+        ((2, 2, 2), (3, 1, 2), (1, 5, -3), (1, 2, 3)),
+        ((1, 3, 1), (1, 2, 1), (0, 1, 0), (1, 1, 1)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((2,), (1,), (0,), (1,)),
+        ((2, 2, 2, 2), (1, 1, 1, 1), (0, 1, 0, 1), (1, 1, 1, 1)),
+        ((2, 2, 2, 3), (1, 2, 1, 1), (0, 1, 0, 1), (1, 1, 1, 1)),
+    ],
 )
 def test_kernel_map_by_blocks_finds_the_same(geometry):
     dims = len(geometry[0])
