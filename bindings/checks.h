@@ -152,13 +152,14 @@ struct UniqueSites {
   int64_t points = kUnbound, capacity = kUnbound, workspace = kUnbound;
 };
 
-inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out found, Out row_of, Out order, Out offsets,
-                                     Out workspace, UniqueSites* s) {
+inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out kept, Out found, Out row_of, Out order,
+                                     Out offsets, Out workspace, UniqueSites* s) {
   Checks checks("jaxsparse_unique_sites_v1");
   int64_t one = 1, columns = kUnbound;
   checks.operand("coords", coords, ffi::S32, {&s->points, &columns});
   checks.operand("count", count, ffi::S32, {&one});
   checks.operand("sites", sites, ffi::S32, {&s->capacity, &columns});
+  checks.operand("kept", kept, ffi::S32, {&one});
   checks.operand("found", found, ffi::S32, {&one});
   checks.operand("row_of", row_of, ffi::S32, {&s->points});
   checks.operand("order", order, ffi::S32, {&s->points});
@@ -178,14 +179,16 @@ struct CoarseSites {
   int64_t rows = kUnbound, capacity = kUnbound, workspace = kUnbound;
 };
 
-inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out found, Out outside, Out workspace, Axes kernel,
-                                     Axes stride, Axes padding, Axes dilation, Axes bounds, CoarseSites* s) {
+inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out kept, Out found, Out outside, Out workspace,
+                                     Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds,
+                                     CoarseSites* s) {
   Checks checks("jaxsparse_coarse_sites_v1");
   int64_t one = 1, columns = kUnbound;
   int dims = 0;
   checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
   checks.operand("count", count, ffi::S32, {&one});
   checks.operand("sites", sites, ffi::S32, {&s->capacity, &columns});
+  checks.operand("kept", kept, ffi::S32, {&one});
   checks.operand("found", found, ffi::S32, {&one});
   checks.operand("outside", outside, ffi::S32, {&one});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});

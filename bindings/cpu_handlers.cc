@@ -89,6 +89,10 @@ T* data(Out& buffer) {
 
 int64_t clamp_count(In count, int64_t rows) { return std::clamp<int64_t>(*data<int32_t>(count), 0, rows); }
 
+int32_t kept_of(Out found, int64_t capacity) {
+  return static_cast<int32_t>(std::min<int64_t>(*data<int32_t>(found), capacity));
+}
+
 // Calls f(T{}) for float and double; other dtypes are cast before they get here.
 template <typename F>
 ffi::Error for_float(const char* call, ffi::DataType dtype, F&& f) {
@@ -98,24 +102,26 @@ ffi::Error for_float(const char* call, ffi::DataType dtype, F&& f) {
                                      dtype_name(dtype));
 }
 
-ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out row_of, Out order,
-                        Out offsets, Out workspace) {
+ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out kept, Out found, Out row_of,
+                        Out order, Out offsets, Out workspace) {
   UniqueSites s;
-  if (auto e = check_unique_sites(coords, count, sites, found, row_of, order, offsets, workspace, &s); e.failure()) {
+  if (auto e = check_unique_sites(coords, count, sites, kept, found, row_of, order, offsets, workspace, &s);
+      e.failure()) {
     return e;
   }
   return guarded("jaxsparse_unique_sites_v1", [&] {
     cpu::unique_sites(PoolParallelFor(pool), s.dims, data<int32_t>(coords), s.points, clamp_count(count, s.points),
                       s.capacity, data<int32_t>(sites), data<int32_t>(found), data<int32_t>(row_of),
                       data<int32_t>(order), data<int32_t>(offsets));
+    *data<int32_t>(kept) = kept_of(found, s.capacity);
   });
 }
 
-ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out found, Out outside, Out workspace,
-                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
+ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out kept, Out found, Out outside,
+                        Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
   CoarseSites s;
-  if (auto e = check_coarse_sites(coords, count, sites, found, outside, workspace, kernel, stride, padding, dilation,
-                                  bounds, &s);
+  if (auto e = check_coarse_sites(coords, count, sites, kept, found, outside, workspace, kernel, stride, padding,
+                                  dilation, bounds, &s);
       e.failure()) {
     return e;
   }
@@ -123,6 +129,7 @@ ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Ou
     cpu::coarse_sites(PoolParallelFor(pool), s.geometry, s.bounded ? s.bounds : nullptr, data<int32_t>(coords),
                       clamp_count(count, s.rows), s.capacity, data<int32_t>(sites), data<int32_t>(found),
                       data<int32_t>(outside));
+    *data<int32_t>(kept) = kept_of(found, s.capacity);
   });
 }
 

@@ -51,25 +51,25 @@ const int32_t* ints(In buffer) { return buffer.typed_data<int32_t>(); }
 int32_t* ints(Out buffer) { return buffer->typed_data<int32_t>(); }
 int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }  // checks bound every size by 2^30
 
-ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out row_of, Out order,
-                        Out offsets, Out workspace) {
+ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out kept, Out found, Out row_of,
+                        Out order, Out offsets, Out workspace) {
   constexpr const char* call = "jaxsparse_unique_sites_v1";
   UniqueSites s;
-  ffi::Error error = check_unique_sites(coords, count, sites, found, row_of, order, offsets, workspace, &s);
+  ffi::Error error = check_unique_sites(coords, count, sites, kept, found, row_of, order, offsets, workspace, &s);
   if (error.failure()) return error;
   error = check_workspace(call, s.workspace, cuda::unique_sites_workspace(s.points));
   if (error.failure()) return error;
-  const cuda::UniqueSitesArgs args{ints(coords), ints(count),   s.dims,      narrow(s.points),
-                                   narrow(s.capacity), ints(sites), ints(found), ints(row_of),
-                                   ints(order),  ints(offsets), workspace->untyped_data()};
+  const cuda::UniqueSitesArgs args{ints(coords), ints(count), s.dims,       narrow(s.points), narrow(s.capacity),
+                                   ints(sites),  ints(kept),  ints(found),  ints(row_of),     ints(order),
+                                   ints(offsets), workspace->untyped_data()};
   return launch_error(call, cuda::unique_sites(args, stream));
 }
 
-ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out found, Out outside, Out workspace,
-                        Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
+ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out kept, Out found, Out outside,
+                        Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
   constexpr const char* call = "jaxsparse_coarse_sites_v1";
   CoarseSites s;
-  ffi::Error error = check_coarse_sites(coords, count, sites, found, outside, workspace, kernel, stride, padding,
+  ffi::Error error = check_coarse_sites(coords, count, sites, kept, found, outside, workspace, kernel, stride, padding,
                                         dilation, bounds, &s);
   if (error.failure()) return error;
   const int64_t candidates = s.rows * cuda::windows_per_site(s.geometry);
@@ -86,6 +86,7 @@ ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out
   args.rows = narrow(s.rows);
   args.capacity = narrow(s.capacity);
   args.sites = ints(sites);
+  args.kept = ints(kept);
   args.found = ints(found);
   args.outside = ints(outside);
   args.workspace = workspace->untyped_data();

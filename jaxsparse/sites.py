@@ -204,7 +204,7 @@ class Sites:
             bounds = geometry.coarse_bounds(self.bounds)
 
         def make() -> tuple[jax.Array, Sites]:
-            coords, found, outside = _coords.coarse_sites(
+            coords, kept, found, outside = _coords.coarse_sites(
                 self.coords,
                 self.counts,
                 geometry=window,
@@ -219,8 +219,7 @@ class Sites:
                 status.report(Problem.COORDINATE_RANGE, outside[0] > 0, outside[0], _keys.axis_limit(self.dims)),
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
-            count = jnp.minimum(found[0], capacity)
-            made = Sites(coords, count, problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            made = Sites(coords, kept[0], problems, stride, self.capacities, self.batch_size, bounds, "morton")
             return self.status, made
 
         reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)
@@ -288,7 +287,7 @@ def _check_values(coords, count, batch_size, bounds) -> jax.Array:
 
     wrong_batch = rows_where((coords[:, 0] < 0) | (coords[:, 0] > batches - 1))
     wrong_range = rows_where(((coords[:, 1:] < -limit) | (coords[:, 1:] >= limit)).any(1))
-    _, distinct, *_ = _coords.unique_sites(coords, count[None], capacity=1)
+    _, _, distinct, *_ = _coords.unique_sites(coords, count[None], capacity=1)
     duplicates = count - distinct[0]
     problems = [
         status.report(Problem.BATCH_INDEX, wrong_batch > 0, wrong_batch, min(batches, 2**31 - 1)),

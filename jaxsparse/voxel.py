@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def voxelize(
     sizes = np.asarray(voxel_size, np.float64)
     if sizes.shape not in ((), (dims,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
         raise ValueError(f"`voxel_size` (={voxel_size}) must be positive, a number or one for each of the {dims} axes.")
-    scale = np.broadcast_to(1 / sizes, (1, dims)).astype(np.float32)
+    scale = np.broadcast_to(1 / sizes, dims).astype(np.float32)
     origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
     if origin.shape != (dims,):
         raise ValueError(f"`origin` must be [{dims}], a number for each axis, got shape {origin.shape}.")
@@ -95,32 +96,34 @@ def voxelize(
     count, wrong_count = check_count(count, rows)
     real = _keys.real_rows(count[None], points.shape[0])
 
-    cell = jnp.floor((points.astype(jnp.float32) - origin[None]) * scale)
+    # Axis by axis: XLA on GPUs computes a reduction over three columns in a kernel of its own.
+    columns = [points[:, d] for d in range(dims)]
+    cells = [jnp.floor((columns[d].astype(jnp.float32) - origin[d]) * scale[d]) for d in range(dims)]
     limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
-    is_finite = jnp.isfinite(points).all(1)
+    is_finite = _all(jnp.isfinite(column) for column in columns)
     wanted = real & is_finite  # points outside bounds are left out, not wrong
     if grid is not None:
-        wanted &= ((cell >= 0) & (cell < np.array([grid], np.float32))).all(1)
-    in_range = ((cell >= -limit) & (cell < limit)).all(1)
+        wanted &= _all((cell >= 0) & (cell < np.float32(size)) for cell, size in zip(cells, grid, strict=True))
+    in_range = _all((cell >= -limit) & (cell < limit) for cell in cells)
     in_batch = (batch >= 0) & (batch <= batches - 1)
-    kept = wanted & in_range & in_batch
-    cell = jnp.where(kept[:, None], cell, 0).astype(jnp.int32)
-    coords = jnp.concatenate([batch[:, None], cell], 1)
-    coords = jnp.where(kept[:, None], coords, _keys.PADDING_COORD)
+    has_voxel = wanted & in_range & in_batch
+    site = [batch, *[jnp.where(has_voxel, cell, 0).astype(jnp.int32) for cell in cells]]
+    coords = jnp.stack([jnp.where(has_voxel, entry, _keys.PADDING_COORD) for entry in site], 1)
 
-    sites, found, row_of, *grouped = _coords.unique_sites(
+    sites, kept, found, row_of, *grouped = _coords.unique_sites(
         coords, jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
     )
+    non_finite, out_of_range, wrong_batch = _number_of(real & ~is_finite, wanted & ~in_range, real & ~in_batch)
     problems = [
         wrong_count,
-        _count_rows(Problem.NON_FINITE_POINTS, real & ~is_finite, 0),
-        _count_rows(Problem.COORDINATE_RANGE, wanted & ~in_range, int(limit)),
-        _count_rows(Problem.BATCH_INDEX, real & ~in_batch, min(batches, 2**31 - 1)),
+        _report_rows(Problem.NON_FINITE_POINTS, non_finite, 0),
+        _report_rows(Problem.COORDINATE_RANGE, out_of_range, int(limit)),
+        _report_rows(Problem.BATCH_INDEX, wrong_batch, min(batches, 2**31 - 1)),
         status.report(Problem.VOXELIZE_CAPACITY, found[0] > capacity, found[0], capacity),
     ]
     made = Sites(
         sites,
-        jnp.minimum(found[0], capacity),
+        kept[0],
         status.merge(*problems),
         (1,) * dims,
         capacities or Capacities(),
@@ -131,9 +134,22 @@ def voxelize(
     return on_sites(made, _reduce(feats, row_of, grouped, capacity, reduce, implementation)), row_of[:rows]
 
 
-def _count_rows(problem: Problem, wrong: jax.Array, limit: int) -> jax.Array:
-    """Reports how many rows are wrong, if any."""
-    number = wrong.sum(dtype=jnp.int32)
+def _all(conditions: Iterable[jax.Array]) -> jax.Array:
+    """Where all hold."""
+    return functools.reduce(jnp.logical_and, conditions)
+
+
+def _number_of(*rows: jax.Array) -> tuple[jax.Array, ...]:
+    """How many of some rows are true, for several of them in one reduction."""
+
+    def add(a, b):
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    return tuple(jax.lax.reduce([r.astype(jnp.int32) for r in rows], [np.int32(0)] * len(rows), add, (0,)))
+
+
+def _report_rows(problem: Problem, number: jax.Array, limit: int) -> jax.Array:
+    """Reports a number of rows, if there are any."""
     return status.report(problem, number > 0, number, limit)
 
 
@@ -234,7 +250,7 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
     problems = status.merge(
         *[t.status for t in tensors],
         *[
-            _count_rows(Problem.BATCH_INDEX, t.sites.is_real & (t.coords[:, 0] >= size), size)
+            _report_rows(Problem.BATCH_INDEX, (t.sites.is_real & (t.coords[:, 0] >= size)).sum(dtype=jnp.int32), size)
             for t, size in zip(tensors, sizes, strict=True)
         ],
         status.report(Problem.COLLATE_CAPACITY, ends[-1] > capacity, ends[-1], capacity),

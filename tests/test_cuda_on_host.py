@@ -90,6 +90,16 @@ def random_coords(rng, rows, dims, spread):
     return coords
 
 
+def unique_results(points, capacity, dims):
+    rows, size = ((points,), I32), _workspace.unique_sites(points)
+    return [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), rows, rows, ((capacity + 1,), I32), ((size,), U8)]
+
+
+def coarse_results(rows, capacity, geometry):
+    size = _workspace.coarse_sites(rows, geometry)
+    return [((capacity, 1 + len(geometry.kernel)), I32), *[((1,), I32)] * 3, ((size,), U8)]
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("points", "count", "capacity"), [(1, 1, 1), (300, 300, 40), (700, 650, 700), (5000, 4800, 6000), (64, 0, 8)]
@@ -105,10 +115,9 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     sites = {k: tuple(c) for k, c in zip(keys, coords, strict=True) if k is not None}
     ordered = sorted(sites)
     row_of_key = {k: r if r < capacity else -1 for r, k in enumerate(ordered)}
-    results = [((capacity, 1 + dims), I32), ((1,), I32), ((points,), I32), ((points,), I32), ((capacity + 1,), I32)]
-    results.append(((_workspace.unique_sites(points),), U8))
-    got, found, row_of, order, offsets, _ = call("unique_sites", results, coords, np.array([count], I32))
-    np.testing.assert_array_equal(found, [len(ordered)])
+    results = unique_results(points, capacity, dims)
+    got, kept, found, row_of, order, offsets, _ = call("unique_sites", results, coords, np.array([count], I32))
+    np.testing.assert_array_equal([kept, found], [[min(len(ordered), capacity)], [len(ordered)]])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in ordered], capacity, dims))
     np.testing.assert_array_equal(row_of, [-1 if k is None else row_of_key[k] for k in keys])
     grouped = np.argsort(np.where(row_of >= 0, row_of, capacity), kind="stable")
@@ -131,9 +140,8 @@ def test_unique_sites_sorts_whatever_the_keys_share(kind):
         coords[:, 0] = rng.integers(0, 1023, 3000)
     keys = [key(c) for c in coords]
     ordered = sorted(set(keys))
-    results = [((3000, 4), I32), ((1,), I32), ((3000,), I32), ((3000,), I32), ((3001,), I32)]
-    results.append(((_workspace.unique_sites(3000),), U8))
-    got, found, row_of, *_ = call("unique_sites", results, coords, np.array([3000], I32))
+    results = unique_results(3000, 3000, 3)
+    got, _, found, row_of, *_ = call("unique_sites", results, coords, np.array([3000], I32))
     assert found[0] == len(ordered)
     assert [key(c) for c in got[: len(ordered)]] == ordered
     np.testing.assert_array_equal(row_of, np.searchsorted(np.array(ordered, np.uint64), np.array(keys, np.uint64)))
@@ -174,12 +182,10 @@ def test_coarse_sites_are_all_sites_whose_window_holds_a_site(geometry, bounded,
             outside += k is None
             if k is not None:
                 sites[k] = (int(site[0]), *coarse)
-    size = _workspace.coarse_sites(rows, Geometry(kernel, stride, padding, dilation))
-    results = [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), ((size,), U8)]
+    results = coarse_results(rows, capacity, Geometry(kernel, stride, padding, dilation))
     attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=0)
-    got, found, lost, _ = call("coarse_sites", results, coords, np.array([count], I32), **attrs)
-    np.testing.assert_array_equal(found, [len(sites)])
-    np.testing.assert_array_equal(lost, [outside])
+    got, kept, found, lost, _ = call("coarse_sites", results, coords, np.array([count], I32), **attrs)
+    np.testing.assert_array_equal([kept, found, lost], [[min(len(sites), capacity)], [len(sites)], [outside]])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in sorted(sites)], capacity, dims))
 
 
@@ -196,11 +202,10 @@ def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
     coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
     expected = sorted((c for c in coarse if not bounded or all(0 <= v < 3 for v in c[1:])), key=key)
     geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
-    results = [((1500, 1 + dims), I32), ((1,), I32), ((1,), I32)]
-    results.append(((_workspace.coarse_sites(len(coords), Geometry(*geometry)),), U8))
+    results = coarse_results(len(coords), 1500, Geometry(*geometry))
     attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=1)
-    got, found, outside, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
-    assert (found[0], outside[0]) == (len(expected), 0)
+    got, kept, found, outside, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
+    assert (kept[0], found[0], outside[0]) == (min(len(expected), 1500), len(expected), 0)
     np.testing.assert_array_equal(got, sites_array(expected, 1500, dims))
 
 
@@ -237,7 +242,21 @@ def test_kernel_map_finds_the_first_row_of_each_site(geometry, rows, count, out_
 
 
 @pytest.mark.parametrize(
-    "geometry", [*GEOMETRIES, ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)), ((40,), (1,), (9,), (9,))]
+    "geometry",
+    [
+        *GEOMETRIES,
+        ((7, 7, 7), (1, 1, 1), (3, 3, 3), (1, 1, 1)),
+        ((40,), (1,), (9,), (9,)),
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1)),  # windows over two blocks on each axis, from here on
+        ((3, 3, 3), (1, 1, 1), (2, 2, 2), (2, 2, 2)),
+        ((2, 2, 2), (2, 2, 2), (0, 0, 0), (1, 1, 1)),
+        ((2, 2, 2), (3, 1, 2), (1, 5, -3), (1, 2, 3)),
+        ((1, 3, 1), (1, 2, 1), (0, 1, 0), (1, 1, 1)),
+        ((3, 3), (1, 1), (1, 1), (1, 1)),
+        ((2,), (1,), (0,), (1,)),
+        ((2, 2, 2, 2), (1, 1, 1, 1), (0, 1, 0, 1), (1, 1, 1, 1)),
+        ((2, 2, 2, 3), (1, 2, 1, 1), (0, 1, 0, 1), (1, 1, 1, 1)),
+    ],
 )
 def test_kernel_map_by_blocks_finds_the_same(geometry):
     dims = len(geometry[0])
@@ -272,12 +291,11 @@ def test_regular_scenes(name):
         for site in itertools.product(*({c >> 1, (c + 1) >> 1} for c in fine))
     }
     expected = sorted(reached, key=key)  # half as far from 0 as the fine ones: each has a key
-    size = _workspace.coarse_sites(len(coords), Geometry(*strided))
-    results = [((capacity, 4), I32), ((1,), I32), ((1,), I32), ((size,), U8)]
+    results = coarse_results(len(coords), capacity, Geometry(*strided))
     for rows, is_sorted in ((coords, 1), (shuffled, 0)):
         attrs = attributes(strided, bounds=np.array([], I32), is_sorted=is_sorted)
-        got, found, outside, _ = call("coarse_sites", results, rows, count, **attrs)
-        assert (found[0], outside[0]) == (len(expected), 0)
+        got, kept, found, outside, _ = call("coarse_sites", results, rows, count, **attrs)
+        assert (kept[0], found[0], outside[0]) == (len(expected), len(expected), 0)
         np.testing.assert_array_equal(got, sites_array(expected, capacity, 3))
 
 
@@ -285,9 +303,7 @@ def test_kernels_give_the_bits_of_the_cpu_handlers():
     rng = np.random.default_rng(8)
     coords = random_coords(rng, 4000, 3, 30)
     count, capacity = np.array([3900], I32), 9000
-    results = [((capacity, 4), I32), ((1,), I32), ((4000,), I32), ((4000,), I32), ((capacity + 1,), I32)]
-    results.append(((_workspace.unique_sites(4000),), U8))
-    *found, _ = call("unique_sites", results, coords, count)
+    *found, _ = call("unique_sites", unique_results(4000, capacity, 3), coords, count)
     for a, b in zip(found, _coords.unique_sites(coords, count, capacity=capacity, implementation="auto"), strict=True):
         np.testing.assert_array_equal(a, b)
     sites, number = found[:2]
@@ -295,10 +311,9 @@ def test_kernels_give_the_bits_of_the_cpu_handlers():
         geometry = Geometry.create(3, kernel, 2)
         options = {"geometry": geometry, "capacity": 4 * capacity, "bounds": None, "is_sorted": True}
         expected = _coords.coarse_sites(sites, number, implementation="auto", **options)
-        results = [((4 * capacity, 4), I32), ((1,), I32), ((1,), I32)]
-        results.append(((_workspace.coarse_sites(capacity, geometry),), U8))
+        results = coarse_results(capacity, 4 * capacity, geometry)
         attrs = {**geometry.attributes(), "bounds": np.array([], I32), "is_sorted": 1}
-        for a, b in zip(call("coarse_sites", results, sites, number, **attrs)[:3], expected, strict=True):
+        for a, b in zip(call("coarse_sites", results, sites, number, **attrs)[:4], expected, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -711,11 +726,14 @@ def test_inverted_index_lists_the_positions_of_each_value(positions, values):
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
 @pytest.mark.parametrize("channels", [1, 3, 64])
 def test_segment_sum_adds_the_listed_rows(dtype, channels):
+    """Groups of every length about those that a thread reads at once, a thread sums, and a warp reads at once."""
     rng = np.random.default_rng(channels)
-    index = rng.integers(-1, 50, 400).astype(I32)
-    results = [((400,), I32), ((51,), I32), ((_workspace.invert_index(400),), U8)]
+    lengths = [0, 1, 2, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 70, 255, 256, 257, 530, *rng.integers(0, 4, 32)]
+    index = rng.permutation(np.concatenate([np.repeat(np.arange(50), lengths), np.full(30, -1)])).astype(I32)
+    rows = len(index)
+    results = [((rows,), I32), ((51,), I32), ((_workspace.invert_index(rows),), U8)]
     order, offsets, _ = call("invert_index", results, index)
-    x = small_integers(rng, (400, channels), dtype)
+    x = small_integers(rng, (rows, channels), dtype)
     x[index < 0] = np.nan
     with wide(dtype):
         (y,) = call("segment_sum", [((50, channels), dtype)], x, order, offsets)
@@ -749,7 +767,7 @@ def test_channel_sums_are_those_of_the_real_rows(dtype, rows, count, channels):
 
 def test_errors_name_the_call_and_the_shapes():
     coords, count = np.zeros((8, 4), I32), np.array([8], I32)
-    results = [((8, 4), I32), ((1,), I32), ((8,), I32), ((8,), I32), ((9,), I32), ((64,), U8)]
+    results = [*unique_results(8, 8, 3)[:-1], ((64,), U8)]
     with pytest.raises(Exception, match=r"unique_sites_v1: offsets must have size 10 on axis 0.*coords int32 \[8, 4\]"):
         call("unique_sites", [((9, 4), I32), *results[1:]], coords, count)
     with pytest.raises(Exception, match=r"unique_sites_v1: workspace has 64 bytes, needs \d+"):

@@ -79,7 +79,7 @@ __device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x)
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// Reads a row of coordinates, int32 [1 + D], in one access where its size allows it.
+// A row of coordinates, int32 [1 + D], read and written in one access where its size allows it.
 template <int D>
 struct Site {
   int32_t batch, coord[D];
@@ -94,6 +94,15 @@ struct Site {
     } else {
       batch = coords[row * (1 + D)];
       for (int d = 0; d < D; ++d) coord[d] = coords[row * (1 + D) + 1 + d];
+    }
+  }
+
+  __device__ void write(int32_t* coords, int64_t row) const {
+    if constexpr (D == 3) {
+      reinterpret_cast<int4*>(coords)[row] = make_int4(batch, coord[0], coord[1], coord[2]);
+    } else {
+      coords[row * (1 + D)] = batch;
+      for (int d = 0; d < D; ++d) coords[row * (1 + D) + 1 + d] = coord[d];
     }
   }
 };

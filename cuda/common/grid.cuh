@@ -81,8 +81,9 @@ struct BlockSums {
 };
 __device__ inline BlockSums sum_blocks(const int32_t* of_block) {
   const unsigned t = threadIdx.x;
-  const int32_t value = t < gridDim.x ? of_block[t] : 0;
-  return {block_sum(t < blockIdx.x ? value : 0), block_sum(value)};
+  const uint64_t value = t < gridDim.x ? of_block[t] : 0;
+  const uint64_t sums = block_sum(t < blockIdx.x ? value << 32 | value : value);  // both at once: neither has 32 bits
+  return {static_cast<int32_t>(sums >> 32), static_cast<int32_t>(sums)};
 }
 
 __device__ inline uint64_t or_blocks(const uint64_t* of_block) {

@@ -28,6 +28,7 @@ __device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outsi
     write_padding<D>(a.sites + row * (1 + D));
   }
   if (global_thread() == 0) {
+    *a.kept = min(found, a.capacity);
     *a.found = found;
     *a.outside = outside;
   }
@@ -35,27 +36,28 @@ __device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outsi
 
 // --- shifted ---
 
+// Sites have keys, and so have these, which are nearer to 0: none is made.
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSitesArgs a, int shift, int32_t* heads_of) {
   const Grid grid = cooperative_groups::this_grid();
   const int32_t n = real_rows(a.count, a.rows);
-  const auto coarse_key = [&](int64_t row) {
-    const Site<D> site(a.coords, row);
-    int64_t coarse[D];
-    for (int d = 0; d < D; ++d) {
-      coarse[d] = site.coord[d] >> shift;
-      if (a.bounded && (coarse[d] < 0 || coarse[d] >= a.bounds[d])) return kNoKey;
-    }
-    return make_key<D>(site.batch, coarse);
+  const auto coarse_site = [&](int64_t row) {
+    Site<D> site(a.coords, row);
+    for (int d = 0; d < D; ++d) site.coord[d] >>= shift;
+    return site;
   };
   const Range own = share(n, kGridThreads, gridDim.x);
-  const auto head = [&](int32_t i) {  // the key of a row that begins a coarse site, else kNoKey
-    if (i >= own.end) return kNoKey;
-    const Key key = coarse_key(i);
-    return i > 0 && coarse_key(i - 1) == key ? kNoKey : key;
+  const auto is_head = [&](int32_t i, const Site<D>& site) {  // whether a row begins a coarse site
+    const Site<D> below = coarse_site(max(i - 1, 0));
+    bool differs = i == 0 || below.batch != site.batch, is_within = true;
+    for (int d = 0; d < D; ++d) {
+      differs = differs || below.coord[d] != site.coord[d];
+      is_within = is_within && (!a.bounded || (site.coord[d] >= 0 && site.coord[d] < a.bounds[d]));
+    }
+    return differs && is_within;
   };
   int32_t heads = 0;
-  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += head(i) != kNoKey;
+  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += is_head(i, coarse_site(i));
   heads = block_sum(heads);
   if (threadIdx.x == 0) heads_of[blockIdx.x] = heads;
   grid.sync();
@@ -63,13 +65,15 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
   const BlockSums rows = sum_blocks(heads_of);
   int32_t next = rows.before;
   for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-    const Key key = head(begin + threadIdx.x);
+    const int32_t i = begin + threadIdx.x;
+    const Site<D> site = coarse_site(min(i, own.end - 1));
+    const bool head = i < own.end && is_head(i, site);
     int32_t total;
-    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(key != kNoKey), &total);
+    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(head), &total);
     next += total;
-    if (key != kNoKey && row < a.capacity) write_site<D>(key, a.sites + static_cast<int64_t>(row) * (1 + D));
+    if (head && row < a.capacity) site.write(a.sites, row);
   }
-  write_end<D>(a, rows.all, 0);  // a coarse coordinate is nearer to 0 than a fine one: it has a key
+  write_end<D>(a, rows.all, 0);
 }
 
 // --- general ---

@@ -43,13 +43,14 @@ struct CoarseSitesArgs {
   bool sorted;  // the real rows of coords are sites, sorted by key
   int32_t rows, capacity;
   int32_t* sites;    // [capacity, 1 + dims]
+  int32_t* kept;     // [1]
   int32_t* found;    // [1]
   int32_t* outside;  // [1]
   void* workspace;   // coarse_sites_workspace(rows * windows_per_site(geometry))
 };
 
-// Distinct coarse sites whose window holds a real fine site, sorted by key, the first `capacity` kept; `found` counts
-// them all, `outside` the (fine site, tap) pairs within bounds whose coarse coordinate has no key.
+// Distinct coarse sites whose window holds a real fine site, sorted by key, the first `capacity` kept; `kept` counts
+// those, `found` all, `outside` the (fine site, tap) pairs within bounds whose coarse coordinate has no key.
 cudaError_t coarse_sites(const CoarseSitesArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

@@ -1,20 +1,20 @@
 // site_index clears a hash map and enters the input sites, in two kernels; kernel_map looks taps up, in one.
 //
 // The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. What bounds the
-// look-up is the arithmetic of keys, some 60 instructions each, and chains of dependent reads from L2, so the builders
-// differ in how many keys they look up:
+// look-up is arithmetic, of keys and of places in blocks, and chains of dependent reads from L2, so the builders differ in
+// how many keys they look up:
 //
 //     hash     one a tap. Sites may have any order.
 //     blocks   one a block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, where the hash map
 //              has a third of the entries. A block's mask then answers for all taps in it, and the number of its sites
 //              before one says which row that is.
 //
-// A block of threads has 32 outputs, a lane each; its warps share their taps, so that the chain of an output is short and
-// table writes are whole lines.
+// A lane has an output, so that table writes are whole lines. Of small windows a thread looks up all taps, by blocks, some
+// 30 instructions each, all told; of others the warps of a block of threads share the taps of 32 outputs.
 //
 // Tried and left, on an H200, 3^3 map of a scan of 91,767 sites unless said otherwise:
-//     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 38 us (now 32)
-//     one warp for all taps of 32 outputs: 30 us, but 17 for 5,925 sites (now 10), the latency of its instructions
+//     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 6 us more
+//     small windows like the others, their taps shared by four warps: 32 us in all, four times the instructions
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
@@ -28,10 +28,10 @@ namespace jaxsparse::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTileWarps = 4;  // they share the taps of the tile's outputs
+constexpr int kTileWarps = 3;  // they share the taps of the tile's outputs
 constexpr int kTileThreads = kTileWarps * kWarp;
 constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
-constexpr int kAtOnce = 4;      // taps that a thread looks up together
+constexpr int kAtOnce = 3;      // taps that a thread looks up together
 
 template <int D>
 __device__ Key key_of(const Site<D>& site) {
@@ -47,23 +47,29 @@ struct alignas(16) SiteSlot {
   int32_t unused;
 
   static __device__ SiteSlot empty() { return {kNoKey, -1, 0}; }
-  static __host__ __device__ int64_t number(int32_t rows) { return hash_slots(rows); }
+  static __device__ uint32_t hash(uint64_t key) { return static_cast<uint32_t>(jaxsparse::hash(key) >> 32); }
+  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
 };
 struct alignas(32) BlockSlot {
-  uint64_t key;   // that of the block's first site
+  uint64_t key;   // see in_block()
   uint64_t mask;  // which of its 64 sites exist
   int32_t row;    // of the first that does
   int32_t unused[3];
 
   static __device__ BlockSlot empty() { return {kNoKey, 0, 0, {}}; }
+  // Cheaper than the finaliser of SiteSlot, whose products have 64 bits: it is called for each block under each window.
+  static __device__ uint32_t hash(uint64_t key) {
+    const uint32_t mixed = static_cast<uint32_t>(key) * 0x9e3779b1u + static_cast<uint32_t>(key >> 32) * 0x85ebca77u;
+    return (mixed ^ mixed >> 15) * 0x2c1b3c6du;
+  }
   // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
   // leave a fifth empty.
-  static __host__ __device__ int64_t number(int32_t rows) { return hash_slots(int64_t{5} * rows / 8 + 1); }
+  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };
 
 template <typename Slot>
 __global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  const int64_t slots = Slot::number(real_rows(a.count, a.rows));
+  const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
   for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot] = Slot::empty();
 }
 
@@ -79,6 +85,45 @@ __global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
   }
 }
 
+// What a block goes by in its index: batch, then the block's number on each axis, counted from the lower end of the
+// coordinate range, side by side. Far cheaper to make than a Morton code, and so is that of a neighbour.
+template <int D>
+struct BlockNumbers {
+  int bits[D];       // of the number on each axis
+  int shift[D];      // how far it is shifted left
+  int batch_shift;
+
+  constexpr BlockNumbers() : bits(), shift(), batch_shift(0) {
+    for (int d = D - 1; d >= 0; --d) {
+      bits[d] = axis_bits(D) - block_axis_bits(D, d);
+      shift[d] = batch_shift;
+      batch_shift += bits[d];
+    }
+  }
+};
+
+// A site's block, kNoKey if the site has no key, and which of the block's sites it is.
+struct InBlock {
+  uint64_t block;
+  int32_t bit;
+};
+
+template <int D>
+__device__ InBlock in_block(const Site<D>& site) {
+  constexpr BlockNumbers<D> numbers;
+  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
+  InBlock in{static_cast<uint64_t>(site.batch) << numbers.batch_shift, 0};
+#pragma unroll
+  for (int d = 0; d < D; ++d) {
+    const uint32_t at = static_cast<uint32_t>(site.coord[d]) + (uint32_t{1} << (axis_bits(D) - 1));
+    fits = fits && at < uint32_t{1} << axis_bits(D);
+    in.block |= static_cast<uint64_t>(at >> block_axis_bits(D, d)) << numbers.shift[d];
+    in.bit |= bits_in_block<D>(d, static_cast<int32_t>(at));
+  }
+  if (!fits) in.block = kNoKey;
+  return in;
+}
+
 // Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
 template <int D>
 __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
@@ -87,35 +132,67 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t begin = global_thread() - lane; begin < rows; begin += all_threads()) {
     const int64_t row = begin + lane;
-    const Key key = row < rows ? key_of(Site<D>(a.coords, row)) : kNoKey;
-    const Key block = key | kInBlock;
-    Key block_below = __shfl_up_sync(kAllLanes, block, 1);
-    if (lane == 0) block_below = row > 0 ? key_of(Site<D>(a.coords, row - 1)) | kInBlock : kNoKey;
-    const bool leads = lane == 0 || block_below != block;
-    const uint64_t bits = or_of_run(key == kNoKey ? 0 : uint64_t{1} << (key & kInBlock), leads);
-    if (key == kNoKey || !leads) continue;
-    BlockSlot* const slot = map.insert_if_absent(key & ~kInBlock);
-    atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(bits));
-    if (block_below != block) slot->row = static_cast<int32_t>(row);
+    const InBlock in = in_block(Site<D>(a.coords, min(row, int64_t{rows} - 1)));
+    const uint64_t block = row < rows ? in.block : kNoKey;
+    uint64_t block_below = __shfl_up_sync(kAllLanes, block, 1);
+    if (lane == 0) block_below = row > 0 ? in_block(Site<D>(a.coords, row - 1)).block : kNoKey;
+    const bool begins = block_below != block, leads = lane == 0 || begins;
+    const uint64_t mask = or_of_run(block == kNoKey ? 0 : uint64_t{1} << in.bit, leads);
+    const bool ends = __ballot_sync(kAllLanes, leads) >> lane > 1;  // before the warp does
+    if (block == kNoKey || !leads) continue;
+    BlockSlot* const slot = map.insert_if_absent(block);
+    if (begins) slot->row = static_cast<int32_t>(row);
+    if (begins && ends) {
+      slot->mask = mask;  // no other warp has sites of this block
+    } else {
+      atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(mask));
+    }
   }
 }
 
-// A number in a mixed radix, a digit an axis: a tap, or a block under the window. The last axis is the fastest.
+// Divides by a number that is the same for all threads. Exact for 0 <= n < 2^16 and a size of at most 2^16.
+struct Divisor {
+  int32_t size;
+  uint64_t inverse;
+
+  Divisor() = default;
+  explicit Divisor(int64_t by) : size(static_cast<int32_t>(by)), inverse(((uint64_t{1} << 32) + by - 1) / by) {}
+
+  __device__ int32_t divide(int32_t n) const {
+    return static_cast<int32_t>(static_cast<uint32_t>(n) * inverse >> 32);
+  }
+};
+
+// The kernel's sizes.
 template <int D>
-struct Odometer {
+struct TapSizes {
+  Divisor on[D];
+
+  explicit TapSizes(const Geometry& g) {
+    for (int d = 0; d < D; ++d) on[d] = Divisor(g.kernel[d]);
+  }
+};
+
+// A tap, a digit an axis. The last axis is the fastest.
+template <int D>
+struct Tap {
   int32_t at[D];
 
-  __device__ Odometer(const int32_t (&sizes)[D], int32_t flat) {
+  __device__ Tap(const TapSizes<D>& sizes, int32_t flat) {
+#pragma unroll
     for (int d = D - 1; d >= 0; --d) {
-      at[d] = flat % sizes[d];
-      flat /= sizes[d];
+      const int32_t rest = sizes.on[d].divide(flat);
+      at[d] = flat - rest * sizes.on[d].size;
+      flat = rest;
     }
   }
 
   // Adds one at an axis.
-  __device__ void next(const int32_t (&sizes)[D], int axis) {
-    for (int d = axis; d >= 0; --d) {
-      if (++at[d] < sizes[d]) return;
+  __device__ void next(const TapSizes<D>& sizes, int axis) {
+#pragma unroll
+    for (int d = D - 1; d >= 0; --d) {
+      if (d > axis) continue;
+      if (++at[d] < sizes.on[d].size) return;
       at[d] = 0;
     }
   }
@@ -133,6 +210,7 @@ __device__ uint32_t pieces_of(int32_t out_rows, int32_t mask_words) {
 }
 
 __device__ Piece piece_of(uint32_t i, int32_t mask_words) {
+  if (mask_words <= kTileWords) return {static_cast<int32_t>(i) * kWarp, 0, mask_words};
   const uint32_t pieces = static_cast<uint32_t>(mask_words + kTileWords - 1) / kTileWords;
   const int32_t word = static_cast<int32_t>(i % pieces) * kTileWords;
   return {static_cast<int32_t>(i / pieces) * kWarp, word, min(kTileWords, mask_words - word)};
@@ -140,14 +218,17 @@ __device__ Piece piece_of(uint32_t i, int32_t mask_words) {
 
 using TileMasks = uint32_t[kTileWords][kWarp];
 
+// A warp has every kTileWarps-th word.
+__device__ void clear_masks(const Piece& piece, TileMasks& masks) {
+  for (int w = threadIdx.x / kWarp; w < piece.words; w += kTileWarps) masks[w][threadIdx.x % kWarp] = 0;
+}
+
 // Writes table and masks of a tile of outputs for the piece's taps, a lane an output. A line is the taps that differ on the
 // last axis alone: begin_line(tap) is told its others, then find(rows, first, n) says the input rows under n <= kAtOnce of
-// its taps. The masks must be zero, and a barrier must have passed since.
+// its taps. The masks must be zero, and a barrier must have passed since; those of the next piece may be cleared at once.
 template <int D, typename BeginLine, typename Find>
-__device__ void write_tile(const KernelMapArgs& a, const Piece& piece, int32_t out_rows, TileMasks& masks,
-                           BeginLine begin_line, Find find) {
-  int32_t sizes[D];
-  for (int d = 0; d < D; ++d) sizes[d] = static_cast<int32_t>(a.geometry.kernel[d]);
+__device__ void write_tile(const KernelMapArgs& a, const TapSizes<D>& sizes, const Piece& piece, int32_t out_rows,
+                           TileMasks& masks, BeginLine begin_line, Find find) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int32_t output = piece.first + lane;
   const bool is_real = output < out_rows;
@@ -157,22 +238,24 @@ __device__ void write_tile(const KernelMapArgs& a, const Piece& piece, int32_t o
   int32_t* entry = a.table + static_cast<int64_t>(first_tap + k) * a.out_rows + output;
   uint64_t mask = 0;  // of words `word` and the next
   int32_t word = k / 32;
-  Odometer<D> tap(sizes, first_tap + k);
+  Tap<D> tap(sizes, first_tap + k);
   while (k < end) {
     begin_line(tap.at);
-    const int32_t line_end = min(sizes[D - 1], tap.at[D - 1] + end - k);
+    const int32_t line_end = min(sizes.on[D - 1].size, tap.at[D - 1] + end - k);
     for (int32_t last = tap.at[D - 1]; last < line_end; last += kAtOnce) {
       const int32_t n = min(kAtOnce, line_end - last);
       int32_t rows[kAtOnce];
       find(rows, last, n);
+      uint32_t found = 0;
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (i < n) {
-          if (is_real) entry[i * static_cast<int64_t>(a.out_rows)] = rows[i];
-          mask |= static_cast<uint64_t>(rows[i] >= 0) << (k - word * 32 + i);
+          if (is_real) *entry = rows[i];
+          entry += a.out_rows;
+          found |= static_cast<uint32_t>(rows[i] >= 0) << i;
         }
       }
-      entry += n * static_cast<int64_t>(a.out_rows);
+      mask |= static_cast<uint64_t>(found) << (k - word * 32);
       k += n;
       if (k - word * 32 >= 32) {
         atomicOr(&masks[word++][lane], static_cast<uint32_t>(mask));
@@ -184,18 +267,14 @@ __device__ void write_tile(const KernelMapArgs& a, const Piece& piece, int32_t o
   }
   if (mask != 0) atomicOr(&masks[word][lane], static_cast<uint32_t>(mask));
   __syncthreads();
-  for (int i = threadIdx.x; i < piece.words * kWarp; i += kTileThreads) {
-    const int32_t m = piece.first + i / piece.words, w = i % piece.words;
-    if (m < out_rows) a.masks[static_cast<int64_t>(m) * a.mask_words + piece.word + w] = masks[w][i / piece.words];
+  for (int w = warp; w < piece.words; w += kTileWarps) {
+    if (is_real) a.masks[static_cast<int64_t>(output) * a.mask_words + piece.word + w] = masks[w][lane];
   }
 }
 
-__device__ void clear_masks(const Piece& piece, TileMasks& masks) {
-  for (int i = threadIdx.x; i < piece.words * kWarp; i += kTileThreads) masks[i / kWarp][i % kWarp] = 0;
-}
-
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(KernelMapArgs a, SiteSlot* index) {
+__global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(KernelMapArgs a, TapSizes<D> sizes,
+                                                                                      SiteSlot* index) {
   __shared__ TileMasks masks;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap<SiteSlot> map(index, SiteSlot::number(in_rows));
@@ -208,149 +287,260 @@ __global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(
     Key line = kNoKey;
     __syncthreads();
     write_tile<D>(
-        a, piece, out_rows, masks,
+        a, sizes, piece, out_rows, masks,
         [&](const int32_t (&tap)[D]) {
           line = batch_part<D>(out.batch);
           for (int d = 0; d < D - 1; ++d) line |= axis_part<D>(d, a.geometry.fine(d, out.coord[d], tap[d]));
         },
         [&](int32_t (&rows)[kAtOnce], int32_t first, int32_t n) {
           Key keys[kAtOnce];
+          bool wanted[kAtOnce], is_site[kAtOnce];
 #pragma unroll
           for (int j = 0; j < kAtOnce; ++j) {
             const int64_t coord = a.geometry.fine(D - 1, out.coord[D - 1], first + j);
-            keys[j] = j < n ? line | axis_part<D>(D - 1, coord) : kNoKey;
+            keys[j] = line | axis_part<D>(D - 1, coord);
+            wanted[j] = j < n && keys[j] != kNoKey;
           }
           SiteSlot found[kAtOnce];
-          map.find(keys, found);
+          map.find(keys, wanted, found, is_site);
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) rows[j] = found[j].key == kNoKey ? -1 : found[j].row;
+          for (int j = 0; j < kAtOnce; ++j) rows[j] = is_site[j] ? found[j].row : -1;
         });
-    __syncthreads();
   }
 }
-
-constexpr int kMostParts = kMostUnderWindow + 2;  // no more is the sum of numbers, one an axis, with a product of 27
-
-// For each of a tile's outputs: the parts of the keys of the blocks under the window, an axis after the other, and those
-// blocks in halves of 32 sites: which of them exist, and the row of the first that does.
-struct UnderWindows {
-  Key parts[kMostParts][kWarp];
-  uint32_t masks[2 * kMostUnderWindow][kWarp];
-  int32_t rows[2 * kMostUnderWindow][kWarp];
-};
 
 // What of a geometry is the same for all outputs.
 template <int D>
 struct WindowShape {
-  int32_t across[D];      // blocks under a window on each axis, at most
-  int32_t blocks;         // in all
-  int32_t block_step[D];  // what a block more on an axis adds to a site's number under the window, see place()
-  int32_t dilation[D];
+  int32_t stride[D], dilation[D];
+  int64_t shift[D];  // of a window's first tap, counted from the lower end of the coordinate range
+  int32_t reach[D];  // from the first tap to the last
 
   explicit WindowShape(const Geometry& g) {
-    blocks = blocks_under_window<D>(g, across);
-    for (int d = D - 1, step = 1 << kBlockBits; d >= 0; step *= across[d--]) block_step[d] = step;
-    for (int d = 0; d < D; ++d) dilation[d] = static_cast<int32_t>(g.dilation[d]);
-  }
-
-  // The share of a coordinate on one axis in a site's number under the window: 64 times the number of its block, plus its
-  // last key bits. The axes' shares add up.
-  __device__ int32_t place(int d, int32_t at) const {
-    return (at >> block_axis_bits(D, d)) * block_step[d] + bits_in_block<D>(d, at);
+    for (int d = 0; d < D; ++d) {
+      stride[d] = static_cast<int32_t>(g.stride[d]);
+      dilation[d] = static_cast<int32_t>(g.dilation[d]);
+      shift[d] = (int64_t{1} << (axis_bits(D) - 1)) - g.padding[d];
+      reach[d] = static_cast<int32_t>(g.dilation[d] * (g.kernel[d] - 1));
+    }
   }
 };
 
-// Finds the blocks under the windows of the tile's outputs.
+// The window of one output.
 template <int D>
-__device__ void look_under(const KernelMapArgs& a, int32_t first, int32_t out_rows, const WindowShape<D>& shape,
-                           const HashMap<BlockSlot>& map, UnderWindows& under) {
-  const int32_t(&across)[D] = shape.across;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Site<D> out(a.out_coords, min(first + lane, out_rows - 1));
-  int first_part = 0;
-  for (int d = 0; d < D; ++d) {
-    for (int block = (warp + kTileWarps - first_part % kTileWarps) % kTileWarps; block < across[d]; block += kTileWarps) {
-      const WindowAxis window = window_axis<D>(a.geometry, d, out.coord[d]);
-      const bool is_under = block < window.blocks;
-      under.parts[first_part + block][lane] = is_under ? axis_part<D>(d, window.first_site<D>(d, block)) : kNoKey;
+struct Window {
+  uint64_t first_key;  // of the first block under it
+  uint32_t exists[D];  // a bit for each block on an axis: under the window, and within the coordinate range
+  int32_t offset[D];   // of the first tap, in the first block
+
+  __device__ Window(const WindowShape<D>& shape, const Site<D>& out) {
+    constexpr BlockNumbers<D> numbers;
+    const bool has_batch = out.batch >= 0 && out.batch <= max_batch(D);
+    first_key = static_cast<uint64_t>(out.batch) << numbers.batch_shift;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      const int bits = block_axis_bits(D, d);
+      const int64_t first = static_cast<int64_t>(shape.stride[d]) * out.coord[d] + shape.shift[d], block = first >> bits;
+      offset[d] = static_cast<int32_t>(first) & ((1 << bits) - 1);
+      first_key += static_cast<uint64_t>(block) << numbers.shift[d];
+      const int32_t limit = 1 << numbers.bits[d];  // blocks from 0 to there have a key
+      const int32_t nearest = block < -31 ? -31 : block > limit ? limit : static_cast<int32_t>(block);
+      const int32_t blocks = has_batch ? min(((offset[d] + shape.reach[d]) >> bits) + 1, limit - nearest) : 0;
+      exists[d] = ((1u << blocks) - 1) & ~0u << max(-nearest, 0);
     }
-    first_part += across[d];
   }
-  const Key batch = batch_part<D>(out.batch);
-  __syncthreads();
-  constexpr int kBlocks = 8 / kTileWarps;  // looked up together
-  for (int u = warp * kBlocks; u < shape.blocks; u += kTileWarps * kBlocks) {
-    Key keys[kBlocks];
-    BlockSlot found[kBlocks];
+};
+
+// The share of a tap's coordinate on one axis, counted from the first block under the window, in its site's number there:
+// 64 times that of its block, `step` for a block more on this axis, plus its place in it, counted from the last. The axes'
+// shares add up.
+template <int D>
+__device__ int32_t place_share(int axis, int32_t at, int32_t step) {
+  return (at >> block_axis_bits(D, axis)) * step + bits_in_block<D>(axis, ~at);
+}
+
+// Half of a block under a window: which of its 32 sites exist, and the row before that of the first. The second half comes
+// first.
+struct alignas(8) Half {
+  uint32_t mask;  // the last site is the lowest bit
+  int32_t row_before;
+};
+
+// What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
+__device__ inline void put_block(Half* under, int32_t block, bool exists, const BlockSlot& slot) {
+  const uint32_t low = exists ? static_cast<uint32_t>(slot.mask) : 0;
+  under[2 * block * kWarp] = {exists ? static_cast<uint32_t>(slot.mask >> 32) : 0, slot.row + __popc(low) - 1};
+  under[(2 * block + 1) * kWarp] = {low, slot.row - 1};
+}
+
+// The row of a site, -1 where there is none.
+__device__ inline int32_t row_at(const Half* under, int32_t place, int32_t in_rows) {
+  const Half half = under[place & ~31];  // 32 places, kWarp halves
+  const uint32_t up_to = half.mask << (place & 31);  // the site is the highest bit, those before it lie below
+  const int32_t row = half.row_before + __popc(up_to);
+  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // too large only where sites are not sorted
+}
+
+// Most layers: kernels of 3 at most on the last two axes and of 32 taps at most, windows over at most two blocks on each
+// axis. A thread an output, and no barrier. kLast: the kernel's size on the last axis.
+constexpr int kSmallThreads = 64;
+
+template <int D>
+bool is_small(const Geometry& g) {
+  int32_t across[D];
+  bool small = blocks_under_window<D>(g, across) <= kMostUnderWindow && g.volume() <= 32;
+  for (int d = 0; d < D; ++d) small = small && across[d] <= 2 && (d < D - 2 || g.kernel[d] <= 3);
+  return small;
+}
+
+template <int D, int kLast>
+__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThreads)
+    small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
+  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 4 ? kBlocks : 4, kMostLines = 3;
+  constexpr BlockNumbers<D> numbers;
+  __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
+  Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
+  const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
+  const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
+  const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // of a plane
+  for (int64_t output = global_thread(); output < out_rows; output += all_threads()) {
+    const Window<D> window(shape, Site<D>(a.out_coords, output));
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      keys[j] = batch;
-      int32_t rest = u + j, part = first_part;
-      for (int d = D - 1; d >= 0; --d) {
-        part -= across[d];
-        keys[j] |= under.parts[part + rest % across[d]][lane];
-        rest /= across[d];
+    for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
+      uint64_t keys[kBlocksAtOnce];
+      bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
+      BlockSlot slots[kBlocksAtOnce];
+#pragma unroll
+      for (int j = 0; j < kBlocksAtOnce; ++j) {
+        keys[j] = window.first_key;
+        uint32_t exists = 1;
+#pragma unroll
+        for (int d = 0; d < D; ++d) {
+          const int at = (first + j) >> (D - 1 - d) & 1;
+          keys[j] += static_cast<uint64_t>(at) << numbers.shift[d];
+          exists &= window.exists[d] >> at;
+        }
+        wanted[j] = (exists & 1) != 0;
       }
-      if (u + j >= shape.blocks) keys[j] = kNoKey;
-    }
-    map.find(keys, found);
+      map.find(keys, wanted, slots, found);
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      if (u + j >= shape.blocks) break;
-      const uint64_t mask = found[j].key == kNoKey ? 0 : found[j].mask;
-      const uint32_t low = static_cast<uint32_t>(mask), high = static_cast<uint32_t>(mask >> 32);
-      under.masks[2 * (u + j)][lane] = low;
-      under.masks[2 * (u + j) + 1][lane] = high;
-      under.rows[2 * (u + j)][lane] = found[j].row;
-      under.rows[2 * (u + j) + 1][lane] = found[j].row + __popc(low);
+      for (int j = 0; j < kBlocksAtOnce; ++j) put_block(under, first + j, found[j], slots[j]);
     }
+    const auto share = [&](int d, int32_t tap) {
+      return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, 1 << (kBlockBits + D - 1 - d));
+    };
+    int32_t in_line[kLast], of_line[kMostLines];
+#pragma unroll
+    for (int i = 0; i < kLast; ++i) in_line[i] = share(D - 1, i);
+#pragma unroll
+    for (int i = 0; i < kMostLines; ++i) of_line[i] = D > 1 ? share(D > 1 ? D - 2 : 0, i) : 0;
+    int32_t* entry = a.table + output;
+    uint32_t mask = 0;
+    int32_t k = 0;
+    Tap<D> tap(sizes, 0);
+#pragma unroll 1
+    while (k < a.taps) {  // a plane
+      int32_t plane = 0;
+#pragma unroll
+      for (int d = 0; d < D - 2; ++d) plane += share(d, tap.at[d]);
+#pragma unroll
+      for (int line = 0; line < kMostLines; ++line) {
+        if (line >= lines) break;
+        uint32_t found = 0;
+#pragma unroll
+        for (int i = 0; i < kLast; ++i) {
+          const int32_t row = row_at(under, plane + of_line[line] + in_line[i], in_rows);
+          entry[i * static_cast<int64_t>(a.out_rows)] = row;
+          found |= static_cast<uint32_t>(row >= 0) << i;
+        }
+        mask |= found << k;
+        k += kLast;
+        entry += kLast * static_cast<int64_t>(a.out_rows);
+      }
+      tap.next(sizes, D - 3);
+    }
+    a.masks[output] = mask;
   }
 }
 
+// What of a geometry is the same for all outputs where windows may lie over more blocks.
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 1024 / kTileThreads)
-    block_kernel(KernelMapArgs a, WindowShape<D> shape, BlockSlot* index) {
+struct BlocksUnder {
+  int32_t across[D], number;  // on each axis and in all, at most
+  int32_t step[D];            // see place_share()
+  struct {
+    uint64_t step;  // what it adds to the key of the first one
+    uint8_t at[D];  // its number on each axis
+  } block[kMostUnderWindow];
+
+  explicit BlocksUnder(const Geometry& g) {
+    constexpr BlockNumbers<D> numbers;
+    number = blocks_under_window<D>(g, across);
+    for (int d = D - 1, each = 1 << kBlockBits; d >= 0; each *= across[d--]) step[d] = each;
+    for (int32_t u = 0; u < number; ++u) {
+      block[u].step = 0;
+      for (int d = D - 1, rest = u; d >= 0; rest /= across[d--]) {
+        block[u].at[d] = static_cast<uint8_t>(rest % across[d]);
+        block[u].step += static_cast<uint64_t>(block[u].at[d]) << numbers.shift[d];
+      }
+    }
+  }
+};
+
+template <int D>
+__global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
+    block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, BlockSlot* index) {
   __shared__ TileMasks masks;
-  __shared__ UnderWindows under;
+  __shared__ Half halves[2 * kMostUnderWindow][kWarp];
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
-  const int lane = threadIdx.x % kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  Half* const under = &halves[0][lane];
   const uint32_t pieces = pieces_of(out_rows, a.mask_words);
   for (uint32_t i = blockIdx.x; i < pieces; i += gridDim.x) {
     const Piece piece = piece_of(i, a.mask_words);
+    const Window<D> window(shape, Site<D>(a.out_coords, min(piece.first + lane, out_rows - 1)));
     clear_masks(piece, masks);
-    look_under<D>(a, piece.first, out_rows, shape, map, under);
-    const Site<D> out(a.out_coords, min(piece.first + lane, out_rows - 1));
-    int32_t offset[D];
-    for (int d = 0; d < D; ++d) offset[d] = window_offset<D>(a.geometry, d, out.coord[d]);
+    constexpr int kBlocksAtOnce = 3;
+    for (int32_t first = warp * kBlocksAtOnce; first < blocks.number; first += kTileWarps * kBlocksAtOnce) {
+      uint64_t keys[kBlocksAtOnce];
+      bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
+      BlockSlot slots[kBlocksAtOnce];
+#pragma unroll
+      for (int j = 0; j < kBlocksAtOnce; ++j) {
+        const auto& block = blocks.block[min(first + j, kMostUnderWindow - 1)];
+        uint32_t exists = first + j < blocks.number;
+#pragma unroll
+        for (int d = 0; d < D; ++d) exists &= window.exists[d] >> block.at[d];
+        wanted[j] = (exists & 1) != 0;
+        keys[j] = window.first_key + block.step;
+      }
+      map.find(keys, wanted, slots, found);
+#pragma unroll
+      for (int j = 0; j < kBlocksAtOnce; ++j) {
+        if (first + j < blocks.number) put_block(under, first + j, found[j], slots[j]);
+      }
+    }
     __syncthreads();
+    const auto share = [&](int d, int32_t tap) {
+      return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, blocks.step[d]);
+    };
     int32_t line = 0, first_place = -1, places[kAtOnce];  // of the line's others, and of taps first_place .. on the last
     write_tile<D>(
-        a, piece, out_rows, masks,
+        a, sizes, piece, out_rows, masks,
         [&](const int32_t (&tap)[D]) {
           line = 0;
-          for (int d = 0; d < D - 1; ++d) line += shape.place(d, offset[d] + shape.dilation[d] * tap[d]);
+          for (int d = 0; d < D - 1; ++d) line += share(d, tap[d]);
         },
         [&](int32_t (&rows)[kAtOnce], int32_t first, int32_t n) {
           if (first != first_place) {
             first_place = first;
 #pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) {
-              places[j] = shape.place(D - 1, offset[D - 1] + shape.dilation[D - 1] * (first + j));
-            }
+            for (int j = 0; j < kAtOnce; ++j) places[j] = share(D - 1, first + j);
           }
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) {
-            const int32_t half = (line + places[j]) / 32, site = (line + places[j]) % 32;
-            const uint32_t mask = j < n ? under.masks[half][lane] : 0;
-            rows[j] = -1;
-            if ((mask >> site & 1) != 0) {
-              const int32_t row = under.rows[half][lane] + __popc(mask & ((1u << site) - 1));
-              if (row < in_rows) rows[j] = row;  // false only where the sites are not sorted after all
-            }
-          }
+          for (int j = 0; j < kAtOnce; ++j) rows[j] = j < n ? row_at(under, line + places[j], in_rows) : -1;
         });
-    __syncthreads();
   }
 }
 
@@ -398,13 +588,23 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
   return for_dims(a.geometry.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
     void* const index = const_cast<void*>(a.index);
+    const TapSizes<D> sizes(a.geometry);
     const int64_t tiles = striding_blocks(div_up(a.out_rows, kWarp) * div_up(a.mask_words, kTileWords), 1);
     switch (a.builder) {
       case MapBuilder::kHash:
-        return launch(hash_kernel<D>, tiles, {kTileThreads}, stream, a, static_cast<SiteSlot*>(index));
-      case MapBuilder::kBlocks:
-        return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, WindowShape<D>(a.geometry),
-                      static_cast<BlockSlot*>(index));
+        return launch(hash_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, static_cast<SiteSlot*>(index));
+      case MapBuilder::kBlocks: {
+        const WindowShape<D> shape(a.geometry);
+        BlockSlot* const slots = static_cast<BlockSlot*>(index);
+        if (!is_small<D>(a.geometry)) {
+          return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, shape, BlocksUnder<D>(a.geometry),
+                        slots);
+        }
+        constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>, BlockSlot*) = {
+            small_window_kernel<D, 1>, small_window_kernel<D, 2>, small_window_kernel<D, 3>};
+        return launch(small[a.geometry.kernel[D - 1] - 1], striding_blocks(a.out_rows, kSmallThreads), {kSmallThreads},
+                      stream, a, sizes, shape, slots);
+      }
     }
     return cudaErrorInvalidValue;
   });

@@ -81,7 +81,10 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
     a.offsets[row] = static_cast<int32_t>(with_key);
     if (row < a.capacity) write_padding<D>(a.sites + row * (1 + D));
   }
-  if (first_thread == 0) *a.found = rows.all;
+  if (first_thread == 0) {
+    *a.kept = min(rows.all, a.capacity);
+    *a.found = rows.all;
+  }
 }
 
 template <int D>

@@ -17,6 +17,7 @@ struct UniqueSitesArgs {
   int dims;
   int32_t points, capacity;
   int32_t* sites;    // [capacity, 1 + dims]
+  int32_t* kept;     // [1]
   int32_t* found;    // [1]
   int32_t* row_of;   // [points]
   int32_t* order;    // [points]
@@ -24,8 +25,8 @@ struct UniqueSitesArgs {
   void* workspace;   // unique_sites_workspace(points)
 };
 
-// Distinct valid sites sorted by key, the first `capacity` kept; `found` counts them all; row_of[p] is the row of point
-// p's site, -1 where it has none. The points of row r are order[offsets[r]] .. order[offsets[r + 1] - 1], increasing.
+// Distinct valid sites sorted by key, the first `capacity` kept; `kept` counts those, `found` all; row_of[p] is the row of
+// point p's site, -1 where it has none. The points of row r are order[offsets[r]] .. order[offsets[r + 1] - 1], increasing.
 cudaError_t unique_sites(const UniqueSitesArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

@@ -26,14 +26,6 @@ JAXSPARSE_HD WindowAxis window_axis(const Geometry& g, int axis, int32_t coarse)
   return {first >> bits, static_cast<int32_t>(offset), static_cast<int32_t>((last >> bits) + 1)};
 }
 
-// The same offset alone, which 32 bits are enough for.
-template <int D>
-JAXSPARSE_HD int32_t window_offset(const Geometry& g, int axis, int32_t coarse) {
-  const uint32_t first = static_cast<uint32_t>(g.stride[axis]) * static_cast<uint32_t>(coarse) -
-                         static_cast<uint32_t>(g.padding[axis]) + (uint32_t{1} << (axis_bits(D) - 1));
-  return static_cast<int32_t>(first & ((uint32_t{1} << block_axis_bits(D, axis)) - 1));
-}
-
 // The bits, among a key's last six, of a coordinate on one axis.
 template <int D>
 JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {

@@ -1,5 +1,6 @@
 // invert_index: one stable sort by value, a binary search for each value's start. segment_sum: one thread for each
-// (value, channel), rows in a fixed order, so no float atomics and equal bits; bound by the latency of reading x by index.
+// (value, channel), rows in a fixed order, so no float atomics and equal bits; bound by the latency of reading x by index,
+// which is why a thread reads several rows at once.
 #include "cuda/rows/rows.h"
 
 #include "cuda/common/numbers.cuh"
@@ -37,7 +38,33 @@ __global__ void __launch_bounds__(kGridThreads, 2) invert_index_kernel(InvertInd
   }
 }
 
-constexpr int32_t kManyRows = 32;  // a group of more is left to a whole warp
+// The sum of one channel of rows order[begin], order[begin + step] ..., in that order. Indices of the next few are read
+// while rows are on their way: a chain of an index and a row each would take a microsecond a row.
+template <typename T>
+__device__ Accumulator<T> sum_listed(const SegmentSumArgs& a, int32_t channel, int32_t begin, int32_t end, int32_t step) {
+  constexpr int kAtOnce = 8;
+  const T* x = static_cast<const T*>(a.x) + channel;
+  int32_t rows[kAtOnce];  // -1 past the end
+  const auto read_rows = [&](int32_t first) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) rows[i] = first + i * step < end ? a.order[first + i * step] : -1;
+  };
+  Accumulator<T> sum = 0;
+  read_rows(begin);
+  for (int32_t first = begin; first < end; first += kAtOnce * step) {
+    Accumulator<T> elements[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      elements[i] = rows[i] >= 0 ? widen(x[static_cast<int64_t>(rows[i]) * a.channels]) : Accumulator<T>{0};
+    }
+    read_rows(first + kAtOnce * step);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sum += elements[i];
+  }
+  return sum;
+}
+
+constexpr int32_t kManyRows = 64;  // a group of more is left to a whole warp
 
 // A thread a (value, channel). Groups of many rows, such as the voxel that holds what a scanner sees of itself, are put
 // aside and summed by a warp each: lane l takes rows l, l + 32, ...
@@ -47,11 +74,7 @@ __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a)
   __shared__ int32_t number_aside;
   if (threadIdx.x == 0) number_aside = 0;
   __syncthreads();
-  const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
-  const auto element = [&](int32_t j, int32_t channel) {
-    return widen(x[static_cast<int64_t>(a.order[j]) * a.channels + channel]);
-  };
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads, i = first + threadIdx.x;
   if (i < static_cast<int64_t>(a.values) * a.channels) {
     const int32_t value = static_cast<int32_t>(i / a.channels), channel = static_cast<int32_t>(i % a.channels);
@@ -59,20 +82,15 @@ __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a)
     if (end - begin > kManyRows) {
       aside[atomicAdd(&number_aside, 1)] = threadIdx.x;
     } else {
-      Accumulator<T> sum = 0;
-      for (int32_t j = begin; j < end; ++j) sum += element(j, channel);
-      y[i] = narrow<T>(sum);
+      y[i] = narrow<T>(sum_listed<T>(a, channel, begin, end, 1));
     }
   }
   __syncthreads();
   for (int n = threadIdx.x / kWarp; n < number_aside; n += kThreads / kWarp) {
     const int64_t out = first + aside[n];
     const int32_t value = static_cast<int32_t>(out / a.channels), channel = static_cast<int32_t>(out % a.channels);
-    Accumulator<T> sum = 0;
-#pragma unroll 8
-    for (int32_t j = a.offsets[value] + threadIdx.x % kWarp; j < a.offsets[value + 1]; j += kWarp) {
-      sum += element(j, channel);
-    }
+    const int32_t begin = a.offsets[value] + static_cast<int32_t>(threadIdx.x % kWarp);
+    Accumulator<T> sum = sum_listed<T>(a, channel, begin, a.offsets[value + 1], kWarp);
     for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     if (threadIdx.x % kWarp == 0) y[out] = narrow<T>(sum);
   }

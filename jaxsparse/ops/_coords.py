@@ -34,7 +34,8 @@ def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
 def _distinct(high, low, coords, capacity):
     """Sorts by key and keeps the first of equal ones.
 
-    Returns sites [capacity, 1 + D], found [1], row of each input [P], and the inputs by row as in `unique_sites`.
+    Returns sites [capacity, 1 + D], how many of them are real [1], found [1], row of each input [P], and the inputs by
+    row as in `unique_sites`.
     """
     rows = high.shape[0]
     high, low, position = lax.sort((high, low, jnp.arange(rows, dtype=jnp.int32)), num_keys=2, is_stable=True)
@@ -49,7 +50,8 @@ def _distinct(high, low, coords, capacity):
     row_of = jnp.full(rows, -1, jnp.int32).at[position].set(row)
     order = jnp.where(row >= 0, position, -1)
     points_in = jnp.zeros(capacity + 1, jnp.int32).at[row + 1].add((row >= 0).astype(jnp.int32), mode="drop")
-    return sites, found[None], row_of, order, jnp.cumsum(points_in).astype(jnp.int32)
+    kept = jnp.minimum(found, capacity)
+    return sites, kept[None], found[None], row_of, order, jnp.cumsum(points_in).astype(jnp.int32)
 
 
 def _unique_sites_reference(coords, count, *, capacity):
@@ -63,18 +65,20 @@ def _unique_sites_call(platform, coords, count, *, capacity):
     results = [
         _int32(capacity, columns),
         _int32(1),
+        _int32(1),
         _int32(rows),
         _int32(rows),
         _int32(capacity + 1),
         _workspace.struct(platform, _workspace.unique_sites(rows)),
     ]
-    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:5]
+    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:6]
 
 
 unique_sites = Op(
     "unique_sites",
     lambda coords, count, *, capacity, implementation: [
         ((capacity, coords.shape[1]), jnp.int32),
+        ((1,), jnp.int32),
         ((1,), jnp.int32),
         ((coords.shape[0],), jnp.int32),
         ((coords.shape[0],), jnp.int32),
@@ -83,11 +87,12 @@ unique_sites = Op(
     _unique_sites_call,
     _unique_sites_reference,
 )
-"""`unique_sites(coords [P, 1 + D], count [1], capacity=M) -> sites [M, 1 + D], found [1], row_of [P], order, offsets`.
+"""`unique_sites(coords [P, 1 + D], count [1], capacity=M) -> sites [M, 1 + D], kept [1], found [1], row_of [P], ...`.
 
-The distinct sites among the first `count` rows, sorted by (batch, Morton code); the first M are kept and `found` counts
-all. `row_of` is the row of each input's site, -1 for rows past `count`, without a key, or not kept. `order` `[P]` and
-`offsets` `[M + 1]` say the same by site: the inputs of row r are `order[offsets[r] : offsets[r + 1]]`, increasing.
+The distinct sites among the first `count` rows, sorted by (batch, Morton code); the first M are kept, `kept` counts
+those and `found` all. `row_of` is the row of each input's site, -1 for rows past `count`, without a key, or not kept.
+`order` `[P]` and `offsets` `[M + 1]` say the same by site: the inputs of row r are
+`order[offsets[r] : offsets[r + 1]]`, increasing.
 """
 
 
@@ -107,16 +112,16 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sor
     coarse, exists = jnp.concatenate([batch, coarse], -1).reshape(-1, coords.shape[1]), exists.reshape(-1)
     outside = (exists & ~_keys.has_key(coarse)).sum(dtype=jnp.int32)
     coarse = jnp.where(exists[:, None], coarse, _keys.PADDING_COORD)
-    sites, found, *_ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
-    return sites, found, outside[None]
+    sites, kept, found, *_ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
+    return sites, kept, found, outside[None]
 
 
 def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds, is_sorted):
     rows, columns = coords.shape
     size = _workspace.coarse_sites(rows, geometry)
-    results = [_int32(capacity, columns), _int32(1), _int32(1), _workspace.struct(platform, size)]
+    results = [_int32(capacity, columns), *[_int32(1)] * 3, _workspace.struct(platform, size)]
     attributes = {**geometry.attributes(), "bounds": bounds or (), "is_sorted": int(is_sorted)}
-    return _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)[:3]
+    return _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)[:4]
 
 
 coarse_sites = Op(
@@ -125,15 +130,17 @@ coarse_sites = Op(
         ((capacity, coords.shape[1]), jnp.int32),
         ((1,), jnp.int32),
         ((1,), jnp.int32),
+        ((1,), jnp.int32),
     ],
     _coarse_sites_call,
     _coarse_sites_reference,
 )
-"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=, is_sorted=) -> sites, found, outside`.
+"""`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=, is_sorted=) -> sites [M, 1 + D], ...`.
 
-The distinct coarse sites whose window holds a real fine site, sorted by (batch, Morton code); the first M are kept and
-`found` counts all. With `bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has
-no key. `is_sorted` promises that real rows are distinct sites in that order already.
+And `kept`, `found` and `outside`, each [1]. The distinct coarse sites whose window holds a real fine site, sorted by
+(batch, Morton code); the first M are kept, `kept` counts those and `found` all. With `bounds`, only those in
+[0, bounds). `outside` counts (site, tap) pairs whose coarse site has no key. `is_sorted` promises that real rows are
+distinct sites in that order already.
 """
 
 

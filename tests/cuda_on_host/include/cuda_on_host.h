@@ -353,6 +353,7 @@ T atomicCAS(T* at, T expected, T value) {
   return before;
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __clz(unsigned v) { return v == 0 ? 32 : __builtin_clz(v); }
