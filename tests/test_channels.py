@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.test_util import check_grads
-from scenes import random_tensor
+from scenes import quick_rngs, random_tensor
 
 import jaxsparse as js
 from jaxsparse.ops import channels
@@ -130,3 +131,24 @@ def test_the_derivative_of_relu_at_zero_is_zero():
     grad = jax.grad(lambda feats: js.ops.relu(x.with_feats(feats)).feats.sum())(x.feats)
     np.testing.assert_array_equal(grad, np.array([[0, 0, 1]] * 3))
     assert (jax.grad(jax.grad(lambda s: js.ops.relu(x.with_feats(x.feats * s)).feats.sum() ** 2))(1.0)) > 0
+
+
+def test_saving_products_alone_halves_what_a_backward_pass_keeps():
+    x = random_tensor(0, rows=60, features=8)
+    model = js.models.blocks.ResidualBlock(8, 16, rngs=quick_rngs())
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x).feats ** 2)
+
+    def kept(loss):
+        leaves = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params))
+        return sum(a.size * a.dtype.itemsize for a in leaves if a.ndim == 2 and a.shape[1] >= 8)
+
+    lean = jax.checkpoint(loss, policy=js.ops.save_products)
+    assert kept(lean) <= 0.6 * kept(loss)
+    for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (loss, lean)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lean))(params))
+    assert jaxpr.count("sparse_conv_forward[") == str(jax.make_jaxpr(loss)(params)).count("sparse_conv_forward[")
+    assert jaxpr.count("kernel_map[") == 1

@@ -1,5 +1,6 @@
 """Functions on sparse tensors; the layers of `jaxsparse.nn` hold parameters and call these."""
 
+from jaxsparse._primitive import save_products
 from jaxsparse.ops.conv import ConvConfig, conv, conv_transpose
 from jaxsparse.ops.elementwise import gelu, leaky_relu, linear, map_features, relu, silu
 from jaxsparse.ops.join import add, concatenate
@@ -20,6 +21,7 @@ __all__ = [
     "linear",
     "map_features",
     "relu",
+    "save_products",
     "silu",
     "sum_rows",
 ]

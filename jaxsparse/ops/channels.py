@@ -80,6 +80,7 @@ _affine = Op(
     lambda x, *_, out_dtype, implementation: [(x.shape, out_dtype)],
     lambda platform, *operands, out_dtype: _affine_reference(*operands, out_dtype=out_dtype),  # XLA fuses it
     _affine_reference,
+    is_elementwise=True,
 )
 for _op in (_moments, _statistics, _affine):
     _op.batch_as_reference()

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxsparse._compat import ad, zero_tangent
 from jaxsparse._keys import real_rows
-from jaxsparse._primitive import Op
+from jaxsparse._primitive import PRODUCT, Op
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.tensor import SparseTensor, on_sites
 
@@ -32,6 +33,7 @@ _where_positive = Op(
     lambda y, dot, *, implementation: [(dot.shape, dot.dtype)],
     lambda platform, y, dot: [jnp.where(y > 0, dot, 0)],
     lambda y, dot: [jnp.where(y > 0, dot, 0)],
+    is_elementwise=True,
 )
 _where_positive.batch_as_reference()
 
@@ -105,6 +107,7 @@ def linear(
         y = jnp.dot(
             feats, kernel.astype(x.dtype), precision=precision, preferred_element_type=accumulation_dtype(x.dtype)
         ).astype(x.dtype)
+        y = checkpoint_name(y, PRODUCT)
         return y if bias is None else y + bias.astype(x.dtype)[None]
 
     return map_features(product, x)
