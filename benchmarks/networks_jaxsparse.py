@@ -89,6 +89,7 @@ class Gradients:
     """The loss and its gradients for all weights, which are stored in the compute dtype."""
 
     task, donates, is_training, constant_bytes = "forward + backward", False, True, 0
+    recomputes = False  # norms and activations, in the backward pass
 
     def __init__(self, workload, weights, dtype, param_dtype=None):
         self.model = model_of(workload, weights, dtype, param_dtype or dtype)
@@ -105,6 +106,8 @@ class Gradients:
             mean = jnp.sum(jnp.square(y.feats.astype(jnp.float32))) / (y.count * y.feats.shape[1])
             return self.scale * mean, (y.status, nnx.state(model, nnx.BatchStat))
 
+        if self.recomputes:
+            loss = jax.checkpoint(loss, policy=js.ops.save_products)
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     def run(self, state, x):

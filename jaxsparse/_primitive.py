@@ -12,18 +12,17 @@ from jaxsparse._compat import Primitive, ad, apply_primitive, batching, mlir, ou
 
 Shapes = Sequence[tuple[Sequence[int], Any]]
 
-PRODUCT = "jaxsparse_product"  # names results of XLA's own products, with `jax.ad_checkpoint.checkpoint_name`
 _KEPT: set[str] = set()
 
 
-def save_products(primitive: Primitive, *_: Any, **params: Any) -> bool:
+def save_products(primitive: Primitive, *_: Any, **__: Any) -> bool:
     """A policy for `jax.checkpoint`: products and maps are kept; norms, activations and additions are computed again.
 
         loss = jax.checkpoint(loss, policy=js.ops.save_products)
 
     A backward pass then needs about half the memory, for one more elementwise pass over each layer's features.
     """
-    return primitive.name in _KEPT or (primitive.name == "name" and params["name"] == PRODUCT)
+    return primitive.name in _KEPT
 
 
 class Op:

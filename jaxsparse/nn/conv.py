@@ -16,7 +16,7 @@ from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap
 from jaxsparse.nn.linear import check_features, check_input, compute_dtype
 from jaxsparse.ops import ConvConfig
-from jaxsparse.ops.conv.api import canonical_precision
+from jaxsparse.ops.conv.reference import canonical_precision
 from jaxsparse.sites import Sites
 from jaxsparse.tensor import SparseTensor
 

@@ -2,8 +2,9 @@
 
 from jaxsparse._primitive import save_products
 from jaxsparse.ops.conv import ConvConfig, conv, conv_transpose
-from jaxsparse.ops.elementwise import gelu, leaky_relu, linear, map_features, relu, silu
+from jaxsparse.ops.elementwise import gelu, leaky_relu, map_features, relu, silu
 from jaxsparse.ops.join import add, concatenate
+from jaxsparse.ops.linear import linear
 from jaxsparse.ops.norm import batch_norm, batch_statistics
 from jaxsparse.ops.rows import gather_rows, sum_rows
 

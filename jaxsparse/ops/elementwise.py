@@ -1,4 +1,4 @@
-"""Functions of each row by itself: activations, linear maps. Padding rows stay zero whatever they held."""
+"""Functions of each number by itself. Padding rows stay zero whatever they held."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxsparse._compat import ad, zero_tangent
 from jaxsparse._keys import real_rows
-from jaxsparse._primitive import PRODUCT, Op
-from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse._primitive import Op
 from jaxsparse.tensor import SparseTensor, on_sites
 
 
@@ -81,33 +78,3 @@ def gelu(x: SparseTensor, approximate: bool = True) -> SparseTensor:
 def silu(x: SparseTensor) -> SparseTensor:
     """`x * sigmoid(x)`."""
     return map_features(jax.nn.silu, x)
-
-
-def linear(
-    x: SparseTensor, kernel: jax.Array, bias: jax.Array | None = None, *, precision: lax.PrecisionLike = None
-) -> SparseTensor:
-    """`x.feats @ kernel + bias` on real rows, in the dtype of `x`, accumulated in float32 or wider.
-
-    Args:
-      x: `[N, C_in]` features.
-      kernel: `[C_in, C_out]`.
-      bias: `[C_out]` or None.
-      precision: of float32 products, as jax spells it.
-
-    Raises:
-      ValueError: where the kernel does not fit the features.
-    """
-    if kernel.ndim != 2 or kernel.shape[0] != x.num_features:
-        raise ValueError(
-            f"linear: kernel of shape {kernel.shape} does not fit x.feats with {x.num_features} features (shape "
-            f"{x.feats.shape}); it must be [{x.num_features}, C_out]."
-        )
-
-    def product(feats):
-        y = jnp.dot(
-            feats, kernel.astype(x.dtype), precision=precision, preferred_element_type=accumulation_dtype(x.dtype)
-        ).astype(x.dtype)
-        y = checkpoint_name(y, PRODUCT)
-        return y if bias is None else y + bias.astype(x.dtype)[None]
-
-    return map_features(product, x)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +11,8 @@ from jaxsparse.kernel_map import KernelMap, check_implementation, map_between
 from jaxsparse.ops import elementwise
 from jaxsparse.ops.conv import primitives
 from jaxsparse.ops.conv.config import ConvConfig
+from jaxsparse.ops.conv.reference import canonical_precision
+from jaxsparse.ops.linear import linear
 from jaxsparse.sites import Sites
 from jaxsparse.tensor import SparseTensor, on_sites
 
@@ -69,7 +69,7 @@ def conv(
             raise ValueError(f'`strides` (={strides}) must be 1 for sites="submanifold"; use "reachable" or "floor".')
         out_sites = x.sites
         if geometry.is_pointwise and kernel_map is None:
-            return elementwise.linear(x, kernel[0], bias, precision=precision)
+            return linear(x, kernel[0], bias, precision=precision)
     elif kernel_map is not None:
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
@@ -133,18 +133,6 @@ def conv_transpose(
     swapped = jnp.swapaxes(kernel, 1, 2)
     feats = _bind(primitives.dgrad, x.feats, swapped, kernel_map, fine.capacity, precision, config, implementation)
     return _with_bias(on_sites(fine.with_status(x.sites.status), feats), bias)
-
-
-def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
-    """One precision from what jax accepts; None takes jax's own default, `jax_default_matmul_precision`."""
-    chosen: Any = jax.config.values["jax_default_matmul_precision"] if precision is None else precision
-    try:
-        if isinstance(chosen, tuple):  # one for each operand: the higher serves both
-            chosen = max((lax.Precision(p) for p in chosen), key=list(lax.Precision).index)
-        return lax.Precision.DEFAULT if chosen is None else lax.Precision(chosen)
-    except ValueError:
-        names = "None, default, high, highest, bfloat16, tensorfloat32, float32"
-        raise ValueError(f"`precision` (={precision!r}) must be a jax.lax.Precision or one of {names}.") from None
 
 
 def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementation):

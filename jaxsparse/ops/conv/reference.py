@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,3 +45,15 @@ def reverse(table, in_rows: int) -> jax.Array:
     target = jnp.where(table >= 0, table, in_rows)  # past the end: dropped
     output = jnp.broadcast_to(jnp.arange(out_rows, dtype=jnp.int32), table.shape)
     return jnp.full((taps, in_rows), -1, jnp.int32).at[jnp.arange(taps)[:, None], target].set(output, mode="drop")
+
+
+def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
+    """One precision from what jax accepts; None takes jax's own default, `jax_default_matmul_precision`."""
+    chosen: Any = jax.config.values["jax_default_matmul_precision"] if precision is None else precision
+    try:
+        if isinstance(chosen, tuple):  # one for each operand: the higher serves both
+            chosen = max((lax.Precision(p) for p in chosen), key=list(lax.Precision).index)
+        return lax.Precision.DEFAULT if chosen is None else lax.Precision(chosen)
+    except ValueError:
+        names = "None, default, high, highest, bfloat16, tensorfloat32, float32"
+        raise ValueError(f"`precision` (={precision!r}) must be a jax.lax.Precision or one of {names}.") from None

@@ -1,0 +1,119 @@
+"""Linear maps of rows: a 1x1 convolution, by XLA's own products.
+
+    rows(x, w)[m] = x[m] @ w                    [N, C_out], 0 for padding
+    outer(x, g) = sum_m outer(x[m], g[m])       [C_in, C_out], over the real rows
+
+The transposes of each are the other (`rows` with w transposed too). Ops of their own, because the derivative of a plain
+16-bit product with float32 sums multiplies in float32, and a masked input would be kept beside the input.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse._compat import ad, zero_tangent
+from jaxsparse._keys import real_rows
+from jaxsparse._primitive import Op
+from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
+from jaxsparse.tensor import SparseTensor, on_sites
+
+
+def _dot(a, b, contract, dtype, out_dtype, precision):
+    """Operands in `dtype`, sums in float32 or wider, rounded once."""
+    dimensions = ((contract[0],), (contract[1],)), ((), ())
+    options = {"precision": precision, "preferred_element_type": accumulation_dtype(dtype)}
+    return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, **options).astype(out_dtype)
+
+
+def _rows_reference(x, w, counts, *, transposed, dtype, out_dtype, precision):
+    y = _dot(x, w, (1, 1 if transposed else 0), dtype, out_dtype, precision)
+    return [jnp.where(real_rows(counts, x.shape[0])[:, None], y, 0)]
+
+
+def _outer_reference(x, g, counts, *, dtype, out_dtype, precision):
+    real = real_rows(counts, x.shape[0])[:, None]
+    return [_dot(jnp.where(real, x, 0), jnp.where(real, g, 0), (0, 0), dtype, out_dtype, precision)]
+
+
+_rows = Op(
+    "linear_rows",
+    lambda x, w, counts, *, transposed, out_dtype, **_: [((x.shape[0], w.shape[0 if transposed else 1]), out_dtype)],
+    lambda platform, *operands, **params: _rows_reference(*operands, **params),
+    _rows_reference,
+)
+_outer = Op(
+    "linear_outer",
+    lambda x, g, counts, *, out_dtype, **_: [((x.shape[1], g.shape[1]), out_dtype)],
+    lambda platform, *operands, **params: _outer_reference(*operands, **params),
+    _outer_reference,
+)
+
+
+def _set_linear(op: Op, transpose) -> None:
+    op.batch_as_reference()
+
+    def jvp(primals, tangents, **params):
+        a, b, counts = primals
+        a_dot, b_dot, _ = tangents
+        out = op(*primals, **params)
+        tangent = zero_tangent(out[0])
+        if type(a_dot) is not ad.Zero:
+            tangent = op(a_dot, b, counts, **params)[0]
+        if type(b_dot) is not ad.Zero:
+            tangent = ad.add_tangents(tangent, op(a, b_dot, counts, **params)[0])
+        return out, [tangent]
+
+    def rule(cotangents, a, b, counts, *, out_dtype, **params):
+        (ct,) = cotangents
+        undefined = a if ad.is_undefined_primal(a) else b
+        if type(ct) is ad.Zero:
+            found = ad.Zero(undefined.aval)
+        else:
+            found = transpose(ct, a, b, counts, out_dtype=undefined.aval.dtype, **params)
+        return [found, None, None] if undefined is a else [None, found, None]
+
+    op.set_linear(jvp, rule)
+
+
+def _rows_transpose(ct, x, w, counts, *, transposed, **params):
+    if ad.is_undefined_primal(x):
+        return _rows(ct, w, counts, transposed=not transposed, **params)[0]
+    return _outer(*((ct, x) if transposed else (x, ct)), counts, **params)[0]
+
+
+def _outer_transpose(ct, x, g, counts, **params):
+    if ad.is_undefined_primal(x):
+        return _rows(g, ct, counts, transposed=True, **params)[0]
+    return _rows(x, ct, counts, transposed=False, **params)[0]
+
+
+_set_linear(_rows, _rows_transpose)
+_set_linear(_outer, _outer_transpose)
+
+
+def linear(
+    x: SparseTensor, kernel: jax.Array, bias: jax.Array | None = None, *, precision: lax.PrecisionLike = None
+) -> SparseTensor:
+    """`x.feats @ kernel + bias` on real rows, in the dtype of `x`, accumulated in float32 or wider.
+
+    Args:
+      x: `[N, C_in]` features.
+      kernel: `[C_in, C_out]`; its gradient is not rounded to the dtype of `x`.
+      bias: `[C_out]` or None.
+      precision: of float32 products, as jax spells it.
+
+    Raises:
+      ValueError: where the kernel does not fit the features.
+    """
+    if kernel.ndim != 2 or kernel.shape[0] != x.num_features:
+        raise ValueError(
+            f"linear: kernel of shape {kernel.shape} does not fit x.feats with {x.num_features} features (shape "
+            f"{x.feats.shape}); it must be [{x.num_features}, C_out]."
+        )
+    options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
+    (y,) = _rows(x.feats, kernel, x.sites.counts, transposed=False, **options)
+    if bias is not None:
+        y = jnp.where(x.sites.is_real[:, None], y + bias.astype(x.dtype)[None], 0)
+    return on_sites(x.sites, y)
