@@ -25,7 +25,7 @@ struct Scratch {
 };
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
+__global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
   __shared__ SortShared shared;
   const Grid grid = cooperative_groups::this_grid();
   const int64_t first_thread = global_thread();
@@ -33,41 +33,41 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
 
   uint64_t bits = 0;
   int32_t no_keys = 0;
-  for (int64_t p = first_thread; p < n; p += all_threads()) {
+  put_keys(s.sort, n, shared, [&](int64_t p) {
     const Key key = key_of_row<D>(a.coords + p * (1 + D));
-    s.sort.keys[p] = key;
     if (key != kNoKey) bits |= KeySpan<D>::bits_of(key);
     no_keys += key == kNoKey;
-  }
-  bits = block_or(bits);
-  no_keys = block_sum(no_keys);
+    return key;
+  });
+  bits = block_or<kSortThreads>(bits) | (1 << (kDigitBits - 1));  // the last digit is part of the span
+  no_keys = block_sum<kSortThreads>(no_keys);
   if (threadIdx.x == 0) {
     s.bits_of[blockIdx.x] = bits;
     s.no_keys_of[blockIdx.x] = no_keys;
   }
   grid.sync();
 
-  const int32_t with_key = n - sum_blocks(s.no_keys_of).all;
-  const KeySpan<D> span(or_blocks(s.bits_of), with_key < n);
+  const int32_t with_key = n - sum_blocks<kSortThreads>(s.no_keys_of).all;
+  const KeySpan<D> span(or_blocks<kSortThreads>(s.bits_of), with_key < n);
   radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key key) { return span.code(key); });
   const Key* keys = s.sort.keys;
   const uint32_t* points = s.sort.values;
 
   const auto is_head = [&](int32_t i) { return i < with_key && (i == 0 || keys[i - 1] != keys[i]); };
-  const Range own = share(n, kGridThreads, gridDim.x);
+  const Range own = share(n, kWarp, gridDim.x);
   int32_t heads = 0;
-  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += is_head(i);
-  heads = block_sum(heads);
+  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kSortThreads) heads += is_head(i);
+  heads = block_sum<kSortThreads>(heads);
   if (threadIdx.x == 0) s.heads_of[blockIdx.x] = heads;
   grid.sync();
 
-  const BlockSums rows = sum_blocks(s.heads_of);
+  const BlockSums rows = sum_blocks<kSortThreads>(s.heads_of);
   int32_t next = rows.before;
-  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
+  for (int32_t begin = own.begin; begin < own.end; begin += kSortThreads) {
     const int32_t i = begin + threadIdx.x;
     const bool head = i < own.end && is_head(i);
     int32_t total;
-    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(head), &total) - (head ? 0 : 1);
+    const int32_t row = next + block_exclusive_scan<kSortThreads>(static_cast<int32_t>(head), &total) - (head ? 0 : 1);
     next += total;
     if (i >= own.end) continue;
     if (head && row < a.capacity) write_site<D>(keys[i], a.sites + static_cast<int64_t>(row) * (1 + D));
@@ -88,11 +88,11 @@ template <int D>
 cudaError_t unique_sites_in(const UniqueSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   Scratch s;
-  s.sort = take_sort_buffers(workspace, a.points);
+  JAXSPARSE_TRY(take_sort_buffers(workspace, a.points, stream, &s.sort));
   s.bits_of = workspace.take<uint64_t>(kMostBlocks);
   s.no_keys_of = workspace.take<int32_t>(kMostBlocks);
   s.heads_of = workspace.take<int32_t>(kMostBlocks);
-  return launch_grid(unique_sites_kernel<D>, div_up(a.points, kGridThreads), stream, a, s);
+  return launch_grid<kSortThreads>(unique_sites_kernel<D>, div_up(a.points, kSortThreads), stream, a, s);
 }
 
 }  // namespace
