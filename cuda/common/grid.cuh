@@ -81,9 +81,13 @@ struct BlockSums {
 };
 template <int kThreads = kGridThreads>
 __device__ BlockSums sum_blocks(const int32_t* of_block) {
-  const unsigned t = threadIdx.x;
-  const int32_t value = t < gridDim.x ? of_block[t] : 0;
-  return {block_sum<kThreads>(t < blockIdx.x ? value : 0), block_sum<kThreads>(value)};
+  __shared__ int32_t before_this;
+  BlockSums sums;
+  const int32_t before = block_exclusive_scan<kThreads>(threadIdx.x < gridDim.x ? of_block[threadIdx.x] : 0, &sums.all);
+  if (threadIdx.x == blockIdx.x) before_this = before;
+  __syncthreads();
+  sums.before = before_this;
+  return sums;
 }
 
 template <int kThreads = kGridThreads>

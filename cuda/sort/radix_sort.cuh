@@ -70,17 +70,17 @@ struct SortShares {
   }
 };
 
-// Calls use(i, read(i)) for i in the range, several reads in flight.
-template <typename Read, typename Use>
+// Calls use(i, read(i)) for i in the range, so many reads of a thread in flight.
+template <int kAtOnce, typename Read, typename Use>
 __device__ void for_keys(Range range, Read read, Use use) {
-  for (int32_t begin = range.begin + threadIdx.x; begin < range.end; begin += kSortTile) {
-    uint64_t keys[kSortPerThread];
+  for (int32_t begin = range.begin + threadIdx.x; begin < range.end; begin += kAtOnce * kSortThreads) {
+    uint64_t keys[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kSortPerThread; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       if (begin + i * kSortThreads < range.end) keys[i] = read(begin + i * kSortThreads);
     }
 #pragma unroll
-    for (int i = 0; i < kSortPerThread; ++i) {
+    for (int i = 0; i < kAtOnce; ++i) {
       if (begin + i * kSortThreads < range.end) use(begin + i * kSortThreads, keys[i]);
     }
   }
@@ -94,7 +94,7 @@ __device__ void put_keys(const SortBuffers& b, int32_t n, SortShared& shared, Ke
   int32_t* const histogram = shared.next;
   if (threadIdx.x < kDigits) histogram[threadIdx.x] = 0;
   __syncthreads();
-  for_keys(shares.own, key_of, [&](int32_t i, uint64_t key) {
+  for_keys<kSortPerThread>(shares.own, key_of, [&](int32_t i, uint64_t key) {
     b.keys[i] = key;
     atomicAdd(&histogram[key % kDigits], 1);
   });
@@ -171,7 +171,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     if (t < kDigits) shared.next[t] = 0;
     __syncthreads();
     const int32_t chunk_begin = static_cast<int32_t>(shares.chunk * shares.chunk_keys);
-    for_keys(
+    for_keys<8>(
         {chunk_begin, shares.own.begin}, [&](int32_t i) { return b.keys[i]; },
         [&](int32_t, uint64_t key) { atomicAdd(&shared.next[digit_of(key, 0)], 1); });
     int32_t before = 0, all = 0;  // keys of the thread's digit in the chunks before this one, and in all
