@@ -102,7 +102,8 @@ def coarse_results(rows, capacity, geometry):
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    ("points", "count", "capacity"), [(1, 1, 1), (300, 300, 40), (700, 650, 700), (5000, 4800, 6000), (64, 0, 8)]
+    ("points", "count", "capacity"),
+    [(1, 1, 1), (300, 300, 40), (700, 650, 700), (5000, 4800, 6000), (20_000, 19_000, 12_000), (64, 0, 8)],
 )
 def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, count, capacity):
     rng = np.random.default_rng(dims * points)

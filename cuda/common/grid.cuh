@@ -16,13 +16,13 @@ using Grid = cooperative_groups::grid_group;
 constexpr int kGridThreads = 512;
 constexpr int kMostBlocks = kGridThreads;  // so that one thread can look at each block's result
 
-// Launches kGridThreads threads in `blocks` blocks, or in as many as the device holds at once.
-template <typename... Params, typename... Args>
+// Launches kThreads threads in each of `blocks` blocks, or of as many as the device holds at once.
+template <int kThreads = kGridThreads, typename... Params, typename... Args>
 cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
   int device = 0, processors = 0, per_processor = 0;
   JAXSPARSE_TRY(cudaGetDevice(&device));
   JAXSPARSE_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kGridThreads, 0));
+  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0));
   int64_t most = int64_t{processors} * per_processor;
   if (most > kMostBlocks) most = kMostBlocks;
   if (blocks > most) blocks = most;
@@ -31,7 +31,7 @@ cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t 
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
-  config.blockDim = dim3(kGridThreads);
+  config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &cooperative;
   config.numAttrs = 1;
@@ -79,15 +79,17 @@ __device__ uint64_t block_or(uint64_t value) {
 struct BlockSums {
   int32_t before, all;
 };
-__device__ inline BlockSums sum_blocks(const int32_t* of_block) {
+template <int kThreads = kGridThreads>
+__device__ BlockSums sum_blocks(const int32_t* of_block) {
   const unsigned t = threadIdx.x;
   const uint64_t value = t < gridDim.x ? of_block[t] : 0;
-  const uint64_t sums = block_sum(t < blockIdx.x ? value << 32 | value : value);  // both at once: neither has 32 bits
+  const uint64_t sums = block_sum<kThreads>(t < blockIdx.x ? value << 32 | value : value);  // both: neither has 32 bits
   return {static_cast<int32_t>(sums >> 32), static_cast<int32_t>(sums)};
 }
 
-__device__ inline uint64_t or_blocks(const uint64_t* of_block) {
-  return block_or(threadIdx.x < gridDim.x ? of_block[threadIdx.x] : 0);
+template <int kThreads = kGridThreads>
+__device__ uint64_t or_blocks(const uint64_t* of_block) {
+  return block_or<kThreads>(threadIdx.x < gridDim.x ? of_block[threadIdx.x] : 0);
 }
 
 }  // namespace jaxsparse::cuda

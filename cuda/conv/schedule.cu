@@ -16,6 +16,7 @@
 #include "cuda/conv/schedule.h"
 
 #include "cuda/conv/entries.cuh"
+#include "cuda/sort/rank.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, in
 }
 
 struct PlaceShared {
-  int32_t next[kScheduleKeys];                  // where the block's next row of each key goes
-  uint16_t before[kWarps][kScheduleKeys + 1];  // rows of each key in a warp; then in the warps before it
+  int32_t next[kScheduleKeys];  // where the block's next row of each key goes
+  Ranks<kWarps, kScheduleKeys> ranks;
   int32_t places[kShareThreads];
 };
 
@@ -128,39 +129,19 @@ __device__ void begin_keys(const int32_t* counts, const uint16_t* keys, int32_t 
   if (t < kScheduleKeys) s.next[t] += start + before;
 }
 
-// Ranks the tile of `rows` rows whose keys the threads have, those of a warp below those of the next; returns a row's
-// place. *in_tile, of the key that the thread stands for, is how many rows the tile before had of it, then this one.
-__device__ int32_t place_of(int32_t key, int32_t rows, int32_t* in_tile, PlaceShared& s) {
-  const int t = threadIdx.x, lane = t % kWarp, warp = t / kWarp;
+// Where the row of the tile goes whose key the thread has. *in_tile: see Ranks.
+__device__ int32_t place_of(int32_t key, int32_t rows, uint32_t* in_tile, PlaceShared& s) {
+  const int t = threadIdx.x, warp = t / kWarp, warps = (rows + kWarp - 1) / kWarp;
   const bool exists = t < rows;
-  const int warps = (rows + kWarp - 1) / kWarp;
-  unsigned peers = __ballot_sync(kAllLanes, exists);  // lanes with this lane's key; __match_any_sync is far slower
-  if (!exists) peers = ~peers;
+  int32_t rank = 0;
   if (warp < warps) {
-    for (int i = lane; i < (kScheduleKeys + 1) / 2; i += kWarp) reinterpret_cast<uint32_t*>(s.before[warp])[i] = 0;
-#pragma unroll
-    for (int bit = 0; bit <= kMostGroups; ++bit) {
-      const bool is_set = key >> bit & 1;
-      const unsigned set = __ballot_sync(kAllLanes, is_set);
-      peers &= is_set ? set : ~set;
-    }
-  }
-  const int below = __popc(peers & ((1u << lane) - 1));
-  if (below == 0 && exists) s.before[warp][key] = static_cast<uint16_t>(__popc(peers));
-  __syncthreads();
-  if (t < kScheduleKeys) {
-    int32_t sum = 0;
-#pragma unroll 8
-    for (int w = 0; w < warps; ++w) {
-      const int32_t count = s.before[w][t];
-      s.before[w][t] = static_cast<uint16_t>(sum);
-      sum += count;
-    }
-    s.next[t] += *in_tile;
-    *in_tile = sum;
+    s.ranks.clear();
+    rank = s.ranks.add<kMostGroups + 1>(key, exists);
   }
   __syncthreads();
-  return exists ? s.next[key] + s.before[warp][key] + below : 0;
+  s.ranks.sum_up(warps, s.next, in_tile);
+  __syncthreads();
+  return exists ? s.next[key] + s.ranks.before[warp][key] + rank : 0;
 }
 
 __global__ void __launch_bounds__(kShareThreads, 1) place_kernel(ScheduleArgs a, const int32_t* counts, const uint16_t* keys) {
@@ -170,7 +151,7 @@ __global__ void __launch_bounds__(kShareThreads, 1) place_kernel(ScheduleArgs a,
   const Range own = rows_of_shares(n, blockIdx.x, blockIdx.x + 1);
   if (own.begin == own.end) return;
   begin_keys(counts, keys, n, shared);
-  int32_t in_tile = 0;
+  uint32_t in_tile = 0;
   for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
     const int32_t rows = min(kShareThreads, own.end - begin), groups = (rows + kWarp - 1) / kWarp;
     // A warp has 32 rows and a slice of the taps; it reads the first entries before it knows where they go.

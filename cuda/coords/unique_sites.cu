@@ -1,6 +1,6 @@
 // One cooperative kernel:
 //
-//     keys    a key a point, and which of their bits differ
+//     keys    a key a point, which of their bits differ, and how often each last digit is there
 //     sort    (key, point) pairs, stably: the points of a site come in increasing order
 //     count   how many keys each block's share has that differ from the one before
 //     write   rows: sites, their points, the row of each point; then padding
@@ -19,62 +19,104 @@ namespace {
 
 struct Scratch {
   SortBuffers sort;
-  uint64_t* bits_of;    // [blocks], of the keys in a block's share
-  int32_t* no_keys_of;  // [blocks], points without a key
-  int32_t* heads_of;    // [blocks], keys that differ from the one before
+  uint64_t* bits_of;  // [blocks], of the keys in a block's share
+  int32_t* heads_of;  // [blocks], keys that differ from the one before
+  int32_t* with_key;  // [1], points that have one
+};
+
+constexpr uint64_t kSomeHaveNone = uint64_t{1} << 63;  // beside the bits of keys
+
+// Neighbours in the sorted list, a thread's: where a warp's 32 are done it has the next 32.
+struct Part {
+  Key key[kSortPerThread];
+  bool is_head[kSortPerThread];
+
+  __device__ Part(const Key* keys, int32_t first, int32_t end) {
+    Key below[kSortPerThread];
+#pragma unroll
+    for (int i = 0; i < kSortPerThread; ++i) {
+      const int32_t at = first + i * kWarp;
+      key[i] = at < end ? keys[at] : kNoKey;
+      below[i] = at < end && at > 0 ? keys[at - 1] : kNoKey;
+    }
+#pragma unroll
+    for (int i = 0; i < kSortPerThread; ++i) is_head[i] = key[i] != kNoKey && key[i] != below[i];
+  }
 };
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
+__global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
   __shared__ SortShared shared;
   const Grid grid = cooperative_groups::this_grid();
   const int64_t first_thread = global_thread();
   const int32_t n = real_rows(a.count, a.points);
 
   uint64_t bits = 0;
-  int32_t no_keys = 0;
-  for (int64_t p = first_thread; p < n; p += all_threads()) {
+  put_keys(s.sort, n, shared, [&](int64_t p) {
     const Key key = key_of_row<D>(a.coords + p * (1 + D));
-    s.sort.keys[p] = key;
-    if (key != kNoKey) bits |= KeySpan<D>::bits_of(key);
-    no_keys += key == kNoKey;
-  }
-  bits = block_or(bits);
-  no_keys = block_sum(no_keys);
-  if (threadIdx.x == 0) {
-    s.bits_of[blockIdx.x] = bits;
-    s.no_keys_of[blockIdx.x] = no_keys;
-  }
+    bits |= key == kNoKey ? kSomeHaveNone : KeySpan<D>::bits_of(key);
+    return key;
+  });
+  bits = block_or<kSortThreads>(bits);
+  if (threadIdx.x == 0) s.bits_of[blockIdx.x] = bits;
+  if (first_thread == 0) *s.with_key = n;
   grid.sync();
 
-  const int32_t with_key = n - sum_blocks(s.no_keys_of).all;
-  const KeySpan<D> span(or_blocks(s.bits_of), with_key < n);
+  bits = or_blocks<kSortThreads>(s.bits_of);
+  // The last digit is counted whatever the span: it is part of it.
+  const KeySpan<D> span((bits & ~kSomeHaveNone) | (1 << (kDigitBits - 1)), (bits & kSomeHaveNone) != 0);
   radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key key) { return span.code(key); });
   const Key* keys = s.sort.keys;
   const uint32_t* points = s.sort.values;
 
-  const auto is_head = [&](int32_t i) { return i < with_key && (i == 0 || keys[i - 1] != keys[i]); };
-  const Range own = share(n, kGridThreads, gridDim.x);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Range own = share(n, kWarp, gridDim.x);
   int32_t heads = 0;
-  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += is_head(i);
-  heads = block_sum(heads);
+  for (int32_t begin = own.begin; begin < own.end; begin += kSortTile) {
+    const int32_t first = begin + warp * kSortPerThread * kWarp + lane;
+    const Part part(keys, first, own.end);
+#pragma unroll
+    for (int i = 0; i < kSortPerThread; ++i) {
+      const int32_t at = first + i * kWarp;
+      heads += part.is_head[i];
+      if (at < own.end && part.key[i] == kNoKey && (at == 0 || keys[at - 1] != kNoKey)) *s.with_key = at;
+    }
+  }
+  heads = block_sum<kSortThreads>(heads);
   if (threadIdx.x == 0) s.heads_of[blockIdx.x] = heads;
   grid.sync();
 
-  const BlockSums rows = sum_blocks(s.heads_of);
+  const BlockSums rows = sum_blocks<kSortThreads>(s.heads_of);
+  const int32_t with_key = *s.with_key;
   int32_t next = rows.before;
-  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-    const int32_t i = begin + threadIdx.x;
-    const bool head = i < own.end && is_head(i);
-    int32_t total;
-    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(head), &total) - (head ? 0 : 1);
+  for (int32_t begin = own.begin; begin < own.end; begin += kSortTile) {
+    const int32_t first = begin + warp * kSortPerThread * kWarp + lane;
+    const Part part(keys, first, own.end);
+    unsigned votes[kSortPerThread];
+    int32_t of_warp = 0, total;
+#pragma unroll
+    for (int i = 0; i < kSortPerThread; ++i) {
+      votes[i] = __ballot_sync(kAllLanes, part.is_head[i]);
+      of_warp += __popc(votes[i]);
+    }
+    const int32_t before = block_exclusive_scan<kSortThreads>(lane == 0 ? of_warp : 0, &total);
+    int32_t row = next + __shfl_sync(kAllLanes, before, 0) - 1;  // of the warp's last head
     next += total;
-    if (i >= own.end) continue;
-    if (head && row < a.capacity) write_site<D>(keys[i], a.sites + static_cast<int64_t>(row) * (1 + D));
-    if (head && row <= a.capacity) a.offsets[row] = static_cast<int32_t>(i);
-    const bool kept = i < with_key && row < a.capacity;
-    a.row_of[points[i]] = kept ? row : -1;
-    a.order[i] = kept ? static_cast<int32_t>(points[i]) : -1;
+#pragma unroll
+    for (int i = 0; i < kSortPerThread; ++i) {
+      const int32_t at = first + i * kWarp;
+      const int32_t own_row = row + __popc(votes[i] & (0xffffffffu >> (kWarp - 1 - lane)));
+      row += __popc(votes[i]);
+      if (at >= own.end) continue;
+      if (part.is_head[i] && own_row < a.capacity) {
+        write_site<D>(part.key[i], a.sites + static_cast<int64_t>(own_row) * (1 + D));
+      }
+      if (part.is_head[i] && own_row <= a.capacity) a.offsets[own_row] = at;
+      const bool kept = part.key[i] != kNoKey && own_row < a.capacity;
+      const uint32_t point = points[at];
+      a.row_of[point] = kept ? own_row : -1;
+      a.order[at] = kept ? static_cast<int32_t>(point) : -1;
+    }
   }
   for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
   for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) {
@@ -91,11 +133,11 @@ template <int D>
 cudaError_t unique_sites_in(const UniqueSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   Scratch s;
-  s.sort = take_sort_buffers(workspace, a.points);
+  JAXSPARSE_TRY(take_sort_buffers(workspace, a.points, stream, &s.sort));
   s.bits_of = workspace.take<uint64_t>(kMostBlocks);
-  s.no_keys_of = workspace.take<int32_t>(kMostBlocks);
   s.heads_of = workspace.take<int32_t>(kMostBlocks);
-  return launch_grid(unique_sites_kernel<D>, div_up(a.points, kGridThreads), stream, a, s);
+  s.with_key = workspace.take<int32_t>(1);
+  return launch_grid<kSortThreads>(unique_sites_kernel<D>, div_up(a.points, kSortThreads), stream, a, s);
 }
 
 }  // namespace

@@ -11,13 +11,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kGridThreads, 2) invert_index_kernel(InvertIndexArgs a, SortBuffers buffers, int bits) {
+__global__ void __launch_bounds__(kSortThreads, 1) invert_index_kernel(InvertIndexArgs a, SortBuffers buffers, int bits) {
   __shared__ SortShared shared;
   const Grid grid = cooperative_groups::this_grid();
-  for (int64_t p = global_thread(); p < a.positions; p += all_threads()) {
+  put_keys(buffers, a.positions, shared, [&](int32_t p) {
     const int32_t value = a.index[p];
-    buffers.keys[p] = value >= 0 && value < a.values ? value : a.values;  // what is outside sorts behind the others
-  }
+    return static_cast<uint64_t>(value >= 0 && value < a.values ? value : a.values);  // what is outside sorts behind the others
+  });
   grid.sync();
   radix_sort(grid, buffers, a.positions, bits, shared, [](uint64_t key) { return key; });
   const uint64_t* keys = buffers.keys;
@@ -102,8 +102,10 @@ cudaError_t invert_index(const InvertIndexArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   int bits = 1;
   while (a.values >> bits != 0) ++bits;
-  return launch_grid(invert_index_kernel, div_up(a.positions, kGridThreads), stream, a,
-                     take_sort_buffers(workspace, a.positions), bits);
+  SortBuffers buffers;
+  JAXSPARSE_TRY(take_sort_buffers(workspace, a.positions, stream, &buffers));
+  const int64_t blocks = div_up(a.positions, kSortThreads);
+  return launch_grid<kSortThreads>(invert_index_kernel, blocks, stream, a, buffers, bits);
 }
 
 cudaError_t segment_sum(const SegmentSumArgs& a, cudaStream_t stream) {

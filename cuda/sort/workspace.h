@@ -5,12 +5,13 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kMostDigitBits = 9;
-constexpr int kDigits = 1 << kMostDigitBits;
+constexpr int kDigitBits = 9;
+constexpr int kDigits = 1 << kDigitBits;
+constexpr int kSortChunks = 16;  // of consecutive blocks' shares
+constexpr int kMostPasses = 8;   // of 64 bits
+constexpr int64_t kSortCounts = int64_t{kMostPasses} * kSortChunks * kDigits;
 
-// Bytes of two buffers of n keys and n values, and of the digit counts of up to kMostBlocks blocks.
-constexpr int64_t sort_workspace(int64_t n) {
-  return 2 * padded(8 * n) + 2 * padded(4 * n) + padded(int64_t{4} * 513 * kDigits);
-}
+// Bytes of two buffers of n keys and n values, and of the digit counts of each pass.
+constexpr int64_t sort_workspace(int64_t n) { return 2 * padded(8 * n) + 2 * padded(4 * n) + 4 * kSortCounts; }
 
 }  // namespace jaxsparse::cuda

@@ -1,0 +1,62 @@
+// Ranks a block's tile of small numbers, digits or keys, stably: the counting sort of one block.
+#pragma once
+
+#include "cuda/common/device.cuh"
+
+namespace jaxsparse::cuda {
+
+// In shared memory. Each warp adds its part of the tile, 32 numbers at a time; then sum_up turns how many of each number a
+// warp has into how many the warps before it have. A tile has fewer than 2^16 numbers.
+template <int kWarps, int kNumbers>
+struct Ranks {
+  static constexpr int kPairs = (kNumbers + 1) / 2;  // two counts are added up as one word
+  union {
+    uint16_t before[kWarps][2 * kPairs];
+    uint32_t pairs[kWarps][kPairs];
+  };
+
+  // Clears the warp's part.
+  __device__ void clear() {
+    for (int i = threadIdx.x % kWarp; i < kPairs; i += kWarp) pairs[threadIdx.x / kWarp][i] = 0;
+    __syncwarp();
+  }
+
+  // Adds a number a lane, of so many bits, where it exists; returns how many of the same the warp had before it.
+  template <int kBits>
+  __device__ int32_t add(int number, bool exists) {
+    uint16_t* const own = before[threadIdx.x / kWarp];
+    unsigned peers = __ballot_sync(kAllLanes, exists);  // lanes with this lane's number; __match_any_sync is far slower
+    if (!exists) peers = ~peers;
+#pragma unroll
+    for (int bit = 0; bit < kBits; ++bit) {
+      const bool is_set = number >> bit & 1;
+      const unsigned set = __ballot_sync(kAllLanes, is_set);
+      peers &= is_set ? set : ~set;
+    }
+    const int below = __popc(peers & ((1u << threadIdx.x % kWarp) - 1));
+    const int earlier = exists ? own[number] : 0;
+    __syncwarp();
+    if (below == 0 && exists) own[number] = static_cast<uint16_t>(earlier + __popc(peers));
+    __syncwarp();
+    return earlier + below;
+  }
+
+  // Sums over the first `warps` warps. next[number] goes on by what the tile before had; *in_tile, two numbers of the
+  // thread's, remembers it from tile to tile. Barriers of the block before and after.
+  __device__ void sum_up(int warps, int32_t* next, uint32_t* in_tile) {
+    const int t = threadIdx.x;
+    if (t >= kPairs) return;
+    uint32_t sum = 0;
+#pragma unroll 8
+    for (int w = 0; w < warps; ++w) {
+      const uint32_t count = pairs[w][t];
+      pairs[w][t] = sum;
+      sum += count;
+    }
+    next[2 * t] += static_cast<int32_t>(*in_tile & 0xffff);
+    if (2 * t + 1 < kNumbers) next[2 * t + 1] += static_cast<int32_t>(*in_tile >> 16);
+    *in_tile = sum;
+  }
+};
+
+}  // namespace jaxsparse::cuda
