@@ -84,6 +84,7 @@ template <int D>
 struct Site {
   int32_t batch, coord[D];
 
+  Site() = default;
   __device__ Site(const int32_t* coords, int64_t row) {
     if constexpr (D == 3) {
       const int4 site = reinterpret_cast<const int4*>(coords)[row];

@@ -20,7 +20,7 @@
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 
-#include "cuda/common/device.cuh"
+#include "cuda/coords/blocks.cuh"
 #include "cuda/coords/window.h"
 #include "cuda/hash/hash_map.cuh"
 
@@ -51,17 +51,13 @@ struct alignas(16) SiteSlot {
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
 };
 struct alignas(32) BlockSlot {
-  uint64_t key;   // see in_block()
+  uint64_t key;   // see blocks.cuh
   uint64_t mask;  // which of its 64 sites exist
   int32_t row;    // of the first that does
   int32_t unused[3];
 
   static __device__ BlockSlot empty() { return {kNoKey, 0, 0, {}}; }
-  // Cheaper than the finaliser of SiteSlot, whose products have 64 bits: it is called for each block under each window.
-  static __device__ uint32_t hash(uint64_t key) {
-    const uint32_t mixed = static_cast<uint32_t>(key) * 0x9e3779b1u + static_cast<uint32_t>(key >> 32) * 0x85ebca77u;
-    return (mixed ^ mixed >> 15) * 0x2c1b3c6du;
-  }
+  static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
   // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
   // leave a fifth empty.
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
@@ -84,23 +80,6 @@ __global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
     atomicMin(reinterpret_cast<unsigned*>(&map.insert_if_absent(key)->row), static_cast<unsigned>(row));
   }
 }
-
-// What a block goes by in its index: batch, then the block's number on each axis, counted from the lower end of the
-// coordinate range, side by side. Far cheaper to make than a Morton code, and so is that of a neighbour.
-template <int D>
-struct BlockNumbers {
-  int bits[D];       // of the number on each axis
-  int shift[D];      // how far it is shifted left
-  int batch_shift;
-
-  constexpr BlockNumbers() : bits(), shift(), batch_shift(0) {
-    for (int d = D - 1; d >= 0; --d) {
-      bits[d] = axis_bits(D) - block_axis_bits(D, d);
-      shift[d] = batch_shift;
-      batch_shift += bits[d];
-    }
-  }
-};
 
 // A site's block, kNoKey if the site has no key, and which of the block's sites it is.
 struct InBlock {

@@ -151,6 +151,14 @@ JAXSPARSE_HD constexpr int block_axis_bits(int dims, int axis) {
   return kBlockBits / dims + (dims - 1 - axis < kBlockBits % dims ? 1 : 0);
 }
 
+// The bits, among a key's last six, of a coordinate on one axis.
+template <int D>
+JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
+  int32_t bits = 0;
+  for (int b = 0; b < block_axis_bits(D, axis); ++b) bits |= (coord >> b & 1) << (b * D + D - 1 - axis);
+  return bits;
+}
+
 // The bits in which a set of keys can differ. Coordinates far from the ends of their range leave the bits above them
 // equal to the sign's complement, and those need no sorting: a scan has about 36 bits of the 64.
 template <int D>
@@ -242,14 +250,13 @@ class CoarseAxis {
   // At most this many windows hold one fine coordinate.
   JAXSPARSE_HD int64_t most() const { return most_; }
 
+  // Whether they are found without a division, which is slow on a GPU.
+  JAXSPARSE_HD bool is_simple() const { return dilation_ == 1 && shift_ >= 0; }
+
   // The i-th of them, i = 0 .. most() - 1. False where there is no i-th one.
   JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
+    if (is_simple()) return coarse_if_simple(fine, i, out);
     const int64_t padded = fine + padding_;
-    if (dilation_ == 1 && shift_ >= 0) {
-      const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
-      *out = (padded - tap) >> shift_;
-      return tap < kernel_;
-    }
     for (int64_t first = 0; first < period_ && first < kernel_; ++first) {
       if ((padded - dilation_ * first) % stride_ != 0) continue;
       const int64_t tap = first + i * period_;
@@ -257,6 +264,13 @@ class CoarseAxis {
       return tap < kernel_;
     }
     return false;
+  }
+
+  JAXSPARSE_HD bool coarse_if_simple(int64_t fine, int64_t i, int64_t* out) const {
+    const int64_t padded = fine + padding_;
+    const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
+    *out = (padded - tap) >> shift_;
+    return tap < kernel_;
   }
 
  private:
@@ -271,7 +285,7 @@ class CoarseAxis {
 
   int64_t kernel_, stride_, padding_, dilation_;
   int64_t period_, most_;  // taps that give a whole coarse coordinate are `period_` apart
-  int shift_;              // log2 of the stride, -1 where it is no power of two: division is slow on a GPU
+  int shift_;              // log2 of the stride, -1 where it is no power of two
 };
 
 }  // namespace jaxsparse
