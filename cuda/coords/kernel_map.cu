@@ -106,26 +106,31 @@ __device__ InBlock in_block(const Site<D>& site) {
 // Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
 template <int D>
 __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
+  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, max(min(row, int64_t{a.rows} - 1), int64_t{0})); };
+  const int lane = threadIdx.x % kWarp;
+  int64_t row = global_thread();
+  Site<D> site = site_at(row), below = site_at(row - 1);
+  __syncwarp();  // keeps those reads above the branches that wait for the count
   const int32_t rows = real_rows(a.count, a.rows);
   HashMap<BlockSlot> map(index, BlockSlot::number(rows));
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t begin = global_thread() - lane; begin < rows; begin += all_threads()) {
-    const int64_t row = begin + lane;
-    const InBlock in = in_block(Site<D>(a.coords, min(row, int64_t{rows} - 1)));
+  while (row - lane < rows) {
+    const InBlock in = in_block(site);
     const uint64_t block = row < rows ? in.block : kNoKey;
-    uint64_t block_below = __shfl_up_sync(kAllLanes, block, 1);
-    if (lane == 0) block_below = row > 0 ? in_block(Site<D>(a.coords, row - 1)).block : kNoKey;
-    const bool begins = block_below != block, leads = lane == 0 || begins;
+    const bool begins = row == 0 || in_block(below).block != block, leads = lane == 0 || begins;
     const uint64_t mask = or_of_run(block == kNoKey ? 0 : uint64_t{1} << in.bit, leads);
     const bool ends = __ballot_sync(kAllLanes, leads) >> lane > 1;  // before the warp does
-    if (block == kNoKey || !leads) continue;
-    BlockSlot* const slot = map.insert_if_absent(block);
-    if (begins) slot->row = static_cast<int32_t>(row);
-    if (begins && ends) {
-      slot->mask = mask;  // no other warp has sites of this block
-    } else {
-      atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(mask));
+    if (block != kNoKey && leads) {
+      BlockSlot* const slot = map.insert_if_absent(block);
+      if (begins) slot->row = static_cast<int32_t>(row);
+      if (begins && ends) {
+        slot->mask = mask;  // no other warp has sites of this block
+      } else {
+        atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(mask));
+      }
     }
+    row += all_threads();
+    site = site_at(row);
+    below = site_at(row - 1);
   }
 }
 
@@ -379,11 +384,14 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThr
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
+  int64_t output = global_thread();
+  Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
+  __syncwarp();  // keeps that read above the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // of a plane
-  for (int64_t output = global_thread(); output < out_rows; output += all_threads()) {
-    const Window<D> window(shape, Site<D>(a.out_coords, output));
+  while (output < out_rows) {
+    const Window<D> window(shape, site);
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
@@ -439,6 +447,8 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThr
       tap.next(sizes, D - 3);
     }
     a.masks[output] = mask;
+    output += all_threads();
+    site = Site<D>(a.out_coords, min(output, int64_t{a.out_rows} - 1));
   }
 }
 
