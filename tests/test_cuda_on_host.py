@@ -209,6 +209,36 @@ def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
     np.testing.assert_array_equal(got, sites_array(expected, 1500, dims))
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_coarse_sites_of_sites_far_apart(dims, stride):
+    """Each site reaches blocks of its own: more than a list holds, and codes of many bits."""
+    rng = np.random.default_rng(dims)
+    half = 2 ** (BITS[dims] - 1)
+    coords = rng.integers(-half, half, (600, 1 + dims)).astype(I32)
+    coords[:, 0] = rng.integers(0, 200, 600)
+    windows = [{(b, *site) for site in itertools.product(*({-(-(c - 1) // stride), (c + 1) // stride} for c in site))}
+               for b, *site in coords.tolist()]  # fmt: skip
+    if stride == 1:
+        windows = [w | {(b, *s) for s in itertools.product(*((c - 1, c, c + 1) for c in site))}
+                   for w, (b, *site) in zip(windows, coords.tolist(), strict=True)]  # fmt: skip
+    reached = [
+        site
+        for window, (_, *fine) in zip(windows, coords.tolist(), strict=True)
+        for site in window
+        if all(-1 <= f - stride * c <= 1 for f, c in zip(fine, site[1:], strict=True))
+    ]
+    outside = sum(key(site) is None for site in reached)
+    expected = sorted({site for site in reached if key(site) is not None}, key=key)
+    geometry = ((3,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims)
+    capacity = len(expected) + 5
+    results = coarse_results(600, capacity, Geometry(*geometry))
+    attrs = attributes(geometry, bounds=np.array([], I32), is_sorted=0)
+    got, kept, found, lost, _ = call("coarse_sites", results, coords, np.array([600], I32), **attrs)
+    assert (kept[0], found[0], lost[0]) == (len(expected), len(expected), outside)
+    np.testing.assert_array_equal(got, sites_array(expected, capacity, dims))
+
+
 # --- maps ---
 
 
