@@ -46,17 +46,16 @@ struct alignas(16) SiteSlot {
   int32_t row;
   int32_t unused;
 
-  static __device__ SiteSlot empty() { return {kNoKey, -1, 0}; }
+  __device__ void clear() { *this = {kNoKey, -1, 0}; }
   static __device__ uint32_t hash(uint64_t key) { return static_cast<uint32_t>(jaxsparse::hash(key) >> 32); }
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
 };
 struct alignas(32) BlockSlot {
-  uint64_t key;   // see blocks.cuh
-  uint64_t mask;  // which of its 64 sites exist
-  int32_t row;    // of the first that does
-  int32_t unused[3];
+  uint64_t key;  // see blocks.cuh
+  uint64_t unused;
+  uint4 sites;  // a mask of which of its 64 exist, the row of the first that does, unused: read and written at once
 
-  static __device__ BlockSlot empty() { return {kNoKey, 0, 0, {}}; }
+  __device__ void clear() { key = kNoKey; }
   static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
   // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
   // leave a fifth empty.
@@ -66,7 +65,7 @@ struct alignas(32) BlockSlot {
 template <typename Slot>
 __global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
   const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
-  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot] = Slot::empty();
+  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot].clear();
 }
 
 template <int D>
@@ -103,34 +102,44 @@ __device__ InBlock in_block(const Site<D>& site) {
   return in;
 }
 
-// Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
+// Sorted sites: of the lanes that hold one block's, neighbours, the first enters it.
 template <int D>
 __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
   const auto site_at = [&](int64_t row) { return Site<D>(a.coords, max(min(row, int64_t{a.rows} - 1), int64_t{0})); };
   const int lane = threadIdx.x % kWarp;
   int64_t row = global_thread();
-  Site<D> site = site_at(row), below = site_at(row - 1);
+  Site<D> site = site_at(row), below = site_at(row - 1), ahead = site_at(row + kWarp);
   __syncwarp();  // keeps those reads above the branches that wait for the count
   const int32_t rows = real_rows(a.count, a.rows);
   HashMap<BlockSlot> map(index, BlockSlot::number(rows));
   while (row - lane < rows) {
     const InBlock in = in_block(site);
     const uint64_t block = row < rows ? in.block : kNoKey;
-    const bool begins = row == 0 || in_block(below).block != block, leads = lane == 0 || begins;
-    const uint64_t mask = or_of_run(block == kNoKey ? 0 : uint64_t{1} << in.bit, leads);
-    const bool ends = __ballot_sync(kAllLanes, leads) >> lane > 1;  // before the warp does
-    if (block != kNoKey && leads) {
+    const bool begins = row == 0 || in_block(below).block != block;
+    uint64_t mask = or_of_run(block == kNoKey ? 0 : uint64_t{1} << in.bit, lane == 0 || begins);
+    // The last lane's block may go on: 64 sites lie in no more than three warps.
+    const uint64_t last_block = __shfl_sync(kAllLanes, block, kWarp - 1);
+    uint64_t rest = 0;
+    bool goes_on = last_block != kNoKey;
+    for (int warps = 1; warps <= 2 && goes_on; ++warps) {
+      if (warps == 2) ahead = site_at(row + 2 * kWarp);
+      const InBlock next = in_block(ahead);
+      const bool belongs = row + warps * kWarp < rows && next.block == last_block;
+      const uint64_t bit = belongs ? uint64_t{1} << next.bit : 0;
+      const uint32_t low = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bit));
+      const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bit >> 32));
+      rest |= static_cast<uint64_t>(high) << 32 | low;
+      goes_on = __shfl_sync(kAllLanes, belongs, kWarp - 1);
+    }
+    if (block != kNoKey && begins) {
+      if (block == last_block) mask |= rest;
       BlockSlot* const slot = map.insert_if_absent(block);
-      if (begins) slot->row = static_cast<int32_t>(row);
-      if (begins && ends) {
-        slot->mask = mask;  // no other warp has sites of this block
-      } else {
-        atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(mask));
-      }
+      slot->sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(row), 0);
     }
     row += all_threads();
     site = site_at(row);
     below = site_at(row - 1);
+    ahead = site_at(row + kWarp);
   }
 }
 
@@ -352,9 +361,10 @@ struct alignas(8) Half {
 
 // What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
 __device__ inline void put_block(Half* under, int32_t block, bool exists, const BlockSlot& slot) {
-  const uint32_t low = exists ? static_cast<uint32_t>(slot.mask) : 0;
-  under[2 * block * kWarp] = {exists ? static_cast<uint32_t>(slot.mask >> 32) : 0, slot.row + __popc(low) - 1};
-  under[(2 * block + 1) * kWarp] = {low, slot.row - 1};
+  const uint32_t low = exists ? slot.sites.x : 0, high = exists ? slot.sites.y : 0;
+  const int32_t row_before = static_cast<int32_t>(slot.sites.z) - 1;
+  under[2 * block * kWarp] = {high, row_before + __popc(low)};
+  under[(2 * block + 1) * kWarp] = {low, row_before};
 }
 
 // The row of a site, -1 where there is none.
@@ -378,7 +388,7 @@ bool is_small(const Geometry& g) {
 }
 
 template <int D, int kLast>
-__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 896 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
   constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 4 ? kBlocks : 4, kMostLines = 3;
   constexpr BlockNumbers<D> numbers;
