@@ -294,10 +294,10 @@ __global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(
             keys[j] = line | axis_part<D>(D - 1, coord);
             wanted[j] = j < n && keys[j] != kNoKey;
           }
-          SiteSlot found[kAtOnce];
-          map.find(keys, wanted, found, is_site);
+          uint32_t slots[kAtOnce];
+          map.find(keys, wanted, slots, is_site);
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) rows[j] = is_site[j] ? found[j].row : -1;
+          for (int j = 0; j < kAtOnce; ++j) rows[j] = is_site[j] ? map[slots[j]].row : -1;
         });
   }
 }
@@ -360,11 +360,10 @@ struct alignas(8) Half {
 };
 
 // What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
-__device__ inline void put_block(Half* under, int32_t block, bool exists, const BlockSlot& slot) {
-  const uint32_t low = exists ? slot.sites.x : 0, high = exists ? slot.sites.y : 0;
-  const int32_t row_before = static_cast<int32_t>(slot.sites.z) - 1;
-  under[2 * block * kWarp] = {high, row_before + __popc(low)};
-  under[(2 * block + 1) * kWarp] = {low, row_before};
+__device__ inline void put_block(Half* under, int32_t block, const uint4& sites) {
+  const int32_t row_before = static_cast<int32_t>(sites.z) - 1;
+  under[2 * block * kWarp] = {sites.y, row_before + __popc(sites.x)};
+  under[(2 * block + 1) * kWarp] = {sites.x, row_before};
 }
 
 // The row of a site, -1 where there is none.
@@ -388,9 +387,9 @@ bool is_small(const Geometry& g) {
 }
 
 template <int D, int kLast>
-__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 896 : 640) / kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
-  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 4 ? kBlocks : 4, kMostLines = 3;
+  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 8 ? kBlocks : 8, kMostLines = 3;
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
@@ -406,7 +405,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 896 : 640) / kSmallThr
     for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
       bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
-      BlockSlot slots[kBlocksAtOnce];
+      uint32_t slots[kBlocksAtOnce];
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         keys[j] = window.first_key;
@@ -421,7 +420,9 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 896 : 640) / kSmallThr
       }
       map.find(keys, wanted, slots, found);
 #pragma unroll
-      for (int j = 0; j < kBlocksAtOnce; ++j) put_block(under, first + j, found[j], slots[j]);
+      for (int j = 0; j < kBlocksAtOnce; ++j) {
+        put_block(under, first + j, found[j] ? map[slots[j]].sites : uint4{});
+      }
     }
     const auto share = [&](int d, int32_t tap) {
       return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, 1 << (kBlockBits + D - 1 - d));
@@ -504,7 +505,7 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     for (int32_t first = warp * kBlocksAtOnce; first < blocks.number; first += kTileWarps * kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
       bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
-      BlockSlot slots[kBlocksAtOnce];
+      uint32_t slots[kBlocksAtOnce];
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         const auto& block = blocks.block[min(first + j, kMostUnderWindow - 1)];
@@ -517,7 +518,7 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
       map.find(keys, wanted, slots, found);
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
-        if (first + j < blocks.number) put_block(under, first + j, found[j], slots[j]);
+        if (first + j < blocks.number) put_block(under, first + j, found[j] ? map[slots[j]].sites : uint4{});
       }
     }
     __syncthreads();
