@@ -360,17 +360,17 @@ __global__ void __launch_bounds__(kListThreads, 4)
     list_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s, int extent_blocks, int tree_blocks) {
   __shared__ BlockList list;
   __shared__ int32_t first_entry;
-  const int32_t rows = real_rows(a.count, a.rows);
+  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
+  Site<D> site = site_at(global_thread());  // on its way while the codes are found out
   const BlockCodes<D> codes(axes, s.highest, extent_blocks);
+  const int32_t rows = real_rows(a.count, a.rows);
   const TreeShape shape(codes.bits());
   if (global_thread() == 0) *s.bits = codes.bits();
   const uint32_t each = share_size(shape.top_nodes, kWarp, tree_blocks);
   const int32_t steps = axes.are_simple ? 1 << D : axes.windows;
   int32_t outside = 0;
   for (int64_t begin = int64_t{blockIdx.x} * kListThreads; begin < rows; begin += all_threads()) {
-    const int64_t row = begin + threadIdx.x;
-    const Site<D> site(a.coords, min(row, int64_t{rows} - 1));
-    int32_t step = row < rows && has_key(site) ? 0 : steps;
+    int32_t step = begin + threadIdx.x < rows && has_key(site) ? 0 : steps;
     bool goes_on = false;  // where the list was full
     do {
       list.clear();
@@ -411,6 +411,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
         mark_children<kListThreads>(s.tree, 0, each, exists, node, digit);
       }
     } while (goes_on);
+    site = site_at(begin + all_threads() + threadIdx.x);
   }
   if (outside != 0) atomicAdd(a.outside, outside);
 }
