@@ -92,7 +92,8 @@ def random_coords(rng, rows, dims, spread):
 
 def unique_results(points, capacity, dims):
     rows, size = ((points,), I32), _workspace.unique_sites(points)
-    return [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), rows, rows, ((capacity + 1,), I32), ((size,), U8)]
+    counts, ends, reasons = ((1,), I32), ((capacity + 1,), I32), ((_coords.REASONS,), I32)
+    return [((capacity, 1 + dims), I32), counts, counts, rows, rows, ends, reasons, ((size,), U8)]
 
 
 def coarse_results(rows, capacity, geometry):
@@ -108,7 +109,7 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     rng = np.random.default_rng(dims * points)
     coords = random_coords(rng, points, dims, {1: 900, 2: 40, 3: 9, 4: 5}[dims])
     coords[rng.random(points) < 0.05] = PADDING
-    coords[rng.random(points) < 0.02, 0] = -1
+    coords[rng.random(points) < 0.05, 0] = -rng.integers(1, 12)
     if dims > 1:
         coords[rng.random(points) < 0.02, 1] = 2 ** (BITS[dims] - 1)  # the first coordinate that does not fit
     keys = [key(c) if p < count else None for p, c in enumerate(coords)]
@@ -116,8 +117,9 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     ordered = sorted(sites)
     row_of_key = {k: r if r < capacity else -1 for r, k in enumerate(ordered)}
     results = unique_results(points, capacity, dims)
-    got, kept, found, row_of, order, offsets, _ = call("unique_sites", results, coords, np.array([count], I32))
+    got, kept, found, row_of, order, offsets, without, _ = call("unique_sites", results, coords, np.array([count], I32))
     np.testing.assert_array_equal([kept, found], [[min(len(ordered), capacity)], [len(ordered)]])
+    np.testing.assert_array_equal(without, [np.sum(coords[:count, 0] == -1 - why) for why in range(_coords.REASONS)])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in ordered], capacity, dims))
     np.testing.assert_array_equal(row_of, [-1 if k is None else row_of_key[k] for k in keys])
     grouped = np.argsort(np.where(row_of >= 0, row_of, capacity), kind="stable")

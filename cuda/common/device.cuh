@@ -125,6 +125,13 @@ __device__ inline uint64_t or_of_run(uint64_t bits, bool leads) {
   return bits;
 }
 
+// Sum over the lanes of a warp, all of which call it: pairs of neighbouring halves, the halves of those, and so on.
+template <typename V>
+__device__ V warp_sum(V value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
 // Sum of `value` over the threads before this one; *total is the sum over the block. All threads of the block call it.
 template <int kThreads, typename V>
 __device__ V block_exclusive_scan(V value, V* total) {

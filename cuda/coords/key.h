@@ -141,6 +141,9 @@ JAXSPARSE_HD void write_padding(int32_t* site) {
   for (int a = 0; a < 1 + D; ++a) site[a] = kPaddingCoord;
 }
 
+// A row without a key may say why in place of its batch: -1 for the first of so many reasons, -2 for the second ..
+constexpr int kReasons = 8;
+
 // Blocks: the 64 sites whose keys agree in all but the last six bits. They are 64 long in one dimension, 8^2, 4^3, and
 // 2 x 2 x 4 x 4; sorted sites of a block lie one after the other, in the order of those bits. So a 64-bit mask of a block's
 // sites and the row of its first one say which of them exist, and where.

@@ -176,11 +176,6 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
 // Leaves are counted in groups, as many as there may be blocks, of a multiple of kWarp.
 __device__ inline int32_t group_size(int32_t leaves) { return static_cast<int32_t>(share_size(leaves, kWarp, kMostBlocks)); }
 
-__device__ inline int32_t warp_sum(int32_t value) {
-  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
 // Counts the sites in each group of leaves, a warp a group. A barrier of the grid must follow.
 __device__ inline void count_sites(const Tree& tree, const Leaves& leaves) {
   const int32_t each = group_size(leaves.number);

@@ -21,23 +21,35 @@ struct Scratch {
   SortBuffers sort;
   uint64_t* bits_of;    // [blocks], of the keys in a block's share
   int32_t* no_keys_of;  // [blocks], points without a key
+  int32_t* without_of;  // [kReasons, kMostBlocks], those by what they say
   int32_t* heads_of;    // [blocks], keys that differ from the one before
 };
 
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
   __shared__ SortShared shared;
+  __shared__ int32_t without[kReasons];
   const Grid grid = cooperative_groups::this_grid();
   const int64_t first_thread = global_thread();
   const int32_t n = real_rows(a.count, a.points);
 
+  if (threadIdx.x < kReasons) without[threadIdx.x] = 0;
+  __syncthreads();
   uint64_t bits = 0;
   int32_t no_keys = 0;
   for (int64_t p = first_thread; p < n; p += all_threads()) {
-    const Key key = key_of_row<D>(a.coords + p * (1 + D));
+    const Site<D> site(a.coords, p);
+    int64_t coord[D];
+    for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
+    const Key key = make_key<D>(site.batch, coord);
     s.sort.keys[p] = key;
-    if (key != kNoKey) bits |= KeySpan<D>::bits_of(key);
-    no_keys += key == kNoKey;
+    if (key != kNoKey) {
+      bits |= KeySpan<D>::bits_of(key);
+    } else {
+      ++no_keys;
+      const int64_t why = -1 - int64_t{site.batch};
+      if (why >= 0 && why < kReasons) atomicAdd(&without[why], 1);
+    }
   }
   bits = block_or(bits);
   no_keys = block_sum(no_keys);
@@ -45,6 +57,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
     s.bits_of[blockIdx.x] = bits;
     s.no_keys_of[blockIdx.x] = no_keys;
   }
+  if (threadIdx.x < kReasons) s.without_of[threadIdx.x * kMostBlocks + blockIdx.x] = without[threadIdx.x];
   grid.sync();
 
   const int32_t with_key = n - sum_blocks(s.no_keys_of).all;
@@ -81,6 +94,15 @@ __global__ void __launch_bounds__(kGridThreads, 2) unique_sites_kernel(UniqueSit
     a.offsets[row] = static_cast<int32_t>(with_key);
     if (row < a.capacity) write_padding<D>(a.sites + row * (1 + D));
   }
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kReasons * kWarp) {  // a warp a reason
+    const int why = threadIdx.x / kWarp;
+    int32_t points_without = 0;
+    for (unsigned block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {
+      points_without += s.without_of[why * kMostBlocks + block];
+    }
+    points_without = warp_sum(points_without);
+    if (threadIdx.x % kWarp == 0) a.without[why] = points_without;
+  }
   if (first_thread == 0) {
     *a.kept = min(rows.all, a.capacity);
     *a.found = rows.all;
@@ -94,6 +116,7 @@ cudaError_t unique_sites_in(const UniqueSitesArgs& a, cudaStream_t stream) {
   s.sort = take_sort_buffers(workspace, a.points);
   s.bits_of = workspace.take<uint64_t>(kMostBlocks);
   s.no_keys_of = workspace.take<int32_t>(kMostBlocks);
+  s.without_of = workspace.take<int32_t>(kReasons * kMostBlocks);
   s.heads_of = workspace.take<int32_t>(kMostBlocks);
   return launch_grid(unique_sites_kernel<D>, div_up(a.points, kGridThreads), stream, a, s);
 }

@@ -91,8 +91,7 @@ __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a)
   for (int64_t n = threadIdx.x / kWarp; n < int64_t{number_of_many} * a.channels; n += kThreads / kWarp) {
     const int32_t value = many[n / a.channels], channel = static_cast<int32_t>(n % a.channels);
     const int32_t begin = a.offsets[value] + static_cast<int32_t>(threadIdx.x % kWarp);
-    Accumulator<T> sum = sum_listed<T>(a, channel, begin, a.offsets[value + 1], kWarp);
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    const Accumulator<T> sum = warp_sum(sum_listed<T>(a, channel, begin, a.offsets[value + 1], kWarp));
     if (threadIdx.x % kWarp == 0) y[static_cast<int64_t>(value) * a.channels + channel] = narrow<T>(sum);
   }
 }

@@ -37,7 +37,7 @@ def _tree(entries: int) -> int:
 
 def unique_sites(points: int) -> int:
     """`unique_sites_workspace` in cuda/coords/unique_sites.h."""
-    return _sort(points) + 16 * 512
+    return _sort(points) + 16 * 512 + 4 * 8 * 512
 
 
 def coarse_sites(rows: int, geometry: Geometry) -> int:
