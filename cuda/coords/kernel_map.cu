@@ -1,4 +1,4 @@
-// site_index clears a hash map and enters the input sites, in two kernels; kernel_map looks taps up, in one.
+// kernel_map looks the taps of all outputs up in an index of the input sites, see site_index.cu, in one kernel.
 //
 // The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. What bounds the
 // look-up is arithmetic, of keys and of places in blocks, and chains of dependent reads from L2, so the builders differ in
@@ -20,9 +20,8 @@
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 
-#include "cuda/coords/blocks.cuh"
+#include "cuda/coords/site_index.cuh"
 #include "cuda/coords/window.h"
-#include "cuda/hash/hash_map.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
@@ -32,116 +31,6 @@ constexpr int kTileWarps = 3;  // they share the taps of the tile's outputs
 constexpr int kTileThreads = kTileWarps * kWarp;
 constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
 constexpr int kAtOnce = 3;      // taps that a thread looks up together
-
-template <int D>
-__device__ Key key_of(const Site<D>& site) {
-  int64_t coord[D];
-  for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
-  return make_key<D>(site.batch, coord);
-}
-
-// Slots of an index: what a key stands for.
-struct alignas(16) SiteSlot {
-  uint64_t key;
-  int32_t row;
-  int32_t unused;
-
-  __device__ void clear() { *this = {kNoKey, -1, 0}; }
-  static __device__ uint32_t hash(uint64_t key) { return static_cast<uint32_t>(jaxsparse::hash(key) >> 32); }
-  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
-};
-struct alignas(32) BlockSlot {
-  uint64_t key;  // see blocks.cuh
-  uint64_t unused;
-  uint4 sites;  // a mask of which of its 64 exist, the row of the first that does, unused: read and written at once
-
-  __device__ void clear() { key = kNoKey; }
-  static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
-  // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
-  // leave a fifth empty.
-  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
-};
-
-template <typename Slot>
-__global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
-  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot].clear();
-}
-
-template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
-  const int32_t rows = real_rows(a.count, a.rows);
-  HashMap<SiteSlot> map(index, SiteSlot::number(rows));
-  for (int64_t row = global_thread(); row < rows; row += all_threads()) {
-    const Key key = key_of(Site<D>(a.coords, row));
-    if (key == kNoKey) continue;
-    // -1 is the largest unsigned number, so of equal sites the first row wins
-    atomicMin(reinterpret_cast<unsigned*>(&map.insert_if_absent(key)->row), static_cast<unsigned>(row));
-  }
-}
-
-// A site's block, kNoKey if the site has no key, and which of the block's sites it is.
-struct InBlock {
-  uint64_t block;
-  int32_t bit;
-};
-
-template <int D>
-__device__ InBlock in_block(const Site<D>& site) {
-  constexpr BlockNumbers<D> numbers;
-  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
-  InBlock in{static_cast<uint64_t>(site.batch) << numbers.batch_shift, 0};
-#pragma unroll
-  for (int d = 0; d < D; ++d) {
-    const uint32_t at = static_cast<uint32_t>(site.coord[d]) + (uint32_t{1} << (axis_bits(D) - 1));
-    fits = fits && at < uint32_t{1} << axis_bits(D);
-    in.block |= static_cast<uint64_t>(at >> block_axis_bits(D, d)) << numbers.shift[d];
-    in.bit |= bits_in_block<D>(d, static_cast<int32_t>(at));
-  }
-  if (!fits) in.block = kNoKey;
-  return in;
-}
-
-// Sorted sites: of the lanes that hold one block's, neighbours, the first enters it.
-template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
-  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, max(min(row, int64_t{a.rows} - 1), int64_t{0})); };
-  const int lane = threadIdx.x % kWarp;
-  int64_t row = global_thread();
-  Site<D> site = site_at(row), below = site_at(row - 1), ahead = site_at(row + kWarp);
-  __syncwarp();  // keeps those reads above the branches that wait for the count
-  const int32_t rows = real_rows(a.count, a.rows);
-  HashMap<BlockSlot> map(index, BlockSlot::number(rows));
-  while (row - lane < rows) {
-    const InBlock in = in_block(site);
-    const uint64_t block = row < rows ? in.block : kNoKey;
-    const bool begins = row == 0 || in_block(below).block != block;
-    uint64_t mask = or_of_run(block == kNoKey ? 0 : uint64_t{1} << in.bit, lane == 0 || begins);
-    // The last lane's block may go on: 64 sites lie in no more than three warps.
-    const uint64_t last_block = __shfl_sync(kAllLanes, block, kWarp - 1);
-    uint64_t rest = 0;
-    bool goes_on = last_block != kNoKey;
-    for (int warps = 1; warps <= 2 && goes_on; ++warps) {
-      if (warps == 2) ahead = site_at(row + 2 * kWarp);
-      const InBlock next = in_block(ahead);
-      const bool belongs = row + warps * kWarp < rows && next.block == last_block;
-      const uint64_t bit = belongs ? uint64_t{1} << next.bit : 0;
-      const uint32_t low = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bit));
-      const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bit >> 32));
-      rest |= static_cast<uint64_t>(high) << 32 | low;
-      goes_on = __shfl_sync(kAllLanes, belongs, kWarp - 1);
-    }
-    if (block != kNoKey && begins) {
-      if (block == last_block) mask |= rest;
-      BlockSlot* const slot = map.insert_if_absent(block);
-      slot->sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(row), 0);
-    }
-    row += all_threads();
-    site = site_at(row);
-    below = site_at(row - 1);
-    ahead = site_at(row + kWarp);
-  }
-}
 
 // Divides by a number that is the same for all threads. Exact for 0 <= n < 2^16 and a size of at most 2^16.
 struct Divisor {
@@ -558,22 +447,7 @@ __global__ void reverse_table_kernel(ReverseTableArgs a, int64_t entries) {
   atomicOr(&a.masks[static_cast<int64_t>(row) * a.mask_words + k / 32], 1u << (k % 32));
 }
 
-template <int D, typename Slot>
-cudaError_t enter_sites(const SiteIndexArgs& a, cudaStream_t stream) {
-  void (*const enter)(SiteIndexArgs, Slot*) = enter_kernel<D>;
-  Slot* const index = static_cast<Slot*>(a.index);
-  JAXSPARSE_TRY(launch(clear_kernel<Slot>, striding_blocks(Slot::number(a.rows), kThreads), {kThreads}, stream, a, index));
-  return launch(enter, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, index);
-}
-
 }  // namespace
-
-cudaError_t site_index(const SiteIndexArgs& a, cudaStream_t stream) {
-  return for_dims(a.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    return a.of_blocks ? enter_sites<D, BlockSlot>(a, stream) : enter_sites<D, SiteSlot>(a, stream);
-  });
-}
 
 cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
   return for_dims(a.geometry.dims, [&](auto dims) {
