@@ -44,7 +44,7 @@ auto with_tile(Binding binding) {
 // `kHandlers`, which lists them. `Context` is the functions' first argument; traits may follow. A macro, because XLA's own
 // is one.
 #define JAXSPARSE_DEFINE_HANDLERS(Context, ...)                                                               \
-  XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<Context, 2, 7>()), __VA_ARGS__);                   \
+  XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<Context, 2, 8>()), __VA_ARGS__);                   \
   XLA_FFI_DEFINE_HANDLER(                                                                                     \
       kCoarseSites, coarse_sites,                                                                             \
       (with_geometry(bind<Context, 2, 5>()).Attr<AxisAttribute>("bounds").Attr<int64_t>("is_sorted")), __VA_ARGS__); \

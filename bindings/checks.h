@@ -51,7 +51,7 @@ inline bool is_16_bit(ffi::DataType dtype) { return dtype == ffi::F16 || dtype =
 // Collects the first failure; builds strings only if there is one.
 class Checks {
  public:
-  explicit Checks(const char* call) : call_(call) { operands_.reserve(9); }
+  explicit Checks(const char* call) : call_(call) { operands_.reserve(10); }
 
   void operand(const char* name, In buffer, ffi::DataType dtype, std::initializer_list<int64_t*> sizes) {
     operands_.emplace_back(name, buffer);
@@ -153,7 +153,7 @@ struct UniqueSites {
 };
 
 inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out kept, Out found, Out row_of, Out order,
-                                     Out offsets, Out workspace, UniqueSites* s) {
+                                     Out offsets, Out without, Out workspace, UniqueSites* s) {
   Checks checks("jaxsparse_unique_sites_v1");
   int64_t one = 1, columns = kUnbound;
   checks.operand("coords", coords, ffi::S32, {&s->points, &columns});
@@ -165,6 +165,8 @@ inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out kept, O
   checks.operand("order", order, ffi::S32, {&s->points});
   int64_t ends = s->capacity + 1;
   checks.operand("offsets", offsets, ffi::S32, {&ends});
+  int64_t reasons = kReasons;
+  checks.operand("without", without, ffi::S32, {&reasons});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   check_dims(checks, columns, &s->dims);
   return checks.error();

@@ -103,16 +103,16 @@ ffi::Error for_float(const char* call, ffi::DataType dtype, F&& f) {
 }
 
 ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out kept, Out found, Out row_of,
-                        Out order, Out offsets, Out workspace) {
+                        Out order, Out offsets, Out without, Out workspace) {
   UniqueSites s;
-  if (auto e = check_unique_sites(coords, count, sites, kept, found, row_of, order, offsets, workspace, &s);
+  if (auto e = check_unique_sites(coords, count, sites, kept, found, row_of, order, offsets, without, workspace, &s);
       e.failure()) {
     return e;
   }
   return guarded("jaxsparse_unique_sites_v1", [&] {
     cpu::unique_sites(PoolParallelFor(pool), s.dims, data<int32_t>(coords), s.points, clamp_count(count, s.points),
                       s.capacity, data<int32_t>(sites), data<int32_t>(found), data<int32_t>(row_of),
-                      data<int32_t>(order), data<int32_t>(offsets));
+                      data<int32_t>(order), data<int32_t>(offsets), data<int32_t>(without));
     *data<int32_t>(kept) = kept_of(found, s.capacity);
   });
 }

@@ -52,16 +52,17 @@ int32_t* ints(Out buffer) { return buffer->typed_data<int32_t>(); }
 int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }  // checks bound every size by 2^30
 
 ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out kept, Out found, Out row_of,
-                        Out order, Out offsets, Out workspace) {
+                        Out order, Out offsets, Out without, Out workspace) {
   constexpr const char* call = "jaxsparse_unique_sites_v1";
   UniqueSites s;
-  ffi::Error error = check_unique_sites(coords, count, sites, kept, found, row_of, order, offsets, workspace, &s);
+  ffi::Error error = check_unique_sites(coords, count, sites, kept, found, row_of, order, offsets, without, workspace,
+                                        &s);
   if (error.failure()) return error;
   error = check_workspace(call, s.workspace, cuda::unique_sites_workspace(s.points));
   if (error.failure()) return error;
   const cuda::UniqueSitesArgs args{ints(coords), ints(count), s.dims,       narrow(s.points), narrow(s.capacity),
                                    ints(sites),  ints(kept),  ints(found),  ints(row_of),     ints(order),
-                                   ints(offsets), workspace->untyped_data()};
+                                   ints(offsets), ints(without), workspace->untyped_data()};
   return launch_error(call, cuda::unique_sites(args, stream));
 }
 

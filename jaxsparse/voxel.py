@@ -107,13 +107,17 @@ def voxelize(
     in_range = _all((cell >= -limit) & (cell < limit) for cell in cells)
     in_batch = (batch >= 0) & (batch <= batches - 1)
     has_voxel = wanted & in_range & in_batch
-    site = [batch, *[jnp.where(has_voxel, cell, 0).astype(jnp.int32) for cell in cells]]
-    coords = jnp.stack([jnp.where(has_voxel, entry, _keys.PADDING_COORD) for entry in site], 1)
+    # What is wrong with a point, a bit each: counted where its site would be made, not by kernels of XLA's.
+    wrong = (real & ~is_finite, wanted & ~in_range, real & ~in_batch)
+    reason = sum(jnp.where(w, np.int32(1 << i), 0) for i, w in enumerate(wrong))
+    site = [jnp.where(has_voxel, batch, -1 - reason)]
+    site += [jnp.where(has_voxel, cell, 0).astype(jnp.int32) for cell in cells]
 
-    sites, kept, found, row_of, *grouped = _coords.unique_sites(
-        coords, jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
+    sites, kept, found, row_of, *grouped, without = _coords.unique_sites(
+        jnp.stack(site, 1), jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
     )
-    non_finite, out_of_range, wrong_batch = _number_of(real & ~is_finite, wanted & ~in_range, real & ~in_batch)
+    has_bit = (np.arange(_coords.REASONS) >> np.arange(len(wrong))[:, None] & 1).astype(np.int32)
+    non_finite, out_of_range, wrong_batch = (without[None] * has_bit).sum(1)
     problems = [
         wrong_count,
         _report_rows(Problem.NON_FINITE_POINTS, non_finite, 0),
@@ -137,15 +141,6 @@ def voxelize(
 def _all(conditions: Iterable[jax.Array]) -> jax.Array:
     """Where all hold."""
     return functools.reduce(jnp.logical_and, conditions)
-
-
-def _number_of(*rows: jax.Array) -> tuple[jax.Array, ...]:
-    """How many of some rows are true, for several of them in one reduction."""
-
-    def add(a, b):
-        return [x + y for x, y in zip(a, b, strict=True)]
-
-    return tuple(jax.lax.reduce([r.astype(jnp.int32) for r in rows], [np.int32(0)] * len(rows), add, (0,)))
 
 
 def _report_rows(problem: Problem, number: jax.Array, limit: int) -> jax.Array:

@@ -36,10 +36,12 @@ def equal(actual, expected):
 
 def check_unique(coords, count, capacity, implementation="auto"):
     options = {"capacity": capacity, "implementation": implementation}
-    sites, kept, found, row_of, order, offsets = _coords.unique_sites(*arrays(coords, count), **options)
+    sites, kept, found, row_of, order, offsets, without = _coords.unique_sites(*arrays(coords, count), **options)
     expected = oracle.unique_sites(coords, count, capacity)
     equal((sites, found[0], row_of), expected)
     equal(kept, [min(expected[1], capacity)])
+    batches = np.asarray(coords)[:count, 0]
+    equal(without, [np.sum(batches == -1 - reason) for reason in range(_coords.REASONS)])
     equal((order, offsets), oracle.grouped(expected[2], capacity))
 
 
@@ -326,9 +328,9 @@ def test_sites_that_do_not_fit_are_the_last_in_order_and_are_counted(implementat
     full = all_results(coords, count, 64, implementation=implementation)
     few = all_results(coords, count, 7, implementation=implementation)
     assert full[1][0] == full[2][0] == few[2][0] == 30
-    assert full[8][0] == few[8][0] > 7
-    assert few[1][0] == few[7][0] == 7
-    equal((few[0], few[6]), (full[0][:7], full[6][:7]))
+    assert full[9][0] == few[9][0] > 7
+    assert few[1][0] == few[8][0] == 7
+    equal((few[0], few[7]), (full[0][:7], full[7][:7]))
     np.testing.assert_array_equal(few[3], np.where(np.asarray(full[3]) < 7, full[3], -1))
 
 
@@ -345,11 +347,11 @@ def test_row_order_of_inputs_changes_numbers_but_no_site(implementation):
     order = np.random.default_rng(0).permutation(40)
     run = functools.partial(all_results, implementation=implementation)
     straight, shuffled = run(*arrays(coords, 40)), run(*arrays(coords[order], 40))
-    same = (0, 1, 2, 5, 6, 7, 8, 9, 11)
+    same = (0, 1, 2, 5, 6, 7, 8, 9, 10, 12)
     equal([straight[i] for i in same], [shuffled[i] for i in same])
     np.testing.assert_array_equal(np.asarray(straight[3])[order], shuffled[3])
-    table = np.asarray(shuffled[10])
-    np.testing.assert_array_equal(straight[10], np.where(table >= 0, order[table], -1))
+    table = np.asarray(shuffled[11])
+    np.testing.assert_array_equal(straight[11], np.where(table >= 0, order[table], -1))
 
 
 def test_jit_and_vmap_equal_eager():

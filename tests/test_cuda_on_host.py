@@ -92,7 +92,8 @@ def random_coords(rng, rows, dims, spread):
 
 def unique_results(points, capacity, dims):
     rows, size = ((points,), I32), _workspace.unique_sites(points)
-    return [((capacity, 1 + dims), I32), ((1,), I32), ((1,), I32), rows, rows, ((capacity + 1,), I32), ((size,), U8)]
+    counts, ends, reasons = ((1,), I32), ((capacity + 1,), I32), ((_coords.REASONS,), I32)
+    return [((capacity, 1 + dims), I32), counts, counts, rows, rows, ends, reasons, ((size,), U8)]
 
 
 def coarse_results(rows, capacity, geometry):
@@ -109,7 +110,7 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     rng = np.random.default_rng(dims * points)
     coords = random_coords(rng, points, dims, {1: 900, 2: 40, 3: 9, 4: 5}[dims])
     coords[rng.random(points) < 0.05] = PADDING
-    coords[rng.random(points) < 0.02, 0] = -1
+    coords[rng.random(points) < 0.05, 0] = -rng.integers(1, 12)
     if dims > 1:
         coords[rng.random(points) < 0.02, 1] = 2 ** (BITS[dims] - 1)  # the first coordinate that does not fit
     keys = [key(c) if p < count else None for p, c in enumerate(coords)]
@@ -117,8 +118,9 @@ def test_unique_sites_are_the_distinct_valid_sites_in_key_order(dims, points, co
     ordered = sorted(sites)
     row_of_key = {k: r if r < capacity else -1 for r, k in enumerate(ordered)}
     results = unique_results(points, capacity, dims)
-    got, kept, found, row_of, order, offsets, _ = call("unique_sites", results, coords, np.array([count], I32))
+    got, kept, found, row_of, order, offsets, without, _ = call("unique_sites", results, coords, np.array([count], I32))
     np.testing.assert_array_equal([kept, found], [[min(len(ordered), capacity)], [len(ordered)]])
+    np.testing.assert_array_equal(without, [np.sum(coords[:count, 0] == -1 - why) for why in range(_coords.REASONS)])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in ordered], capacity, dims))
     np.testing.assert_array_equal(row_of, [-1 if k is None else row_of_key[k] for k in keys])
     grouped = np.argsort(np.where(row_of >= 0, row_of, capacity), kind="stable")
@@ -208,6 +210,36 @@ def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
     got, kept, found, outside, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
     assert (kept[0], found[0], outside[0]) == (min(len(expected), 1500), len(expected), 0)
     np.testing.assert_array_equal(got, sites_array(expected, 1500, dims))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_coarse_sites_of_sites_far_apart(dims, stride):
+    """Each site reaches blocks of its own: more than a list holds, and codes of many bits."""
+    rng = np.random.default_rng(dims)
+    half = 2 ** (BITS[dims] - 1)
+    coords = rng.integers(-half, half, (600, 1 + dims)).astype(I32)
+    coords[:, 0] = rng.integers(0, 200, 600)
+    windows = [{(b, *site) for site in itertools.product(*({-(-(c - 1) // stride), (c + 1) // stride} for c in site))}
+               for b, *site in coords.tolist()]  # fmt: skip
+    if stride == 1:
+        windows = [w | {(b, *s) for s in itertools.product(*((c - 1, c, c + 1) for c in site))}
+                   for w, (b, *site) in zip(windows, coords.tolist(), strict=True)]  # fmt: skip
+    reached = [
+        site
+        for window, (_, *fine) in zip(windows, coords.tolist(), strict=True)
+        for site in window
+        if all(-1 <= f - stride * c <= 1 for f, c in zip(fine, site[1:], strict=True))
+    ]
+    outside = sum(key(site) is None for site in reached)
+    expected = sorted({site for site in reached if key(site) is not None}, key=key)
+    geometry = ((3,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims)
+    capacity = len(expected) + 5
+    results = coarse_results(600, capacity, Geometry(*geometry))
+    attrs = attributes(geometry, bounds=np.array([], I32), is_sorted=0)
+    got, kept, found, lost, _ = call("coarse_sites", results, coords, np.array([600], I32), **attrs)
+    assert (kept[0], found[0], lost[0]) == (len(expected), len(expected), outside)
+    np.testing.assert_array_equal(got, sites_array(expected, capacity, dims))
 
 
 # --- maps ---

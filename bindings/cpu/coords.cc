@@ -54,7 +54,8 @@ int64_t write_distinct(const std::vector<KeyAt>& sorted, int64_t capacity, int32
 }  // namespace
 
 void unique_sites(const ParallelFor& parallel_for, int dims, const int32_t* coords, int64_t rows, int64_t count,
-                  int64_t capacity, int32_t* sites, int32_t* found, int32_t* row_of, int32_t* order, int32_t* offsets) {
+                  int64_t capacity, int32_t* sites, int32_t* found, int32_t* row_of, int32_t* order, int32_t* offsets,
+                  int32_t* without) {
   for_dims(dims, [&](auto d) {
     constexpr int D = decltype(d)::value;
     std::vector<KeyAt> items(count);
@@ -63,6 +64,11 @@ void unique_sites(const ParallelFor& parallel_for, int dims, const int32_t* coor
         items[p] = {key_of_row<D>(coords + p * (1 + D)), static_cast<int32_t>(p)};
       }
     });
+    std::fill(without, without + kReasons, 0);
+    for (const KeyAt& item : items) {
+      const int64_t why = -1 - int64_t{coords[item.position * int64_t{1 + D}]};
+      if (item.key == kNoKey && why >= 0 && why < kReasons) ++without[why];
+    }
     std::fill(row_of, row_of + rows, -1);
     std::fill(order, order + rows, -1);
     items.erase(std::remove_if(items.begin(), items.end(), [](const KeyAt& i) { return i.key == kNoKey; }),

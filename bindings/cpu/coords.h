@@ -11,8 +11,10 @@ namespace jaxsparse::cpu {
 
 // Distinct valid sites of coords[0 .. count), sorted by key; the first `capacity` are kept, `found` counts all. The points
 // of row r are order[offsets[r]] .. order[offsets[r + 1] - 1], increasing.
+// without[i] counts the rows without a key whose batch is -1 - i.
 void unique_sites(const ParallelFor&, int dims, const int32_t* coords, int64_t rows, int64_t count, int64_t capacity,
-                  int32_t* sites, int32_t* found, int32_t* row_of, int32_t* order, int32_t* offsets);
+                  int32_t* sites, int32_t* found, int32_t* row_of, int32_t* order, int32_t* offsets,
+                  int32_t* without);
 
 // Distinct coarse sites that have a window holding one of the fine sites, sorted by key. `bounds` may be null;
 // `outside` counts the candidates that have no key.

@@ -84,6 +84,7 @@ template <int D>
 struct Site {
   int32_t batch, coord[D];
 
+  Site() = default;
   __device__ Site(const int32_t* coords, int64_t row) {
     if constexpr (D == 3) {
       const int4 site = reinterpret_cast<const int4*>(coords)[row];
@@ -122,6 +123,13 @@ __device__ inline uint64_t or_of_run(uint64_t bits, bool leads) {
     if (lane + step < kWarp && leader_above == leader) bits |= above;
   }
   return bits;
+}
+
+// Sum over the lanes of a warp, all of which call it: pairs of neighbouring halves, the halves of those, and so on.
+template <typename V>
+__device__ V warp_sum(V value) {
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
 }
 
 // Sum of `value` over the threads before this one; *total is the sum over the block. All threads of the block call it.

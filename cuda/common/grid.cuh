@@ -16,9 +16,9 @@ using Grid = cooperative_groups::grid_group;
 constexpr int kGridThreads = 512;
 constexpr int kMostBlocks = kGridThreads;  // so that one thread can look at each block's result
 
-// Launches kThreads threads in each of `blocks` blocks, or of as many as the device holds at once.
-template <int kThreads = kGridThreads, typename... Params, typename... Args>
-cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
+// How many of so many blocks of kThreads threads, at least one, the device holds at once.
+template <int kThreads = kGridThreads, typename... Params>
+cudaError_t blocks_at_once(void (*kernel)(Params...), int64_t blocks, int* at_once) {
   int device = 0, processors = 0, per_processor = 0;
   JAXSPARSE_TRY(cudaGetDevice(&device));
   JAXSPARSE_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -26,11 +26,20 @@ cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t 
   int64_t most = int64_t{processors} * per_processor;
   if (most > kMostBlocks) most = kMostBlocks;
   if (blocks > most) blocks = most;
+  *at_once = static_cast<int>(blocks > 0 ? blocks : 1);
+  return cudaSuccess;
+}
+
+// Launches kThreads threads in each of `blocks` blocks, or of as many as the device holds at once.
+template <int kThreads = kGridThreads, typename... Params, typename... Args>
+cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
+  int at_once = 0;
+  JAXSPARSE_TRY(blocks_at_once<kThreads>(kernel, blocks, &at_once));
   cudaLaunchAttribute cooperative = {};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
+  config.gridDim = dim3(static_cast<unsigned>(at_once));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &cooperative;

@@ -4,33 +4,36 @@
 //     write   those
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
-// there are few of them: neighbouring fine sites reach the same blocks over and over. One cooperative kernel:
+// there are few of them: neighbouring fine sites reach the same blocks over and over. Three kernels:
 //
-//     list    each block of threads lists the masks that its rows reach, those of neighbouring lanes together
-//     tree    puts the listed sites in order, see tree.cuh
-//     write   its leaves
+//     extent  how far from 0 the fine sites lie, which says how many bits the blocks' codes need
+//     list    each block of threads gathers the masks that its rows reach in a hash map in shared memory, lists them with
+//             their codes, and marks them in the top of the tree
+//     tree    cooperative: puts the listed blocks in order, see tree.cuh, and writes their sites
 //
-// On an H100 with 111,028 sites of a scan, kernel 3^3, stride 2: 41 us; 11 for the list, 24 for the tree, 3 to write.
-// Tried and left:
-//     a sort of the list, made in a hash map in shared memory, by block: 106 us with the launch (now 46)
-//     the list merged over all lanes of a warp, block by block, not only neighbours: 28 us, up to 32 rounds of collectives
-//     two blocks of threads a processor, 64 registers: spills, 2 us more
+// 111,028 sites of a scan, kernel 3^3, stride 2, reach 14,351 blocks; 256 rows at a time list 18 thousand.
+//
+// Tried and left, on an H100:
+//     a sort of the list by block: 60 us more
+//     one cooperative kernel for all, codes of as many bits on each axis as the longest needs: 41 us
 #include "cuda/coords/coarse_sites.h"
 
+#include <algorithm>
+
+#include "cuda/coords/blocks.cuh"
 #include "cuda/coords/tree.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
 template <int D>
-__device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t outside) {
+__device__ void write_end(const CoarseSitesArgs& a, int32_t found) {
   for (int64_t row = found + global_thread(); row < a.capacity; row += all_threads()) {
     write_padding<D>(a.sites + row * (1 + D));
   }
   if (global_thread() == 0) {
     *a.kept = min(found, a.capacity);
     *a.found = found;
-    *a.outside = outside;
   }
 }
 
@@ -73,162 +76,358 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
     next += total;
     if (head && row < a.capacity) site.write(a.sites, row);
   }
-  write_end<D>(a, rows.all, 0);
+  write_end<D>(a, rows.all);
+  if (global_thread() == 0) *a.outside = 0;
 }
 
 // --- general ---
 
-// Sites of a block that one row reaches, or a few rows of one warp.
+// A block of coarse sites, and those of it that some rows reach.
 struct alignas(16) Entry {
-  Key block;  // that of its first site
-  uint64_t mask;
+  uint64_t block;  // see blocks.cuh
+  uint64_t sites;
 };
 
 struct Scratch {
-  Entry* entries;       // [candidates], those of a block of threads from its first row's candidates on
-  Tree tree;            // of the entries
-  uint64_t* bits_of;    // [blocks], of a block's entries, see KeySpan
-  int32_t* outside_of;  // [blocks]
+  Entry* entries;     // [candidates]
+  uint64_t* codes;    // [candidates], see BlockCodes
+  Tree tree;          // of the entries
+  uint32_t* highest;  // [1 + D, kMostBlocks], of the rows of each block of threads: batch, distance from 0 on each axis
+  int32_t* number;    // [1], of entries
+  int32_t* bits;      // [1], of codes
 };
 
 template <int D>
 struct CoarseAxes {
   CoarseAxis axis[D];
-  int32_t windows;   // that can hold one fine site
-  bool at_most_two;  // on each axis, as with kernel 3, stride 2
+  int64_t stride[D], reach[D];  // a coarse coordinate times the stride is no farther from the fine one than this
+  int32_t windows;              // that can hold one fine site
+  bool are_simple;              // two at most on each axis and no division to find them, as with kernel 3, stride 2
 
-  explicit CoarseAxes(const Geometry& g) : windows(static_cast<int32_t>(windows_per_site(g))), at_most_two(true) {
+  explicit CoarseAxes(const Geometry& g) : windows(static_cast<int32_t>(windows_per_site(g))), are_simple(true) {
     for (int d = 0; d < D; ++d) {
       axis[d] = CoarseAxis(g, d);
-      at_most_two = at_most_two && axis[d].most() <= 2;
+      stride[d] = g.stride[d];
+      const int64_t below = g.dilation[d] * (g.kernel[d] - 1) - g.padding[d], above = g.padding[d];
+      reach[d] = std::max(std::max(below, above), int64_t{0});
+      are_simple = are_simple && axis[d].most() <= 2 && axis[d].is_simple();
     }
   }
 };
 
-// Calls meet(block, mask) for the blocks of coarse sites that the lanes' fine sites reach. Returns how many coarse sites
-// exist but have no key. All lanes call it.
-template <int D, typename Meet>
-__device__ int32_t coarse_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site, bool is_real,
-                                 Meet meet) {
-  is_real = is_real && site.batch >= 0 && site.batch <= max_batch(D);
-  for (int d = 0; d < D; ++d) is_real = is_real && axis_fits(site.coord[d], D);
-  const Key batch = is_real ? batch_part<D>(site.batch) : 0;
-  // The i-th coarse coordinate on an axis; 0 where there is none, kNoKey where it has no key.
-  const auto coarse_part = [&](int d, int64_t i, bool* exists) -> Key {
-    int64_t coarse;
-    *exists = is_real && axes.axis[d].coarse(site.coord[d], i, &coarse) &&
-              (!a.bounded || (coarse >= 0 && coarse < a.bounds[d]));
-    return *exists ? axis_part<D>(d, coarse) : 0;
-  };
-  if (axes.at_most_two) {  // each axis is looked at once
-    Key parts[D][2];
-    unsigned exists[2] = {0, 0};  // a bit an axis
-    unsigned in_one_block = 0;    // axes on which both are in the same block
+template <int D>
+__device__ bool has_key(const Site<D>& site) {
+  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
+  for (int d = 0; d < D; ++d) fits = fits && axis_fits(site.coord[d], D);
+  return fits;
+}
+
+// Replaces each value by its maximum over the block of threads, all of which call it.
+template <int N>
+__device__ void block_max(uint32_t (&values)[N]) {
+  __shared__ uint32_t highest[N];
+  if (threadIdx.x < N) highest[threadIdx.x] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const uint32_t of_warp = __reduce_max_sync(kAllLanes, values[i]);
+    if (threadIdx.x % kWarp == 0) atomicMax(&highest[i], of_warp);
+  }
+  __syncthreads();
+  for (int i = 0; i < N; ++i) values[i] = highest[i];
+}
+
+template <int D>
+__global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a, Scratch s) {
+  clear_tree(s.tree);
+  if (global_thread() == 0) *s.number = *a.outside = 0;
+  const int32_t rows = real_rows(a.count, a.rows);
+  uint32_t highest[1 + D] = {};
+  for (int64_t row = global_thread(); row < rows; row += all_threads()) {
+    const Site<D> site(a.coords, row);
+    if (!has_key(site)) continue;
+    highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
+    for (int d = 0; d < D; ++d) {
+      highest[1 + d] = max(highest[1 + d], static_cast<uint32_t>(site.coord[d] ^ site.coord[d] >> 31));  // -1 is as near as 0
+    }
+  }
+  block_max(highest);
+  for (int i = 0; i < 1 + D; ++i) s.highest[i * kMostBlocks + blockIdx.x] = highest[i];
+}
+
+// Blocks as numbers in (batch, Morton) order. Coordinates far from the ends of their range leave the bits above them equal
+// to the sign's complement, and those say nothing: a scan's blocks have 22 bits.
+template <int D>
+struct BlockCodes {
+  int batch_bits;
+  int low_bits[D];  // of a block's number on each axis, below the sign's; for coordinates, so with those in a block
+
+  // From the results of extent_kernel in so many blocks. All threads of the block call it.
+  __device__ BlockCodes(const CoarseAxes<D>& axes, const uint32_t* highest_of, int blocks) {
+    __shared__ int bits_of[1 + D];
+    uint32_t highest[1 + D] = {};
+    for (int block = threadIdx.x; block < blocks; block += blockDim.x) {
+      for (int i = 0; i < 1 + D; ++i) highest[i] = max(highest[i], highest_of[i * kMostBlocks + block]);
+    }
+    block_max(highest);
+    if (threadIdx.x <= D) {
+      uint64_t most = highest[0], stride = 1;
+#pragma unroll
+      for (int d = 0; d < D; ++d) {
+        if (threadIdx.x == 1 + d) {
+          most = highest[1 + d] + 1 + axes.reach[d];
+          stride = axes.stride[d];
+        }
+      }
+      bits_of[threadIdx.x] = 64 - __clzll(most / stride);
+    }
+    __syncthreads();
+    batch_bits = bits_of[0];
+    for (int d = 0; d < D; ++d) low_bits[d] = min(bits_of[1 + d], axis_bits(D) - 1);
+  }
+
+  __device__ int bits() const {
+    int bits = batch_bits + D;
+    for (int d = 0; d < D; ++d) bits += max(low_bits[d] - block_axis_bits(D, d), 0);
+    return bits;
+  }
+
+  __device__ uint64_t code(uint64_t block) const {
+    constexpr BlockNumbers<D> numbers;
+    uint64_t code = block >> numbers.batch_shift;
+    int most = 0;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      code = code << 1 | (block >> (numbers.shift[d] + numbers.bits[d] - 1) & 1);
+      most = max(most, low_bits[d]);
+    }
+    for (int bit = most - 1; bit >= 0; --bit) {  // of coordinates
+#pragma unroll
+      for (int d = 0; d < D; ++d) {
+        const int in_number = bit - block_axis_bits(D, d);
+        if (in_number >= 0 && bit < low_bits[d]) code = code << 1 | (block >> (numbers.shift[d] + in_number) & 1);
+      }
+    }
+    return code;
+  }
+};
+
+// The sites of a block whose coordinate on an axis is the lowest; shifted by bits_in_block(), those with another.
+template <int D>
+struct LowestSites {
+  uint64_t on[D];
+
+  constexpr LowestSites() : on() {
+    for (int d = 0; d < D; ++d) {
+      for (int bit = 0; bit < 64; ++bit) {
+        bool lowest = true;
+        for (int b = 0; b < block_axis_bits(D, d); ++b) lowest = lowest && (bit >> (b * D + D - 1 - d) & 1) == 0;
+        if (lowest) on[d] |= uint64_t{1} << bit;
+      }
+    }
+  }
+};
+
+// A coarse coordinate on one axis.
+struct OnAxis {
+  bool exists, has_key;
+  uint32_t number;  // of its block
+  int32_t bits;     // its share of the bits in that
+};
+
+template <int D>
+__device__ OnAxis on_axis(const CoarseSitesArgs& a, int d, bool exists, int64_t coord) {
+  exists = exists && (!a.bounded || (coord >= 0 && coord < a.bounds[d]));
+  const uint32_t at = static_cast<uint32_t>(coord) + (uint32_t{1} << (axis_bits(D) - 1));
+  return {exists, exists && axis_fits(coord, D), at >> block_axis_bits(D, d), bits_in_block<D>(d, static_cast<int32_t>(at))};
+}
+
+// The coarse sites that a fine one reaches, by blocks: on simple axes, where each is looked at once.
+template <int D>
+struct Reached {
+  uint64_t batch;
+  uint64_t sites[D][2];  // on each axis, in the block of the first and in that of the second where it is another
+  uint32_t number[D][2];
+  int32_t outside;  // those without a key
+
+  __device__ Reached(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site)
+      : batch(static_cast<uint64_t>(site.batch) << BlockNumbers<D>().batch_shift) {
+    constexpr LowestSites<D> lowest;
     int32_t all = 1, with_key = 1;
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      int32_t sites = 0, keys = 0;
+      OnAxis on[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        bool is_site = false;
-        parts[d][i] = i < axes.axis[d].most() ? coarse_part(d, i, &is_site) : 0;
-        const bool has_key = is_site && parts[d][i] != kNoKey;
-        exists[i] |= static_cast<unsigned>(has_key) << d;
-        sites += is_site;
-        keys += has_key;
+        int64_t coord;
+        const bool exists = axes.axis[d].coarse_if_simple(site.coord[d], i, &coord);
+        on[i] = on_axis<D>(a, d, exists, coord);
+        sites[d][i] = on[i].has_key ? lowest.on[d] << on[i].bits : 0;
+        number[d][i] = on[i].number;
       }
-      all *= sites;
-      with_key *= keys;
-      in_one_block |= static_cast<unsigned>(parts[d][0] >> kBlockBits == parts[d][1] >> kBlockBits) << d;
+      if (on[0].has_key && number[d][0] == number[d][1]) {
+        sites[d][0] |= sites[d][1];
+        sites[d][1] = 0;
+      }
+      all *= on[0].exists + on[1].exists;
+      with_key *= on[0].has_key + on[1].has_key;
     }
-    // The block that is the second one on some axes.
-    const auto block_at = [&](unsigned second, Key* block) {
-      *block = batch;
-      uint64_t mask = 1;
+    outside = all - with_key;
+  }
+
+  // Those in the block that is the second on the axes whose bits are set.
+  __device__ uint64_t in_block(int32_t which, uint64_t* block) const {
+    constexpr BlockNumbers<D> numbers;
+    uint64_t reached = ~uint64_t{0};
+    *block = batch;
 #pragma unroll
-      for (int d = 0; d < D; ++d) {  // a site's bit is at the sum of the axes' shares
-        const unsigned axis = 1u << d;
-        const bool has_first = (exists[0] & axis & (in_one_block | ~second)) != 0;
-        const bool has_second = (exists[1] & axis & (in_one_block | second)) != 0;
-        mask = (has_first ? mask << (parts[d][0] & kInBlock) : 0) | (has_second ? mask << (parts[d][1] & kInBlock) : 0);
-        *block |= second & axis ? parts[d][1] : parts[d][0];
+    for (int d = 0; d < D; ++d) {
+      const bool second = (which >> d & 1) != 0;
+      *block |= static_cast<uint64_t>(second ? number[d][1] : number[d][0]) << numbers.shift[d];
+      reached &= second ? sites[d][1] : sites[d][0];
+    }
+    return reached;
+  }
+};
+
+// The coarse site of one window in which a fine one may lie, numbered by places on the axes, the last the fastest.
+template <int D>
+__device__ uint64_t reached_by(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site, int32_t window,
+                               uint64_t* block, int32_t* outside) {
+  constexpr BlockNumbers<D> numbers;
+  int32_t bit = 0;
+  bool exists = true, has_key = true;
+  *block = static_cast<uint64_t>(site.batch) << numbers.batch_shift;
+  for (int d = D - 1; d >= 0; --d) {
+    const int32_t most = static_cast<int32_t>(axes.axis[d].most());
+    int64_t coord = 0;
+    const bool is_one = axes.axis[d].coarse(site.coord[d], window % most, &coord);
+    const OnAxis on = on_axis<D>(a, d, is_one, coord);
+    exists = exists && on.exists;
+    has_key = has_key && on.has_key;
+    *block |= static_cast<uint64_t>(on.number) << numbers.shift[d];
+    bit |= on.bits;
+    window /= most;
+  }
+  *outside += exists && !has_key;
+  return has_key ? uint64_t{1} << bit : 0;
+}
+
+constexpr int kListThreads = 256;
+constexpr int kListSlots = 1024;
+
+// The blocks that the rows of a block of threads reach: a hash map in shared memory.
+struct BlockList {
+  uint64_t block[kListSlots];  // kNoKey in an empty slot
+  uint32_t sites[2][kListSlots];
+  int32_t slot_of[kListSlots], number;  // the taken slots
+
+  __device__ void clear() {
+    for (int slot = threadIdx.x; slot < kListSlots; slot += kListThreads) {
+      block[slot] = kNoKey;
+      sites[0][slot] = sites[1][slot] = 0;
+    }
+    if (threadIdx.x == 0) number = 0;
+  }
+
+  // Whether the sites found a place.
+  __device__ bool add(uint64_t key, uint64_t of_block) {
+    constexpr int kTries = 16;
+    uint32_t slot = hash_block(key) >> 16;
+#pragma unroll 1
+    for (int i = 0; i < kTries; ++i) {
+      slot = (slot + i) % kListSlots;
+      uint64_t held = *const_cast<volatile uint64_t*>(&block[slot]);
+      if (held == kNoKey) {
+        held = atomicCAS(reinterpret_cast<unsigned long long*>(&block[slot]), ~0ull, static_cast<unsigned long long>(key));
+        if (held == kNoKey) {
+          slot_of[atomicAdd(&number, 1)] = static_cast<int32_t>(slot);
+          held = key;
+        }
       }
-      *block &= ~kInBlock;
-      return mask;
-    };
-    Key block;
-    uint64_t mask = block_at(0, &block);
-    const Key block_below = __shfl_up_sync(kAllLanes, block, 1);  // of sorted sites neighbours often reach the same
-    const bool leads = threadIdx.x % kWarp == 0 || block_below != block;
-    mask = or_of_run(mask, leads);
-    if (leads && mask != 0) meet(block, mask);
-#pragma unroll 1
-    for (unsigned second = 1; second < 1u << D; ++second) {
-      if ((second & (in_one_block | ~exists[1])) != 0) continue;
-      mask = block_at(second, &block);
-      if (mask != 0) meet(block, mask);
+      if (held != key) continue;
+      const uint32_t halves[2] = {static_cast<uint32_t>(of_block), static_cast<uint32_t>(of_block >> 32)};
+      if (halves[0] != 0) atomicOr(&sites[0][slot], halves[0]);
+      if (halves[1] != 0) atomicOr(&sites[1][slot], halves[1]);
+      return true;
     }
-    return all - with_key;
+    return false;
   }
-  int32_t outside = 0;
-#pragma unroll 1
-  for (int32_t window = 0; window < axes.windows; ++window) {  // numbered by places on the axes, the last the fastest
-    Key key = batch;
-    bool all_exist = is_real;
-    int32_t rest = window;
-    for (int d = D - 1; d >= 0; --d) {
-      const int32_t most = static_cast<int32_t>(axes.axis[d].most());
-      bool exists;
-      key |= coarse_part(d, rest % most, &exists);
-      all_exist = all_exist && exists;
-      rest /= most;
-    }
-    outside += all_exist && key == kNoKey;
-    if (all_exist && key != kNoKey) meet(key & ~kInBlock, uint64_t{1} << (key & kInBlock));
-  }
-  return outside;
-}
-
-// Lists the blocks of coarse sites that this block's rows reach; returns how many entries it wrote.
-template <int D>
-__device__ int32_t list_blocks(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, Range rows, Entry* entries,
-                               const Scratch& s) {
-  __shared__ int32_t number;
-  if (threadIdx.x == 0) number = 0;
-  __syncthreads();
-  uint64_t bits = 0;
-  int32_t outside = 0;
-  for (int32_t begin = rows.begin; begin < rows.end; begin += kGridThreads) {
-    const int32_t row = begin + threadIdx.x;
-    const Site<D> site(a.coords, min(row, rows.end - 1));
-    outside += coarse_blocks(a, axes, site, row < rows.end, [&](Key block, uint64_t mask) {
-      entries[atomicAdd(&number, 1)] = {block, mask};
-      bits |= KeySpan<D>::bits_of(block);
-    });
-  }
-  bits = block_or(bits);
-  outside = block_sum(outside);
-  if (threadIdx.x == 0) {
-    s.bits_of[blockIdx.x] = bits;
-    s.outside_of[blockIdx.x] = outside;
-  }
-  return number;
-}
+};
 
 template <int D>
-__global__ void __launch_bounds__(kGridThreads, 1) coarse_sites_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s) {
+__global__ void __launch_bounds__(kListThreads, 4)
+    list_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s, int extent_blocks, int tree_blocks) {
+  __shared__ BlockList list;
+  __shared__ int32_t first_entry;
+  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
+  Site<D> site = site_at(global_thread());  // on its way while the codes are found out
+  const BlockCodes<D> codes(axes, s.highest, extent_blocks);
+  const int32_t rows = real_rows(a.count, a.rows);
+  const TreeShape shape(codes.bits());
+  if (global_thread() == 0) *s.bits = codes.bits();
+  const uint32_t each = share_size(shape.top_nodes, kWarp, tree_blocks);
+  const int32_t steps = axes.are_simple ? 1 << D : axes.windows;
+  int32_t outside = 0;
+  for (int64_t begin = int64_t{blockIdx.x} * kListThreads; begin < rows; begin += all_threads()) {
+    int32_t step = begin + threadIdx.x < rows && has_key(site) ? 0 : steps;
+    bool goes_on = false;  // where the list was full
+    do {
+      list.clear();
+      __syncthreads();
+      if (step < steps && axes.are_simple) {
+        const Reached<D> reached(a, axes, site);
+        if (!goes_on) outside += reached.outside;
+#pragma unroll 1
+        for (; step < steps; ++step) {
+          uint64_t block;
+          const uint64_t sites = reached.in_block(step, &block);
+          if (sites != 0 && !list.add(block, sites)) break;
+        }
+      } else {
+#pragma unroll 1
+        for (; step < steps; ++step) {
+          uint64_t block;
+          const uint64_t sites = reached_by(a, axes, site, step, &block, &outside);
+          if (sites != 0 && !list.add(block, sites)) break;
+        }
+      }
+      goes_on = __syncthreads_count(step < steps) > 0;
+      if (threadIdx.x == 0) first_entry = atomicAdd(s.number, list.number);
+      __syncthreads();
+      for (int32_t next = 0; next < list.number; next += kListThreads) {
+        const int32_t i = next + threadIdx.x;
+        const bool exists = i < list.number;
+        int32_t node = 0;
+        int digit = 0;
+        if (exists) {
+          const int32_t slot = list.slot_of[i];
+          const uint64_t high = list.sites[1][slot], low = list.sites[0][slot], code = codes.code(list.block[slot]);
+          s.entries[first_entry + i] = {list.block[slot], high << 32 | low};
+          s.codes[first_entry + i] = code;
+          node = shape.top_node(code);
+          digit = shape.digit(code, 0);
+        }
+        mark_children<kListThreads>(s.tree, 0, each, exists, node, digit);
+      }
+    } while (goes_on);
+    site = site_at(begin + all_threads() + threadIdx.x);
+  }
+  if (outside != 0) atomicAdd(a.outside, outside);
+}
+
+template <int D>
+__global__ void __launch_bounds__(kGridThreads, 1) tree_kernel(CoarseSitesArgs a, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
-  const Range rows = share(real_rows(a.count, a.rows), kWarp, gridDim.x);
-  clear_tree(s.tree);
-  const int32_t first = rows.begin * axes.windows;
-  const Range entries = {first, first + list_blocks<D>(a, axes, rows, s.entries + first, s)};
-  grid.sync();
-  const KeySpan<D> span(or_blocks(s.bits_of), false);
   const Leaves leaves = grow_tree(
-      grid, s.tree, entries, span.bits(), [&](int32_t i) { return span.code(s.entries[i].block); },
-      [&](int32_t i) { return s.entries[i].mask; });
-  write_leaves<D>(s.tree, leaves, a.sites, a.capacity, [&](int32_t i) { return s.entries[i].block; });
-  write_end<D>(a, leaves.sites, sum_blocks(s.outside_of).all);
+      grid, s.tree, *s.number, TreeShape(*s.bits), [&](int32_t i) { return s.codes[i]; },
+      [&](int32_t i) { return s.entries[i].block; }, [&](int32_t i) { return s.entries[i].sites; });
+  count_sites(s.tree, leaves);
+  grid.sync();
+  const int32_t found = for_sites(s.tree, leaves, [&](int32_t row, uint64_t block, int bit) {
+    if (row < a.capacity) block_site<D>(block, bit).write(a.sites, row);
+  });
+  write_end<D>(a, found);
 }
 
 template <int D>
@@ -243,12 +442,20 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   const int64_t candidates = int64_t{a.rows} * axes.windows;
   Scratch s;
   s.entries = workspace.take<Entry>(candidates);
+  s.codes = workspace.take<uint64_t>(candidates);
   s.tree = take_tree(workspace, candidates);
-  s.bits_of = workspace.take<uint64_t>(kMostBlocks);
-  s.outside_of = workspace.take<int32_t>(kMostBlocks);
-  constexpr int64_t least = 64;  // few sites too have the tree's top to clear and to number
+  s.highest = workspace.take<uint32_t>((1 + D) * kMostBlocks);
+  s.number = workspace.take<int32_t>(1);
+  s.bits = workspace.take<int32_t>(1);
   const int64_t blocks = div_up(a.rows, kGridThreads);
-  return launch_grid(coarse_sites_kernel<D>, blocks > least ? blocks : least, stream, a, axes, s);
+  constexpr int64_t least = 64;  // few sites too have the tree's top to clear and to number
+  const int extent_blocks = static_cast<int>(std::min<int64_t>(std::max(blocks, least), kMostBlocks));
+  int tree_blocks = 0;
+  JAXSPARSE_TRY(blocks_at_once(tree_kernel<D>, std::max(blocks, least), &tree_blocks));
+  JAXSPARSE_TRY(launch(extent_kernel<D>, extent_blocks, {kGridThreads}, stream, a, s));
+  JAXSPARSE_TRY(launch(list_kernel<D>, striding_blocks(a.rows, kListThreads), {kListThreads}, stream, a, axes, s,
+                       extent_blocks, tree_blocks));
+  return launch_grid(tree_kernel<D>, tree_blocks, stream, a, s);
 }
 
 }  // namespace

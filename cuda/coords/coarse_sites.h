@@ -31,7 +31,7 @@ inline int coarse_shift(const Geometry& geometry) {
 
 // Bytes of workspace for so many candidates, rows times windows.
 constexpr int64_t coarse_sites_workspace(int64_t candidates) {
-  return padded(16 * candidates) + tree_workspace(candidates) + padded(8 * 512) + padded(4 * 512);
+  return padded(16 * candidates) + padded(8 * candidates) + tree_workspace(candidates) + padded(4 * 5 * 512) + 2 * padded(4);
 }
 
 struct CoarseSitesArgs {

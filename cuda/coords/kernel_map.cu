@@ -1,4 +1,4 @@
-// site_index clears a hash map and enters the input sites, in two kernels; kernel_map looks taps up, in one.
+// kernel_map looks the taps of all outputs up in an index of the input sites, see site_index.cu, in one kernel.
 //
 // The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. What bounds the
 // look-up is arithmetic, of keys and of places in blocks, and chains of dependent reads from L2, so the builders differ in
@@ -20,9 +20,8 @@
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 
-#include "cuda/common/device.cuh"
+#include "cuda/coords/site_index.cuh"
 #include "cuda/coords/window.h"
-#include "cuda/hash/hash_map.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
@@ -32,123 +31,6 @@ constexpr int kTileWarps = 3;  // they share the taps of the tile's outputs
 constexpr int kTileThreads = kTileWarps * kWarp;
 constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
 constexpr int kAtOnce = 3;      // taps that a thread looks up together
-
-template <int D>
-__device__ Key key_of(const Site<D>& site) {
-  int64_t coord[D];
-  for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
-  return make_key<D>(site.batch, coord);
-}
-
-// Slots of an index: what a key stands for.
-struct alignas(16) SiteSlot {
-  uint64_t key;
-  int32_t row;
-  int32_t unused;
-
-  static __device__ SiteSlot empty() { return {kNoKey, -1, 0}; }
-  static __device__ uint32_t hash(uint64_t key) { return static_cast<uint32_t>(jaxsparse::hash(key) >> 32); }
-  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
-};
-struct alignas(32) BlockSlot {
-  uint64_t key;   // see in_block()
-  uint64_t mask;  // which of its 64 sites exist
-  int32_t row;    // of the first that does
-  int32_t unused[3];
-
-  static __device__ BlockSlot empty() { return {kNoKey, 0, 0, {}}; }
-  // Cheaper than the finaliser of SiteSlot, whose products have 64 bits: it is called for each block under each window.
-  static __device__ uint32_t hash(uint64_t key) {
-    const uint32_t mixed = static_cast<uint32_t>(key) * 0x9e3779b1u + static_cast<uint32_t>(key >> 32) * 0x85ebca77u;
-    return (mixed ^ mixed >> 15) * 0x2c1b3c6du;
-  }
-  // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
-  // leave a fifth empty.
-  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
-};
-
-template <typename Slot>
-__global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
-  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot] = Slot::empty();
-}
-
-template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
-  const int32_t rows = real_rows(a.count, a.rows);
-  HashMap<SiteSlot> map(index, SiteSlot::number(rows));
-  for (int64_t row = global_thread(); row < rows; row += all_threads()) {
-    const Key key = key_of(Site<D>(a.coords, row));
-    if (key == kNoKey) continue;
-    // -1 is the largest unsigned number, so of equal sites the first row wins
-    atomicMin(reinterpret_cast<unsigned*>(&map.insert_if_absent(key)->row), static_cast<unsigned>(row));
-  }
-}
-
-// What a block goes by in its index: batch, then the block's number on each axis, counted from the lower end of the
-// coordinate range, side by side. Far cheaper to make than a Morton code, and so is that of a neighbour.
-template <int D>
-struct BlockNumbers {
-  int bits[D];       // of the number on each axis
-  int shift[D];      // how far it is shifted left
-  int batch_shift;
-
-  constexpr BlockNumbers() : bits(), shift(), batch_shift(0) {
-    for (int d = D - 1; d >= 0; --d) {
-      bits[d] = axis_bits(D) - block_axis_bits(D, d);
-      shift[d] = batch_shift;
-      batch_shift += bits[d];
-    }
-  }
-};
-
-// A site's block, kNoKey if the site has no key, and which of the block's sites it is.
-struct InBlock {
-  uint64_t block;
-  int32_t bit;
-};
-
-template <int D>
-__device__ InBlock in_block(const Site<D>& site) {
-  constexpr BlockNumbers<D> numbers;
-  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
-  InBlock in{static_cast<uint64_t>(site.batch) << numbers.batch_shift, 0};
-#pragma unroll
-  for (int d = 0; d < D; ++d) {
-    const uint32_t at = static_cast<uint32_t>(site.coord[d]) + (uint32_t{1} << (axis_bits(D) - 1));
-    fits = fits && at < uint32_t{1} << axis_bits(D);
-    in.block |= static_cast<uint64_t>(at >> block_axis_bits(D, d)) << numbers.shift[d];
-    in.bit |= bits_in_block<D>(d, static_cast<int32_t>(at));
-  }
-  if (!fits) in.block = kNoKey;
-  return in;
-}
-
-// Sorted sites: the lanes of a warp that hold one block's are neighbours, and enter their bits together.
-template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
-  const int32_t rows = real_rows(a.count, a.rows);
-  HashMap<BlockSlot> map(index, BlockSlot::number(rows));
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t begin = global_thread() - lane; begin < rows; begin += all_threads()) {
-    const int64_t row = begin + lane;
-    const InBlock in = in_block(Site<D>(a.coords, min(row, int64_t{rows} - 1)));
-    const uint64_t block = row < rows ? in.block : kNoKey;
-    uint64_t block_below = __shfl_up_sync(kAllLanes, block, 1);
-    if (lane == 0) block_below = row > 0 ? in_block(Site<D>(a.coords, row - 1)).block : kNoKey;
-    const bool begins = block_below != block, leads = lane == 0 || begins;
-    const uint64_t mask = or_of_run(block == kNoKey ? 0 : uint64_t{1} << in.bit, leads);
-    const bool ends = __ballot_sync(kAllLanes, leads) >> lane > 1;  // before the warp does
-    if (block == kNoKey || !leads) continue;
-    BlockSlot* const slot = map.insert_if_absent(block);
-    if (begins) slot->row = static_cast<int32_t>(row);
-    if (begins && ends) {
-      slot->mask = mask;  // no other warp has sites of this block
-    } else {
-      atomicOr(reinterpret_cast<unsigned long long*>(&slot->mask), static_cast<unsigned long long>(mask));
-    }
-  }
-}
 
 // Divides by a number that is the same for all threads. Exact for 0 <= n < 2^16 and a size of at most 2^16.
 struct Divisor {
@@ -301,10 +183,10 @@ __global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(
             keys[j] = line | axis_part<D>(D - 1, coord);
             wanted[j] = j < n && keys[j] != kNoKey;
           }
-          SiteSlot found[kAtOnce];
-          map.find(keys, wanted, found, is_site);
+          uint32_t slots[kAtOnce];
+          map.find(keys, wanted, slots, is_site);
 #pragma unroll
-          for (int j = 0; j < kAtOnce; ++j) rows[j] = is_site[j] ? found[j].row : -1;
+          for (int j = 0; j < kAtOnce; ++j) rows[j] = is_site[j] ? map[slots[j]].row : -1;
         });
   }
 }
@@ -367,10 +249,10 @@ struct alignas(8) Half {
 };
 
 // What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
-__device__ inline void put_block(Half* under, int32_t block, bool exists, const BlockSlot& slot) {
-  const uint32_t low = exists ? static_cast<uint32_t>(slot.mask) : 0;
-  under[2 * block * kWarp] = {exists ? static_cast<uint32_t>(slot.mask >> 32) : 0, slot.row + __popc(low) - 1};
-  under[(2 * block + 1) * kWarp] = {low, slot.row - 1};
+__device__ inline void put_block(Half* under, int32_t block, const uint4& sites) {
+  const int32_t row_before = static_cast<int32_t>(sites.z) - 1;
+  under[2 * block * kWarp] = {sites.y, row_before + __popc(sites.x)};
+  under[(2 * block + 1) * kWarp] = {sites.x, row_before};
 }
 
 // The row of a site, -1 where there is none.
@@ -394,22 +276,25 @@ bool is_small(const Geometry& g) {
 }
 
 template <int D, int kLast>
-__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThreads)
+__global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
-  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 4 ? kBlocks : 4, kMostLines = 3;
+  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 8 ? kBlocks : 8, kMostLines = 3;
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
+  int64_t output = global_thread();
+  Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
+  __syncwarp();  // keeps that read above the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // of a plane
-  for (int64_t output = global_thread(); output < out_rows; output += all_threads()) {
-    const Window<D> window(shape, Site<D>(a.out_coords, output));
+  while (output < out_rows) {
+    const Window<D> window(shape, site);
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
       bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
-      BlockSlot slots[kBlocksAtOnce];
+      uint32_t slots[kBlocksAtOnce];
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         keys[j] = window.first_key;
@@ -424,7 +309,9 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThr
       }
       map.find(keys, wanted, slots, found);
 #pragma unroll
-      for (int j = 0; j < kBlocksAtOnce; ++j) put_block(under, first + j, found[j], slots[j]);
+      for (int j = 0; j < kBlocksAtOnce; ++j) {
+        put_block(under, first + j, found[j] ? map[slots[j]].sites : uint4{});
+      }
     }
     const auto share = [&](int d, int32_t tap) {
       return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, 1 << (kBlockBits + D - 1 - d));
@@ -460,6 +347,8 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 960 : 640) / kSmallThr
       tap.next(sizes, D - 3);
     }
     a.masks[output] = mask;
+    output += all_threads();
+    site = Site<D>(a.out_coords, min(output, int64_t{a.out_rows} - 1));
   }
 }
 
@@ -505,7 +394,7 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     for (int32_t first = warp * kBlocksAtOnce; first < blocks.number; first += kTileWarps * kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
       bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
-      BlockSlot slots[kBlocksAtOnce];
+      uint32_t slots[kBlocksAtOnce];
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         const auto& block = blocks.block[min(first + j, kMostUnderWindow - 1)];
@@ -518,7 +407,7 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
       map.find(keys, wanted, slots, found);
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
-        if (first + j < blocks.number) put_block(under, first + j, found[j], slots[j]);
+        if (first + j < blocks.number) put_block(under, first + j, found[j] ? map[slots[j]].sites : uint4{});
       }
     }
     __syncthreads();
@@ -567,22 +456,7 @@ __global__ void reverse_table_kernel(ReverseTableArgs a) {
   }
 }
 
-template <int D, typename Slot>
-cudaError_t enter_sites(const SiteIndexArgs& a, cudaStream_t stream) {
-  void (*const enter)(SiteIndexArgs, Slot*) = enter_kernel<D>;
-  Slot* const index = static_cast<Slot*>(a.index);
-  JAXSPARSE_TRY(launch(clear_kernel<Slot>, striding_blocks(Slot::number(a.rows), kThreads), {kThreads}, stream, a, index));
-  return launch(enter, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, index);
-}
-
 }  // namespace
-
-cudaError_t site_index(const SiteIndexArgs& a, cudaStream_t stream) {
-  return for_dims(a.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    return a.of_blocks ? enter_sites<D, BlockSlot>(a, stream) : enter_sites<D, SiteSlot>(a, stream);
-  });
-}
 
 cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
   return for_dims(a.geometry.dims, [&](auto dims) {

@@ -141,6 +141,9 @@ JAXSPARSE_HD void write_padding(int32_t* site) {
   for (int a = 0; a < 1 + D; ++a) site[a] = kPaddingCoord;
 }
 
+// A row without a key may say why in place of its batch: -1 for the first of so many reasons, -2 for the second ..
+constexpr int kReasons = 8;
+
 // Blocks: the 64 sites whose keys agree in all but the last six bits. They are 64 long in one dimension, 8^2, 4^3, and
 // 2 x 2 x 4 x 4; sorted sites of a block lie one after the other, in the order of those bits. So a 64-bit mask of a block's
 // sites and the row of its first one say which of them exist, and where.
@@ -149,6 +152,14 @@ constexpr uint64_t kInBlock = (uint64_t{1} << kBlockBits) - 1;
 
 JAXSPARSE_HD constexpr int block_axis_bits(int dims, int axis) {
   return kBlockBits / dims + (dims - 1 - axis < kBlockBits % dims ? 1 : 0);
+}
+
+// The bits, among a key's last six, of a coordinate on one axis.
+template <int D>
+JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
+  int32_t bits = 0;
+  for (int b = 0; b < block_axis_bits(D, axis); ++b) bits |= (coord >> b & 1) << (b * D + D - 1 - axis);
+  return bits;
 }
 
 // The bits in which a set of keys can differ. Coordinates far from the ends of their range leave the bits above them
@@ -242,14 +253,13 @@ class CoarseAxis {
   // At most this many windows hold one fine coordinate.
   JAXSPARSE_HD int64_t most() const { return most_; }
 
+  // Whether they are found without a division, which is slow on a GPU.
+  JAXSPARSE_HD bool is_simple() const { return dilation_ == 1 && shift_ >= 0; }
+
   // The i-th of them, i = 0 .. most() - 1. False where there is no i-th one.
   JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
+    if (is_simple()) return coarse_if_simple(fine, i, out);
     const int64_t padded = fine + padding_;
-    if (dilation_ == 1 && shift_ >= 0) {
-      const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
-      *out = (padded - tap) >> shift_;
-      return tap < kernel_;
-    }
     for (int64_t first = 0; first < period_ && first < kernel_; ++first) {
       if ((padded - dilation_ * first) % stride_ != 0) continue;
       const int64_t tap = first + i * period_;
@@ -257,6 +267,13 @@ class CoarseAxis {
       return tap < kernel_;
     }
     return false;
+  }
+
+  JAXSPARSE_HD bool coarse_if_simple(int64_t fine, int64_t i, int64_t* out) const {
+    const int64_t padded = fine + padding_;
+    const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
+    *out = (padded - tap) >> shift_;
+    return tap < kernel_;
   }
 
  private:
@@ -271,7 +288,7 @@ class CoarseAxis {
 
   int64_t kernel_, stride_, padding_, dilation_;
   int64_t period_, most_;  // taps that give a whole coarse coordinate are `period_` apart
-  int shift_;              // log2 of the stride, -1 where it is no power of two: division is slow on a GPU
+  int shift_;              // log2 of the stride, -1 where it is no power of two
 };
 
 }  // namespace jaxsparse

@@ -1,20 +1,22 @@
-// Puts sites in order inside a cooperative kernel, as many as a device value says, met in any order and any number of times.
+// Puts blocks of 64 sites in order, as many as a device value says, met in any order and any number of times.
 //
-// A node of the tree is a mask of 64 bits: which of its children there are, and in a leaf which sites. A level has a digit
-// of 6 bits of the sites' codes (see KeySpan), the leaves the last. The nodes of the top level are addressed by the bits
-// above; those of the others have the numbers 0, 1 .. in the order of their codes. Level by level:
+// A node of the tree is a mask of 64 bits: which of its children there are, and in a leaf, a block, which sites. A level has
+// a digit of 6 bits of the blocks' codes, from the highest. The nodes of the top level are addressed by the bits above that;
+// those of the others have the numbers 0, 1 .. in the order of their codes. The top is marked by whoever lists the entries;
+// then, level by level, in a cooperative kernel:
 //
-//     mark    each entry sets its bits in its node; a block of threads first gathers in shared memory what goes to one node
 //     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin
+//     mark    each entry sets its bits in its node below; a block of threads first gathers in shared memory what goes to
+//             one node above the leaves
 //
-// 33 bits, those of a scan's coarse sites, are 3 levels. All of it is bound by latency: a barrier of the grid is 0.75 us, a
-// sum over the blocks as much, and each phase between them 2 to 3 us of dependent accesses to L2.
+// A scan's coarse blocks have 22 bits, which is the top alone. All of it is bound by latency: a barrier of the grid is 0.75
+// us, a sum over the blocks as much, and each phase between them 2 to 3 us of dependent accesses to L2.
 //
-// Tried and left, on an H100, the entries of coarse_sites.cu's scan:
-//     each warp marks in global memory: 9 and 22 us for the two inner levels (now 3 and 4), atomics wait for one address
-//     who sets a leaf's bits adds to its share's count: 12 us for the leaves (now 5, and 2 for a phase that counts)
+// Tried and left, on an H100:
+//     each warp marks inner nodes in global memory: 9 and 22 us for two levels, atomics wait for one address
+//     who sets a leaf's bits adds to its share's count: 12 us, where a phase that counts takes 2
 //     each block writes its own share of leaves: 7 us (now 3), shares differ in sites
-//     18 bits for the top level: as fast for 33, 6 us more where 24 then have no other
+//     18 bits for the top level: as fast where that saves no level, 6 us more where the tree is small
 #pragma once
 
 #include "cuda/common/grid.cuh"
@@ -28,11 +30,12 @@ struct Level {
 };
 
 struct Tree {
-  Level top;          // [kTopNodes]
-  Level odd, even;    // [entries], the levels below in turn
-  int32_t* node_of;   // [entries], on the level at hand
-  int32_t* entry_of;  // [kTopNodes + entries], of each leaf one that has it
-  int32_t* nodes_of;  // [kMostLevels, kMostBlocks], children in a block's share of nodes
+  Level top;            // [kTopNodes]
+  Level odd, even;      // [entries], the levels below in turn
+  int32_t* node_of;     // [entries], on the level at hand
+  uint64_t* block_of;   // [entries], the key of each leaf
+  int32_t* nodes_of;    // [kMostLevels, kMostBlocks], children in a block's share of nodes
+  int32_t* sites_of;    // [kMostBlocks], sites in groups of leaves
 
   __device__ Level level(int depth) const { return depth == 0 ? top : depth % 2 == 1 ? odd : even; }
 };
@@ -49,105 +52,85 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
   tree.odd = take_level(entries);
   tree.even = take_level(entries);
   tree.node_of = workspace.take<int32_t>(entries);
-  tree.entry_of = workspace.take<int32_t>(kTopNodes + entries);
+  tree.block_of = workspace.take<uint64_t>(entries);
   tree.nodes_of = workspace.take<int32_t>(kMostLevels * kMostBlocks);
+  tree.sites_of = workspace.take<int32_t>(kMostBlocks);
   return tree;
 }
 
-// A barrier of the grid must follow before grow_tree.
+// A kernel's end must follow before the top is marked.
 __device__ inline void clear_tree(const Tree& tree) {
   for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top.children[node] = 0;
-  if (threadIdx.x < kMostLevels) tree.nodes_of[threadIdx.x * kMostBlocks + blockIdx.x] = 0;
+  for (int64_t i = global_thread(); i < kMostLevels * kMostBlocks; i += all_threads()) tree.nodes_of[i] = 0;
 }
 
+// How a tree is laid out whose codes have so many bits.
+struct TreeShape {
+  int levels;         // above the leaves
+  int32_t top_nodes;  // of the first of them
+
+  __device__ explicit TreeShape(int bits) : levels(1) {
+    while (bits - levels * kDigitBits > kTopBits) ++levels;
+    top_nodes = 1 << max(bits - levels * kDigitBits, 0);
+  }
+  __device__ int32_t top_node(uint64_t code) const { return static_cast<int32_t>(code >> levels * kDigitBits); }
+  __device__ int digit(uint64_t code, int depth) const {
+    return static_cast<int>(code >> (levels - 1 - depth) * kDigitBits) & ((1 << kDigitBits) - 1);
+  }
+};
+
 // What the threads of a block mark in inner nodes, gathered: a slot for each node, unless another has it.
+template <int kSlots>
 struct Gathered {
-  static constexpr int kSlots = kGridThreads;
   int32_t node[kSlots];  // -1 in an empty one
   uint32_t bits[2][kSlots];
 };
 
-__device__ inline void clear(Gathered& gathered) {
-  gathered.node[threadIdx.x] = -1;
-  gathered.bits[0][threadIdx.x] = gathered.bits[1][threadIdx.x] = 0;
+// Marks children of a node of a level, and counts those that are new in its share, of `each` nodes.
+__device__ inline void mark_child(const Tree& tree, int depth, uint32_t each, int32_t node, uint64_t children) {
+  const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(tree.level(depth).children + node),
+                                   static_cast<unsigned long long>(children));
+  const int added = __popcll(children & ~before);
+  if (added != 0) atomicAdd(tree.nodes_of + depth * kMostBlocks + node / each, added);
 }
 
-// Whether the bits found a place.
-__device__ inline bool gather(Gathered& gathered, int32_t node, uint64_t bits) {
-  const int slot = node % Gathered::kSlots;
-  const int32_t holder = atomicCAS(&gathered.node[slot], -1, node);
-  if (holder != -1 && holder != node) return false;
-  const uint32_t halves[2] = {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-  if (halves[0] != 0) atomicOr(&gathered.bits[0][slot], halves[0]);
-  if (halves[1] != 0) atomicOr(&gathered.bits[1][slot], halves[1]);
-  return true;
+// The same for a child for each thread of the block for which `exists` holds. All threads of the block call it.
+template <int kThreads>
+__device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool exists, int32_t node, int digit) {
+  __shared__ Gathered<kThreads> gathered;
+  const int own = threadIdx.x, slot = node % kThreads;
+  gathered.node[own] = -1;
+  gathered.bits[0][own] = gathered.bits[1][own] = 0;
+  __syncthreads();
+  if (exists) {
+    const int32_t holder = atomicCAS(&gathered.node[slot], -1, node);
+    if (holder == -1 || holder == node) {
+      atomicOr(&gathered.bits[digit / 32][slot], 1u << digit % 32);
+    } else {
+      mark_child(tree, depth, each, node, uint64_t{1} << digit);
+    }
+  }
+  __syncthreads();
+  const uint64_t high = gathered.bits[1][own], low = gathered.bits[0][own];
+  if (gathered.node[own] != -1) mark_child(tree, depth, each, gathered.node[own], high << 32 | low);
+  __syncthreads();
 }
 
 struct Leaves {
-  Level level;  // of a leaf: which sites, and the row of the first of them
-  int32_t number, sites;
+  const uint64_t* sites;  // of each, those that exist
+  int32_t number;
 };
 
-// Builds the tree of the entries that the blocks have, `entries` in this one: code_of(i) has `bits` bits, the last six of
-// which say nothing; sites_of(i) is the mask of the sites that entry i has in its leaf. Ends with a barrier of the grid.
-template <typename CodeOf, typename SitesOf>
-__device__ Leaves grow_tree(Grid grid, const Tree& tree, Range entries, int bits, CodeOf code_of, SitesOf sites_of) {
-  __shared__ Gathered gathered;
-  int levels = bits < 2 * kBlockBits ? 1 : 2;
-  while (bits - levels * kBlockBits > kTopBits) ++levels;
-  int32_t nodes = 1 << (bits - levels * kBlockBits);
+// Numbers and marks all levels below the top, whose marks must be set. Entry i has the code code_of(i), the block block_of(i)
+// and in it the sites sites_of(i). All blocks call it; it ends with a barrier of the grid.
+template <typename CodeOf, typename BlockOf, typename SitesOf>
+__device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, CodeOf code_of,
+                            BlockOf block_of, SitesOf sites_of) {
+  int32_t nodes = shape.top_nodes;
   for (int depth = 0;; ++depth) {
-    const bool is_leaf = depth == levels - 1;
-    const Level level = tree.level(depth);
-    const uint32_t each = share_size(nodes, kWarp, gridDim.x);
-    int32_t* const children_of = tree.nodes_of + depth * kMostBlocks;
-    const auto set = [&](int32_t node, uint64_t children) {
-      return atomicOr(reinterpret_cast<unsigned long long*>(level.children + node),
-                      static_cast<unsigned long long>(children));
-    };
-    const auto set_inner = [&](int32_t node, uint64_t children) {
-      const int added = __popcll(children & ~set(node, children));
-      if (added != 0) atomicAdd(children_of + node / each, added);
-    };
-    for (int32_t begin = entries.begin; begin < entries.end; begin += kGridThreads) {
-      const int32_t i = begin + threadIdx.x;
-      const bool exists = i < entries.end;
-      const uint64_t code = exists ? code_of(i) : 0;
-      const auto digit = [&](int of) { return code >> (levels - 1 - of) * kBlockBits & kInBlock; };
-      int32_t node = static_cast<int32_t>(code >> levels * kBlockBits);
-      if (exists && depth > 0) {
-        const Level above = tree.level(depth - 1);
-        const int32_t parent = tree.node_of[i];
-        node = above.first[parent] + __popcll(above.children[parent] & ((uint64_t{1} << digit(depth - 1)) - 1));
-      }
-      if (is_leaf) {
-        if (exists && set(node, sites_of(i)) == 0) tree.entry_of[node] = i;
-        continue;
-      }
-      if (exists) tree.node_of[i] = node;
-      clear(gathered);
-      __syncthreads();
-      const int32_t node_below = __shfl_up_sync(kAllLanes, node, 1);  // neighbours often have the same
-      const bool leads = threadIdx.x % kWarp == 0 || node_below != node;
-      const uint64_t children = or_of_run(exists ? uint64_t{1} << digit(depth) : 0, leads);
-      if (leads && children != 0 && !gather(gathered, node, children)) set_inner(node, children);
-      __syncthreads();
-      const uint64_t high = gathered.bits[1][threadIdx.x], low = gathered.bits[0][threadIdx.x];
-      if (gathered.node[threadIdx.x] != -1) set_inner(gathered.node[threadIdx.x], high << 32 | low);
-    }
-    grid.sync();
-
+    const Level level = tree.level(depth), below = tree.level(depth + 1);
     const Range own = share(nodes, kWarp, gridDim.x);
-    if (is_leaf) {
-      int32_t sites = 0;
-      for (int32_t leaf = own.begin + threadIdx.x; leaf < own.end; leaf += kGridThreads) {
-        sites += __popcll(level.children[leaf]);
-      }
-      sites = block_sum(sites);
-      if (threadIdx.x == 0) children_of[blockIdx.x] = sites;
-      grid.sync();
-    }
-    const BlockSums children = sum_blocks(children_of);
+    const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
     int32_t next = children.before;
     for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
       const int32_t node = begin + threadIdx.x;
@@ -157,51 +140,84 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, Range entries, int bits
       if (node < own.end) level.first[node] = next + before;
       next += total;
     }
-    if (!is_leaf) {
-      uint64_t* const below = tree.level(depth + 1).children;
-      for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below[child] = 0;
+    for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below.children[child] = 0;
+    grid.sync();
+    nodes = children.all;
+
+    const uint32_t each = share_size(nodes, kWarp, gridDim.x);
+    const bool to_leaves = depth == shape.levels - 1;
+    for (int64_t begin = int64_t{blockIdx.x} * kGridThreads; begin < entries; begin += all_threads()) {
+      const int32_t i = static_cast<int32_t>(begin) + threadIdx.x;
+      const bool exists = i < entries;
+      uint64_t code = 0;
+      int32_t node = 0;
+      if (exists) {
+        code = code_of(i);
+        const int32_t parent = depth == 0 ? shape.top_node(code) : tree.node_of[i];
+        const uint64_t before = (uint64_t{1} << shape.digit(code, depth)) - 1;
+        node = level.first[parent] + __popcll(level.children[parent] & before);
+        if (to_leaves) {
+          atomicOr(reinterpret_cast<unsigned long long*>(below.children + node),
+                   static_cast<unsigned long long>(sites_of(i)));
+          tree.block_of[node] = block_of(i);
+        } else {
+          tree.node_of[i] = node;
+        }
+      }
+      if (!to_leaves) {
+        mark_children<kGridThreads>(tree, depth + 1, each, exists, node, shape.digit(code, depth + 1));
+      }
     }
     grid.sync();
-    if (is_leaf) return {level, nodes, children.all};
-    nodes = children.all;
+    if (to_leaves) return {below.children, nodes};
   }
 }
 
-// Writes the sites that fit to their rows; block_of(i) is the key of the block of entry i. A warp has a few leaves at a
-// time, a lane two sites of each.
-template <int D, typename BlockOf>
-__device__ void write_leaves(const Tree& tree, const Leaves& leaves, int32_t* sites, int32_t capacity,
-                             BlockOf block_of) {
-  constexpr int kLeaves = 8;
-  const int lane = threadIdx.x % kWarp;
-  int32_t origin[1 + D], within[2][1 + D];  // of the lane's sites in a block
-  write_site<D>(0, origin);
-  for (int half = 0; half < 2; ++half) {
-    write_site<D>(lane + half * kWarp, within[half]);
-    for (int d = 1; d <= D; ++d) within[half][d] -= origin[d];
+// Leaves are counted in groups, as many as there may be blocks, of a multiple of kWarp.
+__device__ inline int32_t group_size(int32_t leaves) { return static_cast<int32_t>(share_size(leaves, kWarp, kMostBlocks)); }
+
+// Counts the sites in each group of leaves, a warp a group. A barrier of the grid must follow.
+__device__ inline void count_sites(const Tree& tree, const Leaves& leaves) {
+  const int32_t each = group_size(leaves.number);
+  for (int64_t group = global_thread() / kWarp; group < kMostBlocks; group += all_threads() / kWarp) {
+    const int64_t begin = group * each, end = min(begin + each, int64_t{leaves.number});
+    int32_t sites = 0;
+    for (int64_t leaf = begin + threadIdx.x % kWarp; leaf < end; leaf += kWarp) sites += __popcll(leaves.sites[leaf]);
+    sites = warp_sum(sites);
+    if (threadIdx.x % kWarp == 0) tree.sites_of[group] = sites;
   }
-  for (int64_t begin = global_thread() / kWarp * kLeaves; begin < leaves.number;
-       begin += all_threads() / kWarp * kLeaves) {
-    const int64_t leaf = begin + lane % kLeaves;
-    const uint64_t own_mask = leaf < leaves.number ? leaves.level.children[leaf] : 0;
-    const int32_t own_first = own_mask != 0 ? leaves.level.first[leaf] : 0;
-    int32_t own_site[1 + D];  // the block's first
-    write_site<D>(own_mask != 0 ? block_of(tree.entry_of[leaf]) : 0, own_site);
+}
+
+// Calls write(row, block, bit) for each site in order, `bit` its place in the block with that key; returns how many there
+// are. A warp has a few leaves at a time, a lane two sites of each.
+template <typename Write>
+__device__ int32_t for_sites(const Tree& tree, const Leaves& leaves, Write write) {
+  constexpr int kLeaves = 8;
+  __shared__ int32_t before_group[kMostBlocks];
+  static_assert(kMostBlocks == kGridThreads, "a group a thread");
+  int32_t all;
+  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(tree.sites_of[threadIdx.x], &all);
+  __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  const int32_t each = group_size(leaves.number);
+  for (int64_t first = global_thread() / kWarp * kLeaves; first < leaves.number;
+       first += all_threads() / kWarp * kLeaves) {
+    const int32_t group = static_cast<int32_t>(first) / each;
+    int32_t before = 0;  // sites of the group's leaves before `first`
+    for (int64_t leaf = int64_t{group} * each + lane; leaf < first; leaf += kWarp) before += __popcll(leaves.sites[leaf]);
+    int32_t row = before_group[group] + warp_sum(before);
+    const int64_t own = first + lane % kLeaves;
+    const uint64_t own_sites = own < leaves.number ? leaves.sites[own] : 0;
+    const uint64_t own_block = own < leaves.number ? tree.block_of[own] : 0;
     for (int i = 0; i < kLeaves; ++i) {
-      const uint64_t mask = __shfl_sync(kAllLanes, own_mask, i);
-      const int32_t first = __shfl_sync(kAllLanes, own_first, i);
-      int32_t block[1 + D];
-      for (int d = 0; d <= D; ++d) block[d] = __shfl_sync(kAllLanes, own_site[d], i);
-      for (int half = 0; half < 2; ++half) {
-        const int bit = lane + half * kWarp;
-        const int32_t row = first + __popcll(mask & ((uint64_t{1} << bit) - 1));
-        if ((mask >> bit & 1) == 0 || row >= capacity) continue;
-        int32_t* const site = sites + static_cast<int64_t>(row) * (1 + D);
-        site[0] = block[0];
-        for (int d = 1; d <= D; ++d) site[d] = block[d] + within[half][d];
+      const uint64_t sites = __shfl_sync(kAllLanes, own_sites, i), block = __shfl_sync(kAllLanes, own_block, i);
+      for (int bit = lane; bit < 64; bit += kWarp) {
+        if ((sites >> bit & 1) != 0) write(row + __popcll(sites & ((uint64_t{1} << bit) - 1)), block, bit);
       }
+      row += __popcll(sites);
     }
   }
+  return all;
 }
 
 }  // namespace jaxsparse::cuda

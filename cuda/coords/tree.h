@@ -1,4 +1,4 @@
-// What the tree of sites needs besides its entries, known without a device.
+// What the tree of blocks needs besides its entries, known without a device.
 #pragma once
 
 #include "cuda/common/types.h"
@@ -6,14 +6,16 @@
 
 namespace jaxsparse::cuda {
 
-// How many nodes the tree's top level may have, and how many levels there may be for keys of 64 bits.
+// How many nodes the tree's top level may have, how many children a node, and how many levels above the leaves there may
+// be for codes of 64 bits.
 constexpr int kTopBits = 16;
 constexpr int64_t kTopNodes = int64_t{1} << kTopBits;
-constexpr int kMostLevels = (64 - kTopBits + kBlockBits - 1) / kBlockBits;
+constexpr int kDigitBits = 6;
+constexpr int kMostLevels = (64 - kTopBits + kDigitBits - 1) / kDigitBits;
 
 // Bytes of the nodes for so many entries, and of the counts of up to kMostBlocks blocks.
 constexpr int64_t tree_workspace(int64_t entries) {
-  return 16 * kTopNodes + 2 * padded(8 * entries) + 4 * padded(4 * entries) + kMostLevels * padded(4 * 512);
+  return 12 * kTopNodes + 3 * padded(8 * entries) + 3 * padded(4 * entries) + (kMostLevels + 1) * padded(4 * 512);
 }
 
 }  // namespace jaxsparse::cuda

@@ -19,9 +19,10 @@ namespace {
 
 struct Scratch {
   SortBuffers sort;
-  uint64_t* bits_of;  // [blocks], of the keys in a block's share
-  int32_t* heads_of;  // [blocks], keys that differ from the one before
-  int32_t* with_key;  // [1], points that have one
+  uint64_t* bits_of;    // [blocks], of the keys in a block's share
+  int32_t* without_of;  // [kReasons, kMostBlocks], points without a key by what they say
+  int32_t* heads_of;    // [blocks], keys that differ from the one before
+  int32_t* with_key;    // [1], points that have one
 };
 
 constexpr uint64_t kSomeHaveNone = uint64_t{1} << 63;  // beside the bits of keys
@@ -47,19 +48,28 @@ struct Part {
 template <int D>
 __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
   __shared__ SortShared shared;
+  __shared__ int32_t without[kReasons];
   const Grid grid = cooperative_groups::this_grid();
   const int64_t first_thread = global_thread();
   const int32_t n = real_rows(a.count, a.points);
 
+  if (threadIdx.x < kReasons) without[threadIdx.x] = 0;
+  __syncthreads();
   uint64_t bits = 0;
   put_keys(s.sort, n, shared, [&](int64_t p) {
-    const Key key = key_of_row<D>(a.coords + p * (1 + D));
+    const Site<D> site(a.coords, p);
+    int64_t coord[D];
+    for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
+    const Key key = make_key<D>(site.batch, coord);
     bits |= key == kNoKey ? kSomeHaveNone : KeySpan<D>::bits_of(key);
+    const int64_t why = -1 - int64_t{site.batch};
+    if (key == kNoKey && why >= 0 && why < kReasons) atomicAdd(&without[why], 1);
     return key;
   });
-  bits = block_or<kSortThreads>(bits);
+  bits = block_or<kSortThreads>(bits);  // and a barrier: `without` is complete
   if (threadIdx.x == 0) s.bits_of[blockIdx.x] = bits;
   if (first_thread == 0) *s.with_key = n;
+  if (threadIdx.x < kReasons) s.without_of[threadIdx.x * kMostBlocks + blockIdx.x] = without[threadIdx.x];
   grid.sync();
 
   bits = or_blocks<kSortThreads>(s.bits_of);
@@ -123,6 +133,15 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
     a.offsets[row] = static_cast<int32_t>(with_key);
     if (row < a.capacity) write_padding<D>(a.sites + row * (1 + D));
   }
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kReasons * kWarp) {  // a warp a reason
+    const int why = threadIdx.x / kWarp;
+    int32_t points_without = 0;
+    for (unsigned block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {
+      points_without += s.without_of[why * kMostBlocks + block];
+    }
+    points_without = warp_sum(points_without);
+    if (threadIdx.x % kWarp == 0) a.without[why] = points_without;
+  }
   if (first_thread == 0) {
     *a.kept = min(rows.all, a.capacity);
     *a.found = rows.all;
@@ -135,6 +154,7 @@ cudaError_t unique_sites_in(const UniqueSitesArgs& a, cudaStream_t stream) {
   Scratch s;
   JAXSPARSE_TRY(take_sort_buffers(workspace, a.points, stream, &s.sort));
   s.bits_of = workspace.take<uint64_t>(kMostBlocks);
+  s.without_of = workspace.take<int32_t>(kReasons * kMostBlocks);
   s.heads_of = workspace.take<int32_t>(kMostBlocks);
   s.with_key = workspace.take<int32_t>(1);
   return launch_grid<kSortThreads>(unique_sites_kernel<D>, div_up(a.points, kSortThreads), stream, a, s);

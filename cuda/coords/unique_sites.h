@@ -9,7 +9,7 @@
 namespace jaxsparse::cuda {
 
 // Bytes of workspace for a list of n.
-constexpr int64_t unique_sites_workspace(int64_t n) { return sort_workspace(n) + padded(16 * 512); }
+constexpr int64_t unique_sites_workspace(int64_t n) { return sort_workspace(n) + padded(16 * 512) + padded(4 * 8 * 512); }
 
 struct UniqueSitesArgs {
   const int32_t* coords;  // [points, 1 + dims]
@@ -22,11 +22,13 @@ struct UniqueSitesArgs {
   int32_t* row_of;   // [points]
   int32_t* order;    // [points]
   int32_t* offsets;  // [capacity + 1]
+  int32_t* without;  // [kReasons]
   void* workspace;   // unique_sites_workspace(points)
 };
 
 // Distinct valid sites sorted by key, the first `capacity` kept; `kept` counts those, `found` all; row_of[p] is the row of
 // point p's site, -1 where it has none. The points of row r are order[offsets[r]] .. order[offsets[r + 1] - 1], increasing.
+// without[i] counts the points with batch -1 - i.
 cudaError_t unique_sites(const UniqueSitesArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

@@ -26,14 +26,6 @@ JAXSPARSE_HD WindowAxis window_axis(const Geometry& g, int axis, int32_t coarse)
   return {first >> bits, static_cast<int32_t>(offset), static_cast<int32_t>((last >> bits) + 1)};
 }
 
-// The bits, among a key's last six, of a coordinate on one axis.
-template <int D>
-JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
-  int32_t bits = 0;
-  for (int b = 0; b < block_axis_bits(D, axis); ++b) bits |= (coord >> b & 1) << (b * D + D - 1 - axis);
-  return bits;
-}
-
 constexpr int kMostUnderWindow = 27;  // blocks: 3 on each of three axes, for kernels up to 9^3
 
 // The most blocks that a window can lie over on each axis, and in all: a number over kMostUnderWindow if too many.

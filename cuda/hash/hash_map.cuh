@@ -1,7 +1,6 @@
 // A hash map of 64-bit keys in global memory: open addressing, linear probing, any number of slots.
 //
-// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key: a search reads key and values in
-// one access. Slot::hash(key) is 32 bits whose high ones are well mixed. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees what was
+// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key. Slot::hash(key) is 32 bits whose high ones are well mixed. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees what was
 // inserted before the last barrier or kernel. Which slot a key gets depends on who came first, so places must not reach a
 // result.
 #pragma once
@@ -13,7 +12,7 @@ namespace jaxsparse::cuda {
 
 template <typename Slot>
 class HashMap {
-  static_assert(sizeof(Slot) == alignof(Slot) && sizeof(Slot) % 16 == 0, "read in accesses of 16 bytes");
+  static_assert(sizeof(Slot) == alignof(Slot) && sizeof(Slot) % 16 == 0, "in one sector of the cache");
 
  public:
   // `number` must be at least one more than the distinct keys that will come, or a search may never end; twice as many
@@ -29,26 +28,28 @@ class HashMap {
     }
   }
 
-  // Copies of the slots of those keys that are wanted, and whether each is there: the first reads are on their way together.
+  // Which of some wanted keys are there, and in which slots: the first reads are on their way together. They bring the slots
+  // into the cache, so that no more of a slot need be held meanwhile than its key.
   template <int kKeys>
-  __device__ void find(const uint64_t (&keys)[kKeys], const bool (&wanted)[kKeys], Slot (&slots)[kKeys],
+  __device__ void find(const uint64_t (&keys)[kKeys], const bool (&wanted)[kKeys], uint32_t (&slots)[kKeys],
                        bool (&found)[kKeys]) const {
+    uint64_t held[kKeys];
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      if (wanted[i]) slots[i] = slots_[first(keys[i])];
+      slots[i] = first(keys[i]);
+      held[i] = wanted[i] ? slots_[slots[i]].key : kNoKey;
     }
 #pragma unroll
     for (int i = 0; i < kKeys; ++i) {
-      found[i] = wanted[i] && slots[i].key == keys[i];
-      bool goes_on = wanted[i] && !found[i] && slots[i].key != kNoKey;
-      for (uint32_t at = goes_on ? first(keys[i]) : 0; goes_on;) {
-        at = next(at);
-        slots[i] = slots_[at];
-        found[i] = slots[i].key == keys[i];
-        goes_on = !found[i] && slots[i].key != kNoKey;
+      while (held[i] != keys[i] && held[i] != kNoKey) {
+        slots[i] = next(slots[i]);
+        held[i] = slots_[slots[i]].key;
       }
+      found[i] = held[i] != kNoKey;
     }
   }
+
+  __device__ const Slot& operator[](uint32_t slot) const { return slots_[slot]; }
 
  private:
   static constexpr unsigned long long kEmpty = ~0ull;

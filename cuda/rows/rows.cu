@@ -64,35 +64,35 @@ __device__ Accumulator<T> sum_listed(const SegmentSumArgs& a, int32_t channel, i
   return sum;
 }
 
-constexpr int32_t kManyRows = 64;  // a group of more is left to a whole warp
+constexpr int32_t kManyRows = 16;  // a group of more is left to a whole warp
 
-// A thread a (value, channel). Groups of many rows, such as the voxel that holds what a scanner sees of itself, are put
-// aside and summed by a warp each: lane l takes rows l, l + 32, ...
+// A thread a (value, channel), but groups of many rows, such as the voxel that holds what a scanner sees of itself, are
+// summed by a warp a channel: lane l takes rows l, l + 32, ... They lie together, so each block looks for them among values
+// from all over.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a) {
-  __shared__ int32_t aside[kThreads];
-  __shared__ int32_t number_aside;
-  if (threadIdx.x == 0) number_aside = 0;
-  __syncthreads();
+  __shared__ int32_t many[kThreads];
+  __shared__ int32_t number_of_many;
+  const auto rows_of = [&](int64_t value) { return a.offsets[value + 1] - a.offsets[value]; };
   T* y = static_cast<T*>(a.y);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads, i = first + threadIdx.x;
+  if (threadIdx.x == 0) number_of_many = 0;
+  __syncthreads();
+  const int64_t other = static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x;
+  if (other < a.values && rows_of(other) > kManyRows) {
+    many[atomicAdd(&number_of_many, 1)] = static_cast<int32_t>(other);
+  }
+  const int64_t i = global_thread();
   if (i < static_cast<int64_t>(a.values) * a.channels) {
     const int32_t value = static_cast<int32_t>(i / a.channels), channel = static_cast<int32_t>(i % a.channels);
     const int32_t begin = a.offsets[value], end = a.offsets[value + 1];
-    if (end - begin > kManyRows) {
-      aside[atomicAdd(&number_aside, 1)] = threadIdx.x;
-    } else {
-      y[i] = narrow<T>(sum_listed<T>(a, channel, begin, end, 1));
-    }
+    if (end - begin <= kManyRows) y[i] = narrow<T>(sum_listed<T>(a, channel, begin, end, 1));
   }
   __syncthreads();
-  for (int n = threadIdx.x / kWarp; n < number_aside; n += kThreads / kWarp) {
-    const int64_t out = first + aside[n];
-    const int32_t value = static_cast<int32_t>(out / a.channels), channel = static_cast<int32_t>(out % a.channels);
+  for (int64_t n = threadIdx.x / kWarp; n < int64_t{number_of_many} * a.channels; n += kThreads / kWarp) {
+    const int32_t value = many[n / a.channels], channel = static_cast<int32_t>(n % a.channels);
     const int32_t begin = a.offsets[value] + static_cast<int32_t>(threadIdx.x % kWarp);
-    Accumulator<T> sum = sum_listed<T>(a, channel, begin, a.offsets[value + 1], kWarp);
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    if (threadIdx.x % kWarp == 0) y[out] = narrow<T>(sum);
+    const Accumulator<T> sum = warp_sum(sum_listed<T>(a, channel, begin, a.offsets[value + 1], kWarp));
+    if (threadIdx.x % kWarp == 0) y[static_cast<int64_t>(value) * a.channels + channel] = narrow<T>(sum);
   }
 }
 

@@ -30,6 +30,8 @@ def _uint32(*shape: int) -> jax.ShapeDtypeStruct:
 
 # --- distinct sites ---
 
+REASONS = 8  # `kReasons` in cuda/coords/key.h
+
 
 def _distinct(high, low, coords, capacity):
     """Sorts by key and keeps the first of equal ones.
@@ -57,7 +59,9 @@ def _distinct(high, low, coords, capacity):
 def _unique_sites_reference(coords, count, *, capacity):
     real = _keys.real_rows(count, coords.shape[0])
     coords = jnp.where(real[:, None], coords, _keys.PADDING_COORD)
-    return _distinct(*_keys.keys_of(coords), coords, capacity)
+    reasons = -1 - jnp.arange(REASONS, dtype=jnp.int32)
+    without = (real & ~_keys.has_key(coords))[:, None] & (coords[:, :1] == reasons[None])
+    return *_distinct(*_keys.keys_of(coords), coords, capacity), without.sum(0, dtype=jnp.int32)
 
 
 def _unique_sites_call(platform, coords, count, *, capacity):
@@ -69,9 +73,10 @@ def _unique_sites_call(platform, coords, count, *, capacity):
         _int32(rows),
         _int32(rows),
         _int32(capacity + 1),
+        _int32(REASONS),
         _workspace.struct(platform, _workspace.unique_sites(rows)),
     ]
-    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:6]
+    return _ffi.call("jaxsparse_unique_sites_v1", results, coords, count)[:7]
 
 
 unique_sites = Op(
@@ -83,6 +88,7 @@ unique_sites = Op(
         ((coords.shape[0],), jnp.int32),
         ((coords.shape[0],), jnp.int32),
         ((capacity + 1,), jnp.int32),
+        ((REASONS,), jnp.int32),
     ],
     _unique_sites_call,
     _unique_sites_reference,
@@ -92,7 +98,8 @@ unique_sites = Op(
 The distinct sites among the first `count` rows, sorted by (batch, Morton code); the first M are kept, `kept` counts
 those and `found` all. `row_of` is the row of each input's site, -1 for rows past `count`, without a key, or not kept.
 `order` `[P]` and `offsets` `[M + 1]` say the same by site: the inputs of row r are
-`order[offsets[r] : offsets[r + 1]]`, increasing.
+`order[offsets[r] : offsets[r + 1]]`, increasing. A row without a key may say why in place of its batch: of the first
+`count` rows, the last result, [REASONS], counts those with batch -1, -2 ...
 """
 
 

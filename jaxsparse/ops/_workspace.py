@@ -32,18 +32,18 @@ def _sort(keys: int) -> int:
 
 def _tree(entries: int) -> int:
     """`tree_workspace` in cuda/coords/tree.h."""
-    return 16 * 2**16 + 2 * _padded(8 * entries) + 4 * _padded(4 * entries) + 8 * 4 * 512
+    return 12 * 2**16 + 3 * _padded(8 * entries) + 3 * _padded(4 * entries) + 9 * 4 * 512
 
 
 def unique_sites(points: int) -> int:
     """`unique_sites_workspace` in cuda/coords/unique_sites.h."""
-    return _sort(points) + 16 * 512
+    return _sort(points) + 16 * 512 + 4 * 8 * 512
 
 
 def coarse_sites(rows: int, geometry: Geometry) -> int:
     """`coarse_sites_workspace` in cuda/coords/coarse_sites.h, of every coarse site that a fine row can reach."""
     candidates = rows * geometry.coarse_per_site()
-    return _padded(16 * candidates) + _tree(candidates) + 12 * 512
+    return _padded(16 * candidates) + _padded(8 * candidates) + _tree(candidates) + 4 * 5 * 512 + 2 * _padded(4)
 
 
 def site_index(rows: int) -> int:

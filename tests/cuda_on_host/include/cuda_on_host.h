@@ -290,6 +290,12 @@ inline unsigned reduce_or(int line, unsigned value) {
   return value;
 }
 
+inline unsigned reduce_max(int line, unsigned value) {
+  const uint64_t* shown = show(line, value);
+  for (int i = 0; i < kLanes; ++i) value = std::max(value, static_cast<unsigned>(shown[i]));
+  return value;
+}
+
 }  // namespace cuda_on_host
 
 #define __syncthreads() cuda_on_host::barrier(__LINE__, false)
@@ -302,6 +308,7 @@ inline unsigned reduce_or(int line, unsigned value) {
 #define __shfl_xor_sync(mask, value, bits) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() ^ (bits))
 #define __ballot_sync(mask, vote) cuda_on_host::ballot(__LINE__, vote)
 #define __reduce_or_sync(mask, value) cuda_on_host::reduce_or(__LINE__, value)
+#define __reduce_max_sync(mask, value) cuda_on_host::reduce_max(__LINE__, value)
 #define __syncwarp() cuda_on_host::show(__LINE__, 0)
 
 template <typename... Params>
@@ -332,6 +339,12 @@ template <typename T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
   *at += value;
+  return before;
+}
+template <typename T>
+T atomicMax(T* at, T value) {
+  const T before = *at;
+  *at = std::max(before, value);
   return before;
 }
 template <typename T>

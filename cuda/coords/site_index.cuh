@@ -1,0 +1,33 @@
+// The slots of an index of sites: what a key of its hash map stands for.
+#pragma once
+
+#include "cuda/coords/blocks.cuh"
+#include "cuda/hash/hash_map.cuh"
+
+namespace jaxsparse::cuda {
+
+// A site.
+struct alignas(16) SiteSlot {
+  uint64_t key;
+  int32_t row;
+  int32_t unused;
+
+  __device__ void clear() { *this = {kNoKey, -1, 0}; }
+  static __device__ uint32_t hash(uint64_t key) { return static_cast<uint32_t>(jaxsparse::hash(key) >> 32); }
+  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
+};
+
+// A block of sites.
+struct alignas(32) BlockSlot {
+  uint64_t key;  // see blocks.cuh
+  uint64_t unused;
+  uint4 sites;  // a mask of which of its 64 exist, the row of the first that does, unused: read and written at once
+
+  __device__ void clear() { key = kNoKey; }
+  static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
+  // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
+  // leave a fifth empty.
+  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
+};
+
+}  // namespace jaxsparse::cuda
