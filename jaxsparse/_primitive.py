@@ -82,9 +82,13 @@ class Op:
         """Sets the `vmap` rule: `rule(operands, dims, **params) -> (results, result_dims)`."""
         batching.primitive_batchers[self.primitive] = rule
 
+    def set_jvp(self, jvp: Callable) -> None:
+        """Sets the derivative rule: `jvp(primals, tangents, **params) -> (results, tangents of the results)`."""
+        ad.primitive_jvps[self.primitive] = jvp
+
     def set_linear(self, jvp: Callable, transpose: Callable) -> None:
         """Sets the derivative rules of an op that is linear in each of its float operands."""
-        ad.primitive_jvps[self.primitive] = jvp
+        self.set_jvp(jvp)
         ad.primitive_transposes[self.primitive] = transpose
 
     def batch_as_reference(self) -> None:

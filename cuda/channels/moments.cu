@@ -11,8 +11,8 @@
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kReduceThreads = 1024;
+constexpr int kThreads = 256;
+constexpr int kReduceThreads = 512;
 constexpr int kAtOnce = 4;  // rows that a thread reads together
 
 template <typename T, int V>
@@ -45,6 +45,18 @@ __global__ void __launch_bounds__(kThreads, 2) partial_kernel(MomentsArgs m) {
     return static_cast<const Pack<T, V>*>(base)[int64_t{row} * packs + pack];
   };
 
+  // Rows `row`, `row` + down, ... of the share, which the next call of `add` takes.
+  Pack<T, V> a[kAtOnce], b[kAtOnce];
+  const auto read = [&](int32_t row) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row + j * down >= share.end) continue;
+      b[j] = at(m.b, row + j * down);
+      if constexpr (!of_one) a[j] = at(m.a, row + j * down);
+    }
+  };
+  int32_t row = y < down ? share.begin + y : share.end;
+  read(row);
   A sum[V], product[V], center[V];
   const Pack<T, V> first = of_one && share.size() > 0 ? at(m.b, share.begin) : Pack<T, V>{};
 #pragma unroll
@@ -52,29 +64,20 @@ __global__ void __launch_bounds__(kThreads, 2) partial_kernel(MomentsArgs m) {
     sum[i] = product[i] = 0;
     center[i] = of_one ? widen(first.v[i]) : static_cast<const A*>(m.center)[pack * V + i];
   }
-  const auto add = [&](const Pack<T, V>& a, const Pack<T, V>& b) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const A difference = widen(a.v[i]) - center[i], other = of_one ? difference : widen(b.v[i]);
-      sum[i] += other;
-      product[i] += difference * other;
-    }
-  };
-  const void* const from = of_one ? m.b : m.a;
-  int32_t row = y < down ? share.begin + y : share.end;
-  for (; row + (kAtOnce - 1) * down < share.end; row += kAtOnce * down) {
-    Pack<T, V> a[kAtOnce], b[kAtOnce];
+  while (row < share.end) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      a[j] = at(from, row + j * down);
-      if constexpr (!of_one) b[j] = at(m.b, row + j * down);
-    }
+      if (row + j * down >= share.end) continue;
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) add(a[j], of_one ? a[j] : b[j]);
-  }
-  for (; row < share.end; row += down) {
-    const Pack<T, V> a = at(from, row);
-    add(a, of_one ? a : at(m.b, row));
+      for (int i = 0; i < V; ++i) {
+        const A difference = widen(of_one ? b[j].v[i] : a[j].v[i]) - center[i];
+        const A other = of_one ? difference : widen(b[j].v[i]);
+        sum[i] += other;
+        product[i] += difference * other;
+      }
+    }
+    row += kAtOnce * down;
+    read(row);
   }
 
 #pragma unroll

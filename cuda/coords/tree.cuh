@@ -70,12 +70,12 @@ struct TreeShape {
   int32_t top_nodes;  // of the first of them
 
   __device__ explicit TreeShape(int bits) : levels(1) {
-    while (bits - levels * kDigitBits > kTopBits) ++levels;
-    top_nodes = 1 << max(bits - levels * kDigitBits, 0);
+    while (bits - levels * kTreeDigitBits > kTopBits) ++levels;
+    top_nodes = 1 << max(bits - levels * kTreeDigitBits, 0);
   }
-  __device__ int32_t top_node(uint64_t code) const { return static_cast<int32_t>(code >> levels * kDigitBits); }
+  __device__ int32_t top_node(uint64_t code) const { return static_cast<int32_t>(code >> levels * kTreeDigitBits); }
   __device__ int digit(uint64_t code, int depth) const {
-    return static_cast<int>(code >> (levels - 1 - depth) * kDigitBits) & ((1 << kDigitBits) - 1);
+    return static_cast<int>(code >> (levels - 1 - depth) * kTreeDigitBits) & ((1 << kTreeDigitBits) - 1);
   }
 };
 

@@ -10,8 +10,8 @@ namespace jaxsparse::cuda {
 // be for codes of 64 bits.
 constexpr int kTopBits = 16;
 constexpr int64_t kTopNodes = int64_t{1} << kTopBits;
-constexpr int kDigitBits = 6;
-constexpr int kMostLevels = (64 - kTopBits + kDigitBits - 1) / kDigitBits;
+constexpr int kTreeDigitBits = 6;
+constexpr int kMostLevels = (64 - kTopBits + kTreeDigitBits - 1) / kTreeDigitBits;
 
 // Bytes of the nodes for so many entries, and of the counts of up to kMostBlocks blocks.
 constexpr int64_t tree_workspace(int64_t entries) {

@@ -10,8 +10,6 @@ other operands, `affine` in s and t together, and its transposes are the other o
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -147,8 +145,7 @@ _moments.set_linear(_moments_jvp, _moments_transpose)
 _affine.set_linear(_affine_jvp, _affine_transpose)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def statistics(x: jax.Array, counts: jax.Array, implementation: str = "auto") -> tuple[jax.Array, jax.Array]:
+def statistics(x: jax.Array, counts: jax.Array, *, implementation: str = "auto") -> list[jax.Array]:
     """Mean of each channel over the real rows, and the sum of squared differences from it; zeros without rows.
 
     Args:
@@ -159,18 +156,21 @@ def statistics(x: jax.Array, counts: jax.Array, implementation: str = "auto") ->
     Returns:
       Two `[C]`, float32 or wider.
     """
-    mean, squares = _statistics(x, counts, implementation=implementation)
-    return mean, squares
+    return _statistics(x, counts, implementation=implementation)
 
 
-@statistics.defjvp
-def _statistics_jvp(implementation, primals, tangents):
+def _statistics_jvp(primals, tangents, **params):
     (x, counts), (x_dot, _) = primals, tangents
-    mean, squares = statistics(x, counts, implementation)
+    mean, squares = _statistics(x, counts, **params)
+    if type(x_dot) is ad.Zero:
+        return [mean, squares], [zero_tangent(mean), zero_tangent(squares)]
     center = jax.lax.stop_gradient(mean)
-    total, product = _moments(x, x_dot, center, counts, implementation=implementation)
+    total, product = _moments(x, x_dot, center, counts, **params)
     rows = jnp.maximum(counts[0], 1).astype(mean.dtype)
-    return (mean, squares), (total / rows, 2 * (product - (mean - center) * total))
+    return [mean, squares], [total / rows, 2 * (product - (mean - center) * total)]
+
+
+_statistics.set_jvp(_statistics_jvp)
 
 
 def affine(x: jax.Array, scale: jax.Array, shift: jax.Array, center: jax.Array, counts: jax.Array) -> jax.Array:
