@@ -19,7 +19,7 @@ import jaxsparse as js
 from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, rows
-from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, primitives
+from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, fused, primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket
 from jaxsparse.tuning.record import record
@@ -31,6 +31,7 @@ OPS = [
     primitives.forward,
     primitives.dgrad,
     primitives.wgrad,
+    fused.op,
     rows._gather,
     rows._group,
     rows._sum,

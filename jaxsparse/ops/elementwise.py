@@ -42,6 +42,21 @@ def silu(x: SparseTensor) -> SparseTensor:
     return map_features(jax.nn.silu, x)
 
 
+ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda feats: feats,
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
+"""By name, with their defaults, in the order in which `cuda/conv/gemm.h` numbers them."""
+
+
+def activate(x: SparseTensor, activation: str | None) -> SparseTensor:
+    """The activation of that name, with its defaults; None leaves `x` as it is."""
+    return x if activation is None else map_features(ACTIVATIONS[activation], x)
+
+
 def linear(
     x: SparseTensor, kernel: jax.Array, bias: jax.Array | None = None, *, precision: lax.PrecisionLike = None
 ) -> SparseTensor:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse.ops.channels import ChannelNorm
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import map_features
 from jaxsparse.tensor import SparseTensor
@@ -56,13 +57,5 @@ def batch_norm(
       scale, bias: `[C]` or None.
       epsilon: added to the variance.
     """
-    dtype = accumulation_dtype(x.dtype)
-    factor = lax.rsqrt(variance.astype(dtype) + epsilon)
-    if scale is not None:
-        factor = factor * scale.astype(dtype)
-
-    def normalise(feats):
-        y = (feats.astype(dtype) - mean.astype(dtype)[None]) * factor[None]
-        return (y if bias is None else y + bias.astype(dtype)[None]).astype(x.dtype)
-
-    return map_features(normalise, x)
+    norm = ChannelNorm(mean, variance, scale, bias, epsilon)
+    return map_features(lambda feats: norm(feats.astype(accumulation_dtype(x.dtype))).astype(x.dtype), x)
