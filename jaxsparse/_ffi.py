@@ -83,8 +83,9 @@ def call(
 
 
 def _encode(attributes: Mapping[str, Attribute]) -> dict:
-    kinds = {int: np.int64, bool: np.int64, float: np.float64}
-    return {
-        name: kinds[type(value)](value) if type(value) in kinds else np.asarray(value, np.int64)
-        for name, value in attributes.items()
-    }
+    def encoded(value: Attribute):
+        if isinstance(value, float):
+            return np.float64(value)
+        return np.int64(value) if isinstance(value, int) else np.asarray(value, np.int64)
+
+    return {name: encoded(value) for name, value in attributes.items()}

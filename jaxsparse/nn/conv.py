@@ -117,7 +117,7 @@ class _Conv(nnx.Module):
             "config": self.config,
         }
         x = x.astype(compute_dtype(self.dtype, x, kernel))
-        norm, residual, activation = (after.get(name) for name in ("norm", "residual", "activation"))
+        norm, residual, activation = after.get("norm"), after.get("residual"), after.get("activation")
         if norm is None or (norm.use_running_average and norm.dtype in (None, x.dtype)):
             known = None if norm is None else norm.running()
             return op(x, kernel, norm=known, residual=residual, activation=activation, **options)

@@ -82,7 +82,7 @@ def conv(
             raise ValueError(f'`strides` (={strides}) must be 1 for sites="submanifold"; use "reachable" or "floor".')
         out_sites = x.sites
         if geometry.is_pointwise and kernel_map is None:
-            out_sites, ending, operands = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
+            out_sites, (ending, operands) = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
             y = elementwise.linear(x, kernel[0], precision=precision)
             return on_sites(out_sites, ending(y.feats, x.sites.counts, operands, x.dtype))
     elif kernel_map is not None:
@@ -94,9 +94,9 @@ def conv(
     _check_map("conv", kernel_map, geometry, x.sites, out_sites)
     if out_sites is not x.sites and isinstance(sites, Sites):
         out_sites = out_sites.with_status(x.sites.status)
-    out_sites, *ending = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
+    out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
     options = (precision, config, implementation)
-    return on_sites(out_sites, _bind(False, x.feats, kernel, kernel_map, x.capacity, ending, *options))
+    return on_sites(out_sites, _bind(False, x.feats, kernel, kernel_map, x.capacity, end, *options))
 
 
 def conv_transpose(
@@ -151,10 +151,10 @@ def conv_transpose(
         kernel_map = map_between(fine, x.sites, geometry, implementation)
     _check_map("conv_transpose", kernel_map, geometry, fine, x.sites)
     out_sites = fine.with_status(x.sites.status)
-    out_sites, *ending = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
+    out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
     swapped = jnp.swapaxes(kernel, 1, 2)
     options = (precision, config, implementation)
-    return on_sites(out_sites, _bind(True, x.feats, swapped, kernel_map, fine.capacity, ending, *options))
+    return on_sites(out_sites, _bind(True, x.feats, swapped, kernel_map, fine.capacity, end, *options))
 
 
 def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
@@ -169,7 +169,7 @@ def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
         raise ValueError(f"`precision` (={precision!r}) must be a jax.lax.Precision or one of {names}.") from None
 
 
-def _bind(transposed, rows, kernel, kernel_map, in_rows, ending, precision, config, implementation):
+def _bind(transposed, rows, kernel, kernel_map, in_rows, end, precision, config, implementation):
     m = kernel_map
     spec = primitives.Spec(
         rows.dtype,
@@ -183,15 +183,15 @@ def _bind(transposed, rows, kernel, kernel_map, in_rows, ending, precision, conf
     )
     arrays = (m.table, m.masks, m.in_counts, m.out_counts)
     params = {"spec": spec, "out_dtype": rows.dtype, "implementation": implementation}
-    ending, operands = ending
+    ending, operands = end
     if ending.is_empty:
         return (primitives.dgrad if transposed else primitives.forward)(rows, kernel, *arrays, **params)[0]
     params |= {"transposed": transposed, "ending": ending}
     return fused.fused(tuple(params.items()), rows, kernel, arrays, operands)
 
 
-def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ending, list[jax.Array]]:
-    """The sites of the result, and what follows the product, with its operands."""
+def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ended]:
+    """The sites of the result, and what follows the product."""
     width = kernel.shape[2]
     if activation not in elementwise.ACTIVATIONS:
         raise ValueError(f"{op}: `activation` (={activation!r}) must be one of {list(elementwise.ACTIVATIONS)}.")
@@ -206,11 +206,11 @@ def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sit
         if numbers is not None and numbers.shape != (width,):
             raise ValueError(f"{op}: `norm.{name}` of shape {numbers.shape} must be [{width}], the output features.")
     if residual is None:
-        return sites, *fused.Ending.of(norm, None, activation)
+        return sites, fused.Ending.of(norm, None, activation)
     sites = common_sites(op, (on_sites(sites, x.feats), residual))
     if residual.num_features != width:
         raise ValueError(f"{op}: `residual` has {residual.num_features} features, but the result has {width}.")
-    return sites, *fused.Ending.of(norm, residual.feats.astype(x.dtype), activation)
+    return sites, fused.Ending.of(norm, residual.feats.astype(x.dtype), activation)
 
 
 def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:

@@ -40,7 +40,7 @@ class Ending:
     is_empty = property(lambda self: not self.given and self.activation is None, doc="Whether nothing follows.")
 
     @staticmethod
-    def of(norm: ChannelNorm, residual: jax.Array | None, activation: str | None) -> tuple[Ending, list[jax.Array]]:
+    def of(norm: ChannelNorm, residual: jax.Array | None, activation: str | None) -> Ended:
         """The ending and its operands."""
         arrays = {name: getattr(norm, name) for name in Ending.NAMES[:4]} | {"residual": residual}
         arrays = {name: array for name, array in arrays.items() if array is not None}
@@ -98,6 +98,7 @@ def _shapes(x, w, table, *_, spec, out_dtype, transposed, **__):
     return [(shape, out_dtype)]
 
 
+Ended = tuple[Ending, list[jax.Array]]
 op = Op("sparse_conv_fused", _shapes, _custom_call, _reference)
 op.set_batching(primitives.fold_scenes(op))
 
