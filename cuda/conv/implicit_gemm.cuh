@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
   for (float& sum : sums) sum = 0;
 
-  [[maybe_unused]] int32_t residual_stage = -1;  // the first of those that it comes to, once the epilogue has begun
+  [[maybe_unused]] const char* residual = nullptr;  // once an epilogue has begun
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
@@ -153,10 +153,6 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     }
     if (mask == 0) continue;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
-    [[maybe_unused]] Channel channel;
-    if constexpr (kFused) {
-      if (is_last) channel.ask<kCols>(a, first_col);
-    }
     const int32_t tap_count = __popc(mask);
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
     {
@@ -177,6 +173,10 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       }
     }
     commit_copies();
+    [[maybe_unused]] Channel channel;
+    if constexpr (kFused) {
+      if (is_last) channel.ask<kCols>(a, first_col);
+    }
     wait_for_copies<0>();
     __syncthreads();
 
@@ -235,38 +235,28 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       commit_copies();
     };
 
-    if constexpr (kFused) {
-      if (is_last) mark_padding(a.epilogue.rows, channel.real_rows, out_row);
-    }
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy_step();
     if constexpr (kFused) {
-      if (is_last) channel.put<kCols>(a.epilogue, affine_of_columns<kCols>());
+      if (is_last) channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
     }
     int stage = 0;
-    const auto multiply_step = [&] {
+#pragma unroll 1
+    for (int32_t step = 0; step < steps; ++step) {
       Product::wait();  // of the step before: after the barrier its stage is free
       wait_for_copies<kStages - 2>();
       Product::see_copies();
       __syncthreads();
       const char* from = stages + stage * P::kStageBytes;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
-      stage = next_stage<kStages>(stage);
-    };
-#pragma unroll 1
-    for (int32_t step = kFused ? kStages - 1 : 0; step < steps; ++step) {
-      multiply_step();
-      copy_step();
-    }
-    if constexpr (kFused) {  // the last steps, which leave a stage free each
-#pragma unroll
-      for (int i = 0; i < kStages - 1; ++i) {
-        if (steps >= kStages - 1 - i) multiply_step();
-        if (is_last) Ending<P>::copy_residual(a, out_row, first_col, i, stages + to_stage * P::kStageBytes);
-        commit_copies();
-        to_stage = next_stage<kStages>(to_stage);
+      if constexpr (kFused) {  // the first step that leaves a stage free
+        if (is_last && step == max(steps - kStages + 1, 0)) {
+          Ending<P>::copy_residual(a, out_row, first_col, stages + to_stage * P::kStageBytes);
+          residual = stages + to_stage * P::kStageBytes;
+        }
       }
-      if (is_last) residual_stage = steps % kStages;
+      copy_step();
+      stage = next_stage<kStages>(stage);
     }
     Product::wait();
     wait_for_copies<0>();
@@ -275,19 +265,16 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 
   Product::finish(sums, stages + group * Product::kFinishBytes);
   if constexpr (kFused) {
-    if (residual_stage < 0) {  // no row has a tap of the last word
+    if (residual == nullptr) {  // no row has a tap of the last word
       Channel channel;
       channel.ask<kCols>(a, first_col);
-      mark_padding(a.epilogue.rows, channel.real_rows, out_row);
-      channel.put<kCols>(a.epilogue, affine_of_columns<kCols>());
-      residual_stage = 0;
-      for (int i = 0; i < 2; ++i) Ending<P>::copy_residual(a, out_row, first_col, i, stages + i * P::kStageBytes);
+      channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
+      residual = stages;
+      Ending<P>::copy_residual(a, out_row, first_col, stages);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
     }
-    const char* const residual[2] = {stages + residual_stage * P::kStageBytes,
-                                     stages + next_stage<kStages>(residual_stage) * P::kStageBytes};
     Ending<P>::apply(a, out_row, first_col, affine_of_columns<kCols>(), residual, sums);
   }
 
@@ -301,7 +288,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
       for (int j = 0; j < kCols / 8; ++j) sums[j * 4 + 2 * r] = sums[j * 4 + 2 * r + 1] = 0;
     }
-    if (sizeof(T) == 2 && a.out_dtype == a.dtype) {
+    if (sizeof(T) == 2 && (kFused || a.out_dtype == a.dtype)) {
       T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + first_col;
 #pragma unroll
       for (int j = 0; j + 4 <= kCols / 8; j += 4) {
