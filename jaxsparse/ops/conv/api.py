@@ -84,7 +84,7 @@ def conv(
         if geometry.is_pointwise and kernel_map is None:
             out_sites, (ending, operands) = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
             y = elementwise.linear(x, kernel[0], precision=precision)
-            return on_sites(out_sites, ending(y.feats, x.sites.counts, operands, x.dtype))
+            return y if ending.is_empty else on_sites(out_sites, ending(y.feats, x.sites.counts, operands, x.dtype))
     elif kernel_map is not None:
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
