@@ -3,6 +3,11 @@
 // At its end a block has nothing of its own left to wait behind, so nothing is asked for there: scale and shift of the
 // columns are in shared memory before the first step, and the residual's rows come by cp.async, into stages that the last
 // steps of the product leave free, while these are multiplied.
+//
+// Measured on an H200, the kernel alone in us, finest level of a LiDAR scan (91,767 sites): 64 channels 20.8 without an
+// epilogue, 23.3 with norm and ReLU, 25.9 with a residual too (32 channels 11.7, 12.9, 13.8; 96 channels 34.5, 36.7, 40.3);
+// deeper levels pay 1.3 to 3.4. SparseResUNet42 takes 2.06 ms in place of 2.21, SparseResNet21D 1.24 in place of 1.33. A
+// first version, which read the residual byte by byte and had the last steps unrolled, took 24.7 and 27.8 at 64 channels.
 #pragma once
 
 #include <cstring>
