@@ -81,9 +81,10 @@ template <class P>
 struct Ending {
   using T = typename P::T;
   static constexpr int kCols = P::kCols;
+  static_assert(sizeof(T) == 2);
   // The residual in blocks of 64 columns, a row of each as one of A, where all of them fit into a stage.
   static constexpr int kBlockBytes = P::kGroups * kBytesA;
-  static constexpr bool kCopiesAhead = sizeof(T) == 2 && (kCols + 63) / 64 * kBlockBytes <= P::kStageBytes;
+  static constexpr bool kCopiesAhead = (kCols + 63) / 64 * kBlockBytes <= P::kStageBytes;
 
   // Begins to copy the residual of the block; each lane for its own quad.
   __device__ static void copy_residual(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
@@ -129,7 +130,11 @@ struct Ending {
           } else if (out_row[r] < 0 || first_col + j * 8 >= a.out_channels) {
             continue;
           }
-          add(sums + j * 4 + 2 * r, from);
+          const uint32_t word = *static_cast<const uint32_t*>(from);
+          T both[2];
+          memcpy(both, &word, 4);
+          sums[j * 4 + 2 * r] += widen(both[0]);
+          sums[j * 4 + 2 * r + 1] += widen(both[1]);
         }
       }
     }
@@ -149,18 +154,6 @@ struct Ending {
   __device__ static uint32_t place(int r, int j, int piece) {
     const int row = threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4 + 8 * r;
     return j / 8 * kBlockBytes + swizzled<128>(row, piece);
-  }
-  __device__ static void add(float* sums, const void* two) {
-    T both[2];
-    if constexpr (sizeof(T) == 2) {
-      const uint32_t word = *static_cast<const uint32_t*>(two);
-      memcpy(both, &word, 4);
-    } else {
-      const float2 word = *static_cast<const float2*>(two);
-      memcpy(both, &word, 8);
-    }
-    sums[0] += widen(both[0]);
-    sums[1] += widen(both[1]);
   }
   // tanh's form of GELU: v (1 + tanh(u)) / 2 = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).
   static constexpr float kLeakySlope = 0.01f, kGeluLinear = 1.5957691216f, kGeluCubic = kGeluLinear * 0.044715f;

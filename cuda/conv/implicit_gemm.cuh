@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
   for (float& sum : sums) sum = 0;
 
-  [[maybe_unused]] const char* residual = nullptr;  // once an epilogue has begun
+  [[maybe_unused]] int32_t residual_at = -1;  // its stage, once an epilogue has begun
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
       if constexpr (kFused) {  // the first step that leaves a stage free
         if (is_last && step == max(steps - kStages + 1, 0)) {
-          Ending<P>::copy_residual(a, out_row, first_col, stages + to_stage * P::kStageBytes);
-          residual = stages + to_stage * P::kStageBytes;
+          residual_at = to_stage * P::kStageBytes;
+          Ending<P>::copy_residual(a, out_row, first_col, stages + residual_at);
         }
       }
       copy_step();
@@ -265,17 +265,17 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 
   Product::finish(sums, stages + group * Product::kFinishBytes);
   if constexpr (kFused) {
-    if (residual == nullptr) {  // no row has a tap of the last word
+    if (residual_at < 0) {  // no row has a tap of the last word
       Channel channel;
       channel.ask<kCols>(a, first_col);
       channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
-      residual = stages;
+      residual_at = 0;
       Ending<P>::copy_residual(a, out_row, first_col, stages);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
     }
-    Ending<P>::apply(a, out_row, first_col, affine_of_columns<kCols>(), residual, sums);
+    Ending<P>::apply(a, out_row, first_col, affine_of_columns<kCols>(), stages + residual_at, sums);
   }
 
   // Sums to y: a lane has columns 2q, 2q + 1 of each eight, of rows g and g + 8.
