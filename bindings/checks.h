@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -366,7 +367,7 @@ inline ffi::Error check_conv_schedule(In table, In masks, In out_counts, Out ord
   return checks.error();
 }
 
-// --- 9 conv_gemm, 10 conv_pairs, 11 wgrad_gemm ---
+// --- 9 conv_gemm, conv_fused, 10 conv_pairs, 11 wgrad_gemm ---
 
 struct Gemm {
   ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
@@ -383,8 +384,7 @@ inline void check_gemm(Checks& checks, const Gemm& s) {
   checks.require(s.out_channels >= 8 && s.out_channels % 8 == 0, "output channels must be a multiple of 8");
 }
 
-inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_table, Out y, Gemm* s) {
-  Checks checks("jaxsparse_conv_gemm_v1");
+inline void check_conv_gemm(Checks& checks, In x, In w, In order, In tile_masks, In tile_table, Out y, Gemm* s) {
   int64_t tile_rows = cuda::kScheduleRows, tiles = kUnbound;
   s->dtype = x.element_type();
   s->out_dtype = y->element_type();
@@ -403,6 +403,47 @@ inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_t
   checks.operand("tile_table", tile_table, ffi::S32, {&tiles, &s->taps, &tile_rows});
   checks.operand("y", y, s->out_dtype, {&s->out_rows, &s->out_channels});
   check_gemm(checks, *s);
+}
+
+inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_table, Out y, Gemm* s) {
+  Checks checks("jaxsparse_conv_gemm_v1");
+  check_conv_gemm(checks, x, w, order, tile_masks, tile_table, y, s);
+  return checks.error();
+}
+
+constexpr const char* kEpilogueOperands[] = {"mean", "variance", "scale", "bias", "residual"};
+
+struct FusedConv : Gemm {
+  int64_t segments = kUnbound;
+  std::optional<In> epilogue[5];  // in that order
+};
+
+// Bit i of `given` says whether the i-th operand of the epilogue is among the rest.
+inline ffi::Error check_conv_fused(In x, In w, In order, In tile_masks, In tile_table, In out_counts, Out y,
+                                   ffi::RemainingArgs rest, int64_t given, int64_t activation, FusedConv* s) {
+  Checks checks("jaxsparse_conv_fused_v1");
+  check_conv_gemm(checks, x, w, order, tile_masks, tile_table, y, s);
+  checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
+  checks.require(is_16_bit(s->dtype) && s->out_dtype == s->dtype, "x and y must be float16 or bfloat16, both alike");
+  checks.require(given >= 0 && given < 32, "given must have five bits");
+  checks.require(activation >= 0 && activation <= 4, "activation must be 0 to 4");
+  check_segments(checks, s->out_rows, s->segments);
+  size_t next = 0;
+  for (int i = 0; checks.ok() && i < 5; ++i) {
+    if ((given >> i & 1) == 0) continue;
+    ffi::ErrorOr<In> operand = rest.get<In>(next++);
+    checks.require(operand.has_value(), "there must be an operand for each bit of given");
+    if (!checks.ok()) break;
+    s->epilogue[i] = operand.value();
+    const ffi::DataType dtype = operand->element_type();
+    if (i == 4) {
+      checks.operand("residual", *operand, s->dtype, {&s->out_rows, &s->out_channels});
+    } else {
+      checks.operand(kEpilogueOperands[i], *operand, dtype, {&s->out_channels});
+      checks.require(is_16_bit(dtype) || dtype == ffi::F32, "numbers of channels must be float16, bfloat16 or float32");
+    }
+  }
+  checks.require(next == rest.size(), "there must be a bit of given for each operand");
   return checks.error();
 }
 

@@ -225,15 +225,13 @@ ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& ti
                                      ", stages " + std::to_string(tile.stages) + " and these channels");
 }
 
-ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, Out y, int64_t tile_rows,
-                     int64_t tile_cols, int64_t stages, int64_t exact) {
-  Gemm s;
-  if (ffi::Error error = check_conv_gemm(x, w, order, tile_masks, tile_table, y, &s); error.failure()) return error;
+cuda::ConvGemmArgs conv_gemm_args(const Gemm& s, In x, In w, In order, In tile_masks, In tile_table, Out y,
+                                  const cuda::Tile& tile, bool exact) {
   cuda::ConvGemmArgs args{};
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
-  args.exact = exact != 0;
-  args.tile = tile_of(tile_rows, tile_cols, stages);
+  args.exact = exact;
+  args.tile = tile;
   args.x = x.untyped_data();
   args.w = w.untyped_data();
   args.order = ints(order);
@@ -245,7 +243,37 @@ ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, I
   args.in_channels = narrow(s.in_channels);
   args.out_channels = narrow(s.out_channels);
   args.y = y->untyped_data();
-  return gemm_error("jaxsparse_conv_gemm_v1", cuda::conv_gemm(args, stream), args.tile);
+  return args;
+}
+
+ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, Out y, int64_t tile_rows,
+                     int64_t tile_cols, int64_t stages, int64_t exact) {
+  Gemm s;
+  if (ffi::Error error = check_conv_gemm(x, w, order, tile_masks, tile_table, y, &s); error.failure()) return error;
+  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
+  const cuda::ConvGemmArgs args = conv_gemm_args(s, x, w, order, tile_masks, tile_table, y, tile, exact != 0);
+  return gemm_error("jaxsparse_conv_gemm_v1", cuda::conv_gemm(args, stream), tile);
+}
+
+ffi::Error conv_fused(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, In out_counts, Out y,
+                      ffi::RemainingArgs rest, int64_t tile_rows, int64_t tile_cols, int64_t stages, int64_t given,
+                      int64_t activation, double epsilon) {
+  FusedConv s;
+  ffi::Error error =
+      check_conv_fused(x, w, order, tile_masks, tile_table, out_counts, y, rest, given, activation, &s);
+  if (error.failure()) return error;
+  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
+  cuda::FusedConvArgs args{conv_gemm_args(s, x, w, order, tile_masks, tile_table, y, tile, false), {}};
+  cuda::PerChannel* const numbers[] = {&args.epilogue.mean, &args.epilogue.variance, &args.epilogue.scale,
+                                       &args.epilogue.bias};
+  for (int i = 0; i < 4; ++i) {
+    if (s.epilogue[i]) *numbers[i] = {s.epilogue[i]->untyped_data(), kernel_dtype(s.epilogue[i]->element_type())};
+  }
+  if (s.epilogue[4]) args.epilogue.residual = s.epilogue[4]->untyped_data();
+  args.epilogue.epsilon = static_cast<float>(epsilon);
+  args.epilogue.activation = static_cast<cuda::Activation>(activation);
+  args.epilogue.rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
+  return gemm_error("jaxsparse_conv_fused_v1", cuda::conv_fused(args, stream), tile);
 }
 
 ffi::Error conv_pairs(cudaStream_t stream, In table, In masks, In out_counts, Out pairs, Out tap_pairs,
@@ -363,9 +391,17 @@ JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 // The scheduled products and the sums over rows, which CUDA alone has.
 XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>())), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>()).Attr<int64_t>("exact")),
+                       {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kConvFused, conv_fused,
+                       (with_tile(bind<Stream, 6, 1>().RemainingArgs())
+                            .Attr<int64_t>("given")
+                            .Attr<int64_t>("activation")
+                            .Attr<double>("epsilon")),
+                       {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 3, 3>()), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm, (with_tile(bind<Stream, 4, 2>()).Attr<int64_t>("slots")),
+XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm,
+                       (with_tile(bind<Stream, 4, 2>()).Attr<int64_t>("exact").Attr<int64_t>("slots")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 4, 3>()), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kChannelStatistics, channel_statistics, (bind<Stream, 2, 3>()),
@@ -378,6 +414,7 @@ const Handlers& cuda_handlers() {
     Handlers handlers = kHandlers;
     handlers.insert(handlers.end(), {{"jaxsparse_conv_schedule_v1", kConvSchedule},
                                      {"jaxsparse_conv_gemm_v1", kConvGemm},
+                                     {"jaxsparse_conv_fused_v1", kConvFused},
                                      {"jaxsparse_conv_pairs_v1", kConvPairs},
                                      {"jaxsparse_wgrad_gemm_v1", kWgradGemm},
                                      {"jaxsparse_channel_moments_v1", kChannelMoments},

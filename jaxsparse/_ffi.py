@@ -30,11 +30,14 @@ TARGETS = (
 CUDA_TARGETS = (
     "jaxsparse_conv_schedule_v1",
     "jaxsparse_conv_gemm_v1",
+    "jaxsparse_conv_fused_v1",
     "jaxsparse_conv_pairs_v1",
     "jaxsparse_wgrad_gemm_v1",
     "jaxsparse_channel_moments_v1",
     "jaxsparse_channel_statistics_v1",
 )
+
+Attribute = int | float | Sequence[int]
 
 DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS + CUDA_TARGETS]
 """Pass as `jax.export.export(..., disabled_checks=jaxsparse.DISABLE_JAX_EXPORT_CHECKS)`: the names are kept stable."""
@@ -73,16 +76,18 @@ _register()
 
 
 def call(
-    target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: int | Sequence[int]
+    target: str, results: Sequence[jax.ShapeDtypeStruct], *operands: jax.Array, **attributes: Attribute
 ) -> list[jax.Array]:
-    """Calls a custom-call target. Attributes cross as 64-bit integers, sequences as arrays of them."""
+    """Calls a custom-call target. Attributes cross as 64-bit integers or floats, sequences as arrays of integers."""
     if target not in TARGETS + CUDA_TARGETS:
         raise ValueError(f"no custom-call target {target!r}; registered: {TARGETS + CUDA_TARGETS}")
     return list(jax.ffi.ffi_call(target, list(results))(*operands, **_encode(attributes)))
 
 
-def _encode(attributes: Mapping[str, int | Sequence[int]]) -> dict:
-    return {
-        name: np.int64(value) if isinstance(value, int) else np.asarray(value, np.int64)
-        for name, value in attributes.items()
-    }
+def _encode(attributes: Mapping[str, Attribute]) -> dict:
+    def encoded(value: Attribute):
+        if isinstance(value, float):
+            return np.float64(value)
+        return np.int64(value) if isinstance(value, int) else np.asarray(value, np.int64)
+
+    return {name: encoded(value) for name, value in attributes.items()}

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scenes import pad_rows, quick_rngs, random_coords, random_kernel, random_tensor, row_error
 
 import jaxsparse as js
 from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, channels, rows
-from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, primitives
+from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, fused, primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket
 from jaxsparse.tuning.record import record
@@ -31,6 +32,7 @@ OPS = [
     primitives.forward,
     primitives.dgrad,
     primitives.wgrad,
+    fused.op,
     rows._gather,
     rows._group,
     rows._sum,
@@ -204,6 +206,61 @@ def attributes(text, target):
     assert lines
     found = [dict(re.findall(r"(\w+) = (\d+) : i64", line)) for line in lines]
     return [{name: int(value) for name, value in one.items()} for one in found]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("kind", ["submanifold", "reachable", "transposed"])
+def test_what_follows_a_convolution_runs_in_its_kernel_for_16_bits(calls, kind, dtype):
+    x = random_tensor(0, rows=70, features=8, capacity=90, dtype=dtype, low=-3, high=4)
+    kernel = random_kernel(0, Geometry.create(3, 3), 8, 8, dtype)
+    numbers = np.random.default_rng(0).uniform(0.5, 1.5, (4, 8))
+
+    def f(x, kernel, implementation):
+        options = {"kernel_size": 3, "implementation": implementation, "precision": "highest"}
+        norm = js.ops.ChannelNorm(*(jnp.asarray(v, jnp.float32) for v in numbers))
+        after = {"norm": norm, "bias": jnp.arange(8.0), "activation": "gelu"}
+        if kind == "submanifold":
+            return js.ops.conv(x, kernel, residual=x, **after, **options)
+        coarse = js.ops.conv(x, kernel, sites="reachable", strides=2, capacity=400, **options)
+        if kind == "reachable":
+            return js.ops.conv(x, kernel, sites=kind, strides=2, capacity=400, residual=coarse, **after, **options)
+        return js.ops.conv_transpose(coarse, kernel, like=x, strides=2, residual=x, **after, **options)
+
+    calls.clear()
+    y = jax.jit(lambda x, k: f(x, k, "auto"))(x, kernel)
+    plain = 0 if kind == "submanifold" else 1
+    is_fused = dtype != jnp.float32
+    assert calls.count("jaxsparse_conv_fused_v1") == int(is_fused)
+    assert calls.count("jaxsparse_conv_gemm_v1") == plain + int(not is_fused)
+    exact = f(x.astype(jnp.float32), kernel.astype(jnp.float32), "xla").feats
+    assert row_error(y.feats, exact) < (8 if plain else 4) * float(jnp.finfo(dtype).eps)
+    assert not y.feats[int(y.count) :].any()
+
+
+def test_eval_mode_network_leaves_nothing_between_its_convolutions():
+    """The whole network in float16: every convolution of 3^3 and 2^3 taps fused, norms and ReLUs of 1x1 ones left."""
+    coords = random_coords(np.random.default_rng(0), 150, low=-6, high=7)
+    feats = np.random.default_rng(1).normal(size=(len(coords), 4)).astype(np.float16)
+    net = js.models.SparseResUNet42(4, width=0.25, dtype=jnp.float16, rngs=quick_rngs())
+    net.eval()
+    x = js.SparseTensor(coords, feats)
+    lowered = jax.jit(lambda x: net(x).feats).lower(x)
+    run, text = lowered.compile(), lowered.as_text()
+    made = {name: run.as_text().count(f'"jaxsparse_conv_{name}_v1_on_host"') for name in ("fused", "gemm", "forward")}
+    assert made == {"fused": 42, "gemm": 0, "forward": 0}
+    assert text.count("dot_general") == text.count("rsqrt") == 7  # those of one tap
+    assert "maximum" not in text
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(lambda x: net_in_float32(net)(x).feats)(x.astype(jnp.float32))
+    assert row_error(run(x), exact) < 20 * float(jnp.finfo(jnp.float16).eps)
+
+
+def net_in_float32(net):
+    """The same network with products in float32."""
+    wide = js.models.SparseResUNet42(4, width=0.25, rngs=quick_rngs())
+    nnx.update(wide, nnx.state(net))
+    wide.eval()
+    return wide
 
 
 @pytest.mark.parametrize("tile", [FORWARD_TILES[0], FORWARD_TILES[-1]])

@@ -625,6 +625,119 @@ def test_every_forward_tile_sums_the_products_of_the_map(tile):
         np.testing.assert_array_equal(y.astype(F64), expected.astype(out_dtype).astype(F64))
 
 
+NUMBERS = ("mean", "variance", "scale", "bias")
+ACTIVATIONS = [
+    lambda z: z,
+    lambda z: np.maximum(z, 0),
+    lambda z: np.where(z < 0, 0.01 * z, z),
+    lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    lambda z: z / (1 + np.exp(-z)),
+]
+
+
+def conv_fused(x, w, table, counts, tile, groups, numbers, residual, activation, epsilon):
+    operands = numbers | ({} if residual is None else {"residual": residual})
+    attributes = {"given": sum(1 << i for i, name in enumerate((*NUMBERS, "residual")) if name in operands)}
+    attributes |= {"activation": activation, "epsilon": epsilon}
+    attributes |= {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2]}
+    operands = [operands[name] for name in (*NUMBERS, "residual") if name in operands]
+    result = ((table.shape[1], w.shape[2]), x.dtype)
+    return call(
+        "conv_fused", [result], x, w, *schedule(table, counts, groups), np.array(counts, I32), *operands, **attributes
+    )[0]
+
+
+def channel_numbers(rng, channels, names):
+    """Of every dtype that is taken."""
+    dtypes = {"mean": F32, "variance": F16, "scale": BF16, "bias": F32}
+    return {
+        name: rng.uniform(0.5, 1.5, channels).astype(dtypes[name]) * dtypes[name](-1 if name == "bias" else 1)
+        for name in names
+    }
+
+
+def assert_fused(x, w, table, counts, tile, groups, numbers, residual, activation):
+    """Within 1 ulp of the result, and the roundings of the sums as they come through scale and activation."""
+    epsilon = 0.25
+    y = conv_fused(x, w, table, counts, tile, groups, numbers, residual, activation, epsilon)
+    wide = {name: value.astype(F64) for name, value in numbers.items()}
+    factor = wide.get("scale", 1) / np.sqrt(wide["variance"] + epsilon if "variance" in wide else 1)
+
+    def product(x, w):
+        return np.einsum("kmi,kio->mo", rows_under_taps(x, table), w.astype(F64))
+
+    z = (product(x, w) - wide.get("mean", 0)) * factor + wide.get("bias", 0)
+    spread = product(np.abs(x), np.abs(w)) + np.abs(wide.get("mean", 0)) + 1
+    if residual is not None:
+        z = z + residual.astype(F64)
+    true = ACTIVATIONS[activation](z)
+    mantissa = 10 if x.dtype == F16 else 7
+    ulp = np.ldexp(1.0, np.maximum(np.frexp(np.abs(true))[1] - 1, -14 if x.dtype == F16 else -126) - mantissa)
+    products = (table >= 0).sum(0)[:, None] * x.shape[1]
+    bound = ulp + (products / 2 + 4) * 2.0**-23 * np.abs(factor) * spread + 2.0**-20 * (np.abs(z) + 1)
+    real = np.zeros(len(z), bool)
+    real[real_rows(len(z), counts)] = True
+    assert (np.abs(y.astype(F64) - true) <= bound)[real].all()
+    assert y[~real].tobytes() == bytes(y[~real].nbytes)
+
+
+@pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
+def test_every_forward_tile_with_an_epilogue(tile):
+    """Few steps and many, rows of no tap, two words of taps with nothing in the second, padding that holds NaN."""
+    rng = np.random.default_rng(tile.cols)
+    cases = [
+        (63, 8, 8, 3, [60], NUMBERS, True),
+        (tile.rows + 1, 40, tile.cols + 8, 8, [tile.rows], ("mean", "scale"), False),
+        (130, 72, tile.cols, 45, [20, 65], ("variance", "bias"), True),
+        (200, 136, tile.cols, 27, [150], (), True),
+    ]
+    if tile in NARROW_TILES:
+        cases = [(130, 4, tile.cols, 27, [129], NUMBERS, True)] + (cases if tile in FORWARD_TILES else [])
+    for case, (rows, c_in, c_out, volume, counts, names, has_residual) in enumerate(cases):
+        dtype = BF16 if case % 2 else F16
+        x = rng.normal(size=(150, c_in)).astype(dtype)
+        w = (rng.normal(size=(volume, c_in, c_out)) / np.sqrt(c_in)).astype(dtype)
+        table = random_table(rng, volume, 150, rows, 0.2)
+        table[32:] = -1
+        table[:, 7:9] = -1
+        residual = rng.normal(size=(rows, c_out)).astype(dtype) if has_residual else None
+        if has_residual:
+            residual[np.setdiff1d(np.arange(rows), real_rows(rows, counts))] = np.nan
+        numbers, groups = channel_numbers(rng, c_out, names), Geometry.create(1, volume, 1).tap_groups
+        activation = (tile.rows // 64 + tile.stages + case) % 5
+        assert_fused(x, w, table, counts, tile, groups, numbers, residual, activation)
+
+
+@pytest.mark.parametrize("activation", range(5))
+def test_epilogue_of_hard_values(activation):
+    """Sums that overflow float16 before the scale or behind it, NaN, and what activations do to them."""
+    x, w = np.full((1, 8), 6e4, F16), np.zeros((1, 8, 16), F16)
+    w[0, :, :8] = 2  # 960,000
+    scale = np.resize(np.array([1e-3, -1e-3, 1, -1, np.nan, 0, 1e-30, -1e-30], F32), 16)
+    table, bias = np.zeros((1, 1), I32), np.linspace(-20, 20, 16).astype(F32)
+    numbers = {"scale": scale, "bias": bias}
+    y = conv_fused(x, w, table, [1], FORWARD_TILES[0], (), numbers, None, activation, 0.0)[0].astype(F64)
+    with np.errstate(all="ignore"):
+        z = np.where(np.arange(16) < 8, F32(960_000), F32(0)) * scale.astype(F32) + bias
+        expected = ACTIVATIONS[activation](z.astype(F64)).astype(F16).astype(F64)
+    np.testing.assert_allclose(y, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_rows_with_an_epilogue_do_not_depend_on_tile_mates_or_capacity():
+    rng = np.random.default_rng(1)
+    count, volume = 150, 9
+    x, w = rng.normal(size=(count, 24)).astype(F16), rng.normal(size=(volume, 24, 16)).astype(F16)
+    table, numbers = random_table(rng, volume, count, count, 0.3), channel_numbers(rng, 16, NUMBERS)
+    residual, groups = rng.normal(size=(count, 16)).astype(F16), Geometry.create(1, volume, 1).tap_groups
+    y = conv_fused(x, w, table, [count], (128, 16, 4), (), numbers, residual, 1, 1e-5)
+    more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
+    padded = np.concatenate([residual, np.full((90, 16), np.nan, F16)])
+    for tile in ((128, 32, 3), (64, 16, 4)):
+        y_more = conv_fused(x, w, more, [count], tile, groups, numbers, padded, 1, 1e-5)
+        assert y_more[:count].tobytes() == y.tobytes()
+        assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
+
+
 @pytest.mark.parametrize("tile", WGRAD_TILES, ids=str)
 def test_every_wgrad_tile_sums_the_outer_products_of_the_map(tile):
     rng = np.random.default_rng(tile.cols)
@@ -808,3 +921,7 @@ def test_errors_name_the_call_and_the_shapes():
     x, w, table = np.zeros((8, 4), F32), np.zeros((3, 5, 2), F32), np.zeros((3, 8), I32)
     with pytest.raises(Exception, match=r"conv_forward_v1: w must have size 4 on axis 1.*w float32 \[3, 5, 2\]"):
         forward(x, w, table, [8], F32)
+    x, w, table = np.zeros((8, 8), F16), np.zeros((3, 8, 8), F16), np.zeros((3, 8), I32)
+    scale = {"scale": np.zeros(9, F16)}
+    with pytest.raises(Exception, match=r"conv_fused_v1: scale must have size 8 on axis 0.*scale float16 \[9\]"):
+        conv_fused(x, w, table, [8], FORWARD_TILES[0], (), scale, None, 0, 0.0)

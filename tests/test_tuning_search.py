@@ -15,10 +15,8 @@ from scenes import quick_rngs, random_kernel, random_tensor
 
 import jaxsparse as js
 from jaxsparse import _ffi
-from jaxsparse._primitive import Op
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops.conv import choices as conv_choices
-from jaxsparse.ops.conv import primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, store, synthetic, work
 from jaxsparse.tuning import __main__ as command
 from jaxsparse.tuning.key import Choices
@@ -91,23 +89,24 @@ def test_layers_are_grouped_by_map_however_the_function_is_wrapped():
     ]
 
 
-def test_a_primitive_that_does_more_after_a_product_counts_as_the_product():
-    def call(_, *operands, spec, out_dtype, transposed):
-        product = primitives.PRODUCTS["dgrad" if transposed else "forward"]
-        return [product(*operands[:6], spec=spec, out_dtype=out_dtype)[0] + operands[6][None]]
-
-    shape = lambda x, w, table, *_, spec, out_dtype, **__: [((table.shape[1], w.shape[2]), out_dtype)]  # noqa: E731
-    with_bias = Op("conv_with_bias", shape, call, lambda *operands, **params: call(None, *operands, **params))
+def test_what_follows_a_product_changes_nothing_about_its_choice():
     x, kernel = scene(), random_kernel(0, Geometry.create(3, 3), 4, 4)
 
-    def f(x, transposed):
-        m = js.kernel_map(x.sites, x.sites, 3)
-        spec = primitives.Spec(x.dtype, lax.Precision.DEFAULT, x.capacity, js.ops.ConvConfig(), True)
-        arrays = (x.feats, kernel, m.table, m.masks, m.in_counts, m.out_counts, jnp.ones(4))
-        return with_bias(*arrays, spec=spec, out_dtype=x.dtype, transposed=transposed)[0]
+    def f(x, transposed, after):
+        if transposed:
+            return js.ops.conv_transpose(x, kernel, like=x, kernel_size=3, **after).feats
+        return js.ops.conv(x, kernel, kernel_size=3, **after).feats
 
-    assert products(record(lambda x: f(x, False), [(x,)])) == [[("forward", 1)]]
-    assert products(record(lambda x: f(x, True), [(x,)])) == [[("dgrad", 1)]]
+    for transposed in (False, True):
+        plain, fused = (
+            record(lambda x, t=transposed, a=a: f(x, t, a(x)), [(x,)])
+            for a in (lambda x: {}, lambda x: {"residual": x, "activation": "relu"})
+        )
+        assert products(fused) == products(plain) == [[("dgrad" if transposed else "forward", 1)]]
+        keys = [[list(w.tasks) for w in divide(r, "cpu", "inference")] for r in (plain, fused)]
+        assert keys[0] == keys[1]
+    result = tune(lambda x: f(x, False, {"residual": x, "activation": "relu"}), x, budget_s=20)
+    assert [key.op for key in result.choices] == ["builder", "conv"]
 
 
 def test_maps_are_those_of_the_samples():

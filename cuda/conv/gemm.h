@@ -26,6 +26,30 @@ struct ConvGemmArgs {
 cudaError_t conv_gemm(const ConvGemmArgs& args, cudaStream_t stream);
 cudaError_t conv_gemm_float(const ConvGemmArgs& args, cudaStream_t stream);  // what conv_gemm calls for float32
 
+enum class Activation : int32_t { kNone, kRelu, kLeakyRelu, kGelu, kSilu };  // leaky: 0.01; GELU in tanh's form
+
+// A number for each channel: [channels] of float16, bfloat16 or float32, or null.
+struct PerChannel {
+  const void* data;
+  Dtype dtype;
+};
+
+// activation((sum - mean) / sqrt(variance + epsilon) * scale + bias + residual) of real rows; what is null is left out.
+struct Epilogue {
+  PerChannel mean, variance, scale, bias;
+  float epsilon;
+  const void* residual;  // [out_rows, out_channels], as y
+  Activation activation;
+  Segments rows;  // which are real
+};
+
+struct FusedConvArgs : ConvGemmArgs {
+  Epilogue epilogue;
+};
+
+// conv_gemm with an epilogue, rounded once: x of 16 bits, y of the same dtype.
+cudaError_t conv_fused(const FusedConvArgs& args, cudaStream_t stream);
+
 struct WgradGemmArgs {
   Dtype dtype, out_dtype;    // of x and g, not kF64; of dw: the same, or float32
   bool exact;                // float32 products in full, not rounded to TF32

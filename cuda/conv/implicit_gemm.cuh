@@ -35,6 +35,7 @@
 
 #include <cstring>
 
+#include "cuda/conv/epilogue.cuh"
 #include "cuda/conv/gemm.h"
 #include "cuda/conv/product32.cuh"
 #include "cuda/conv/schedule.h"
@@ -75,7 +76,7 @@ struct ImplicitGemm {
   static constexpr int kRows = kTileRows_, kCols = kCols_, kStages = kStages_;
   static constexpr int kPieceBytes = kPieceBytes_;  // of A, that a copy moves
   static constexpr int kGroups = kRows / kGroupRows;
-  static constexpr int kThreads = kWarpgroup * kGroups, kBlocksAtLeast = Product::kThreadsAtLeast / kThreads;
+  static constexpr int kThreads = kWarpgroup * kGroups;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
   static int shared_bytes(int taps) {
@@ -100,12 +101,21 @@ struct Place {
   }
 };
 
-template <class P>
-__global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_kernel(ConvGemmArgs a) {
+template <class Args>
+constexpr bool kHasEpilogue = std::is_same_v<Args, FusedConvArgs>;
+
+// An epilogue must not cost a block of the multiprocessor: at most 128 registers.
+template <class P, class Args>
+constexpr int kBlocksAtLeast = (kHasEpilogue<Args> ? 512 : P::Product::kThreadsAtLeast) / P::kThreads;
+
+// Args: ConvGemmArgs, or FusedConvArgs for what has an epilogue.
+template <class P, class Args>
+__global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
   constexpr int kDepth = Product::kDepth;
+  constexpr bool kFused = kHasEpilogue<Args>;
   __shared__ int32_t taps[kTapsAtOnce];
   char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
   int32_t* const in_row_of = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // [listed taps, kRows]
@@ -128,6 +138,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
 #pragma unroll
   for (float& sum : sums) sum = 0;
 
+  [[maybe_unused]] int32_t residual_at = -1;  // its stage, once an epilogue has begun
+
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
     // The taps that any row has, and the rows of x under them.
@@ -140,6 +152,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
       mask |= tile_mask;
     }
     if (mask == 0) continue;
+    [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = __popc(mask);
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
     {
@@ -160,6 +173,10 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
       }
     }
     commit_copies();
+    [[maybe_unused]] Channel channel;
+    if constexpr (kFused) {
+      if (is_last) channel.ask<kCols>(a, first_col);
+    }
     wait_for_copies<0>();
     __syncthreads();
 
@@ -220,6 +237,9 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
 
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy_step();
+    if constexpr (kFused) {
+      if (is_last) channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
+    }
     int stage = 0;
 #pragma unroll 1
     for (int32_t step = 0; step < steps; ++step) {
@@ -229,6 +249,12 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
       __syncthreads();
       const char* from = stages + stage * P::kStageBytes;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
+      if constexpr (kFused) {  // the first step that leaves a stage free
+        if (is_last && step == max(steps - kStages + 1, 0)) {
+          residual_at = to_stage * P::kStageBytes;
+          Ending<P>::copy_residual(a, out_row, first_col, stages + residual_at);
+        }
+      }
       copy_step();
       stage = next_stage<kStages>(stage);
     }
@@ -238,13 +264,31 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
   }
 
   Product::finish(sums, stages + group * Product::kFinishBytes);
+  if constexpr (kFused) {
+    if (residual_at < 0) {  // no row has a tap of the last word
+      Channel channel;
+      channel.ask<kCols>(a, first_col);
+      channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
+      residual_at = 0;
+      Ending<P>::copy_residual(a, out_row, first_col, stages);
+      commit_copies();
+      wait_for_copies<0>();
+      __syncthreads();
+    }
+    Ending<P>::apply(a, out_row, first_col, affine_of_columns<kCols>(), stages + residual_at, sums);
+  }
 
   // Sums to y: a lane has columns 2q, 2q + 1 of each eight, of rows g and g + 8.
   const int q = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int32_t row = out_row[r];
-    if (sizeof(T) == 2 && a.out_dtype == a.dtype) {
+    const bool is_padding = kFused && is_marked(out_row[r]);
+    const int32_t row = is_padding ? unmarked(out_row[r]) : out_row[r];
+    if (is_padding) {
+#pragma unroll
+      for (int j = 0; j < kCols / 8; ++j) sums[j * 4 + 2 * r] = sums[j * 4 + 2 * r + 1] = 0;
+    }
+    if (sizeof(T) == 2 && (kFused || a.out_dtype == a.dtype)) {
       T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + first_col;
 #pragma unroll
       for (int j = 0; j + 4 <= kCols / 8; j += 4) {
@@ -274,12 +318,31 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) implicit_gemm_
   }
 }
 
-template <class P>
-cudaError_t launch_implicit_gemm(const ConvGemmArgs& a, cudaStream_t stream) {
+template <class P, class Args>
+cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
+  const auto kernel = implicit_gemm_kernel<P, Args>;
   const int64_t blocks = div_up(a.out_rows, P::kRows) * div_up(a.out_channels, P::kCols);
   const int shared_bytes = P::shared_bytes(a.taps);
-  JAXSPARSE_TRY(cudaFuncSetAttribute(implicit_gemm_kernel<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  return launch(implicit_gemm_kernel<P>, blocks, {P::kThreads, shared_bytes}, stream, a);
+  JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  return launch(kernel, blocks, {P::kThreads, shared_bytes}, stream, a);
+}
+
+// The kernel of a tile, for operands of 16 bits.
+template <typename T, class Args>
+cudaError_t implicit_gemm(const Args& a, cudaStream_t stream) {
+#define JAXSPARSE_TRY_TILE(piece_bytes, rows, cols, stages) \
+  if (a.tile == Tile{rows, cols, stages}) return launch_implicit_gemm<ImplicitGemm<T, rows, cols, stages, piece_bytes>>(a, stream);
+#define JAXSPARSE_TRY_WHOLE(rows, cols, stages) JAXSPARSE_TRY_TILE(16, rows, cols, stages)
+#define JAXSPARSE_TRY_NARROW(rows, cols, stages) JAXSPARSE_TRY_TILE(8, rows, cols, stages)
+  if (a.in_channels % 8 == 0) {
+    JAXSPARSE_FORWARD_TILES(JAXSPARSE_TRY_WHOLE)
+  } else {
+    JAXSPARSE_NARROW_TILES(JAXSPARSE_TRY_NARROW)
+  }
+#undef JAXSPARSE_TRY_TILE
+#undef JAXSPARSE_TRY_WHOLE
+#undef JAXSPARSE_TRY_NARROW
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace jaxsparse::cuda

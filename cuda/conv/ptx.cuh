@@ -30,6 +30,18 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// max(v, 0), and NaN for NaN.
+__device__ inline float relu(float v) {
+  asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
+  return v;
+}
+
+// The value, whose origin the compiler does not see: it moves no work that depends on it out of a loop.
+__device__ inline int stay_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // D [16, 8] += A [16, 32 bytes] B [32 bytes, 8]. Of a float the sign, the exponent and the first 10 bits count: TF32.
 template <typename T>
 __device__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxsparse import nn, ops
+from jaxsparse import nn
 from jaxsparse.tensor import SparseTensor
 
 
@@ -33,7 +33,7 @@ class ConvBlock(nnx.Module):
 
     def __call__(self, x: SparseTensor, **like: Any) -> SparseTensor:
         """Features `[N, C_in]` to `[N_out, C_out]`; `like=` goes to a transposed convolution."""
-        return ops.relu(self.norm(self.conv(x, **like)))
+        return self.conv(x, norm=self.norm, activation="relu", **like)
 
 
 class ResidualBlock(nnx.Module):
@@ -64,6 +64,6 @@ class ResidualBlock(nnx.Module):
 
     def __call__(self, x: SparseTensor) -> SparseTensor:
         """Features `[N, C_in]` to `[N, C_out]` on the same sites."""
-        y = ops.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return ops.relu(ops.add(y, x if self.shortcut is None else self.shortcut(x)))
+        y = self.conv1(x, norm=self.norm1, activation="relu")
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.conv2(y, norm=self.norm2, residual=shortcut, activation="relu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Required, TypedDict, Unpack
 
 import jax
@@ -15,6 +15,7 @@ from jaxsparse import ops
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap
 from jaxsparse.nn.linear import check_features, check_input, compute_dtype
+from jaxsparse.nn.norm import BatchNorm
 from jaxsparse.ops import ConvConfig
 from jaxsparse.ops.conv.reference import canonical_precision
 from jaxsparse.sites import Sites
@@ -49,6 +50,21 @@ class ConvOptions(TypedDict, total=False):
     bias_init: Initializer
     config: ConvConfig | None
     rngs: Required[nnx.Rngs]
+
+
+class After(TypedDict, total=False):
+    """What follows in a call of a layer: `activation(norm(conv(x)) + residual)`; see `jaxsparse.ops.conv`.
+
+    In eval mode, where the norm's statistics are known, all of it is one kernel on GPUs for 16-bit features.
+
+    norm: a `BatchNorm` of `out_features`.
+    residual: tensor on the output sites with `out_features` features.
+    activation: "relu", "leaky_relu", "gelu" or "silu".
+    """
+
+    norm: BatchNorm | None
+    residual: SparseTensor | None
+    activation: str | None
 
 
 class _Conv(nnx.Module):
@@ -87,11 +103,11 @@ class _Conv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 
-    def _prepare(self, x: SparseTensor) -> tuple[SparseTensor, jax.Array, dict]:
-        """The input in the compute dtype, the kernel, and the options that `ops` takes."""
+    def _run(self, op: Callable[..., SparseTensor], x: SparseTensor, options: dict, after: After) -> SparseTensor:
+        """The convolution `op` and what follows; a norm with running statistics goes into the same op."""
         check_input(self, x, self.in_features)
         kernel = self.kernel[...]
-        options = {
+        options |= {
             "bias": None if self.bias is None else self.bias[...],
             "kernel_size": self.kernel_size,
             "strides": self.strides,
@@ -100,7 +116,14 @@ class _Conv(nnx.Module):
             "precision": self.precision,
             "config": self.config,
         }
-        return x.astype(compute_dtype(self.dtype, x, kernel)), kernel, options
+        x = x.astype(compute_dtype(self.dtype, x, kernel))
+        norm, residual, activation = after.get("norm"), after.get("residual"), after.get("activation")
+        if norm is None or (norm.use_running_average and norm.dtype in (None, x.dtype)):
+            known = None if norm is None else norm.running()
+            return op(x, kernel, norm=known, residual=residual, activation=activation, **options)
+        y = norm(op(x, kernel, **options))
+        y = y if residual is None else ops.add(y, residual.astype(y.dtype))
+        return ops.activate(y, activation)
 
 
 class SubMConv(_Conv):
@@ -124,10 +147,12 @@ class SubMConv(_Conv):
         if set(self.strides) != {1}:
             raise ValueError(f"SubMConv: `strides` (={self.strides}) must be 1; use SparseConv to change the grid.")
 
-    def __call__(self, x: SparseTensor, *, kernel_map: KernelMap | None = None) -> SparseTensor:
-        """Features `[N, C_in]` to `[N, C_out]` on the same sites; `kernel_map` as in `jaxsparse.ops.conv`."""
-        x, kernel, options = self._prepare(x)
-        return ops.conv(x, kernel, sites="submanifold", kernel_map=kernel_map, **options)
+    def __call__(self, x: SparseTensor, *, kernel_map: KernelMap | None = None, **after: Unpack[After]) -> SparseTensor:
+        """Features `[N, C_in]` to `[N, C_out]` on the same sites; `kernel_map` as in `jaxsparse.ops.conv`.
+
+        **after: norm, residual and activation that follow, see `After`.
+        """
+        return self._run(ops.conv, x, {"sites": "submanifold", "kernel_map": kernel_map}, after)
 
 
 class SparseConv(_Conv):
@@ -166,7 +191,12 @@ class SparseConv(_Conv):
         self.sites, self.capacity = sites, capacity
 
     def __call__(
-        self, x: SparseTensor, *, like: SparseTensor | Sites | None = None, kernel_map: KernelMap | None = None
+        self,
+        x: SparseTensor,
+        *,
+        like: SparseTensor | Sites | None = None,
+        kernel_map: KernelMap | None = None,
+        **after: Unpack[After],
     ) -> SparseTensor:
         """Features `[N, C_in]` to `[N_out, C_out]`.
 
@@ -174,14 +204,14 @@ class SparseConv(_Conv):
           x: the input.
           like: tensor or sites to compute, in place of those that `sites` makes.
           kernel_map: the map to use, with `like`; see `jaxsparse.ops.conv`.
+          **after: norm, residual and activation that follow, see `After`.
         """
-        x, kernel, options = self._prepare(x)
-        sites: Sites | str
+        options: dict = {"kernel_map": kernel_map}
         if like is None:
-            sites, options["capacity"] = self.sites, self.capacity
+            options |= {"sites": self.sites, "capacity": self.capacity}
         else:
-            sites = like.sites if isinstance(like, SparseTensor) else like
-        return ops.conv(x, kernel, sites=sites, kernel_map=kernel_map, **options)
+            options["sites"] = like.sites if isinstance(like, SparseTensor) else like
+        return self._run(ops.conv, x, options, after)
 
 
 class SparseConvTranspose(_Conv):
@@ -204,9 +234,16 @@ class SparseConvTranspose(_Conv):
         super().__init__(in_features, out_features, kernel_size, **options)
 
     def __call__(
-        self, x: SparseTensor, like: SparseTensor | Sites | None = None, *, kernel_map: KernelMap | None = None
+        self,
+        x: SparseTensor,
+        like: SparseTensor | Sites | None = None,
+        *,
+        kernel_map: KernelMap | None = None,
+        **after: Unpack[After],
     ) -> SparseTensor:
         """Features `[N_coarse, C_in]` to `[N_fine, C_out]` on the sites of `like`.
+
+        **after: norm, residual and activation that follow, see `After`.
 
         Raises:
           ValueError: without `like`, or where its grid is not finer than that of `x` by `strides`.
@@ -216,8 +253,7 @@ class SparseConvTranspose(_Conv):
                 f"{type(self).__name__}: `like` is missing; pass the tensor whose sites to compute, usually the input "
                 "of the strided layer: up(x, like=skip)."
             )
-        x, kernel, options = self._prepare(x)
-        return ops.conv_transpose(x, kernel, like=like, kernel_map=kernel_map, **options)
+        return self._run(ops.conv_transpose, x, {"like": like, "kernel_map": kernel_map}, after)
 
 
 class SparseInverseConv(SparseConvTranspose):

@@ -70,15 +70,20 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: SparseTensor, *, use_running_average: bool | None = None) -> SparseTensor:
         """Normalises `[N, C]` features; the argument overrides the attribute of the same name."""
         check_input(self, x, self.num_features)
-        if self.use_running_average if use_running_average is None else use_running_average:
-            mean, variance = self.mean[...], self.var[...]
-        else:
+        mean, variance = self.mean[...], self.var[...]
+        if not (self.use_running_average if use_running_average is None else use_running_average):
             mean, variance, count = ops.batch_statistics(x, self.axis_name)
             for running, batch in ((self.mean, mean), (self.var, variance)):
                 old, new = running[...].astype(batch.dtype), jax.lax.stop_gradient(batch)
                 updated = jnp.where(count > 0, self.momentum * old + (1 - self.momentum) * new, old)
                 running[...] = updated.astype(running.dtype)
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        y = ops.batch_norm(x, mean, variance, scale, bias, epsilon=self.epsilon)
+        y = ops.batch_norm(x, mean, variance, *self._affine(), epsilon=self.epsilon)
         return y if self.dtype is None else y.astype(self.dtype)
+
+    def running(self) -> ops.ChannelNorm:
+        """The normalisation by the running statistics, for a convolution to take in."""
+        return ops.ChannelNorm(self.mean[...], self.var[...], *self._affine(), self.epsilon)
+
+    def _affine(self) -> tuple[jax.Array | None, jax.Array | None]:
+        scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
+        return scale, bias

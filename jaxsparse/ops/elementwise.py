@@ -78,3 +78,20 @@ def gelu(x: SparseTensor, approximate: bool = True) -> SparseTensor:
 def silu(x: SparseTensor) -> SparseTensor:
     """`x * sigmoid(x)`."""
     return map_features(jax.nn.silu, x)
+
+
+ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda feats: feats,
+    "relu": jax.nn.relu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
+"""By name, with their defaults, in the order in which `cuda/conv/gemm.h` numbers them."""
+
+
+def activate(x: SparseTensor, activation: str | None) -> SparseTensor:
+    """The activation of that name, with its defaults; None leaves `x` as it is."""
+    if activation is None:
+        return x
+    return relu(x) if activation == "relu" else map_features(ACTIVATIONS[activation], x)

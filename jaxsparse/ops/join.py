@@ -12,7 +12,7 @@ from jaxsparse.status import Problem
 from jaxsparse.tensor import SparseTensor, on_sites
 
 
-def _common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
+def common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
     """The sites of the first tensor, with a report where another's differ."""
     for t in tensors:
         if not isinstance(t, SparseTensor):
@@ -35,7 +35,7 @@ def _common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
 
 def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     """`x + y` on equal sites in equal order. Sites that differ are reported in `status`."""
-    sites = _common_sites("add", (x, y))
+    sites = common_sites("add", (x, y))
     if x.num_features != y.num_features:
         raise ValueError(f"add: tensors must have equal features, got {x.num_features} and {y.num_features}.")
     real = sites.is_real[:, None]
@@ -49,6 +49,6 @@ def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
     """
     if not tensors:
         raise ValueError("concatenate: `tensors` is empty; pass at least one.")
-    sites = _common_sites("concatenate", tensors)
+    sites = common_sites("concatenate", tensors)
     real = sites.is_real[:, None]
     return on_sites(sites, jnp.where(real, jnp.concatenate([t.feats for t in tensors], 1), 0))

@@ -12,6 +12,8 @@ import subprocess
 import jax
 import numpy as np
 
+from jaxsparse import _ffi
+
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
 
@@ -72,7 +74,7 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    attrs = {k: np.asarray(v, np.int64) if np.ndim(v) else np.int64(v) for k, v in attrs.items()}
+    attrs = _ffi._encode(attrs)
     run = jax.jit(lambda *args: jax.ffi.ffi_call(f"jaxsparse_{target}_v1_on_host", types)(*args, **attrs))
     outs = []
     for backwards in (1, 0):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,9 +11,11 @@ from jax import lax
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap, check_implementation, map_between
 from jaxsparse.ops import elementwise
-from jaxsparse.ops.conv import primitives
+from jaxsparse.ops.channel_norm import ChannelNorm
+from jaxsparse.ops.conv import fused, primitives
 from jaxsparse.ops.conv.config import ConvConfig
-from jaxsparse.ops.conv.reference import canonical_precision
+from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
+from jaxsparse.ops.join import common_sites
 from jaxsparse.ops.linear import linear
 from jaxsparse.sites import Sites
 from jaxsparse.tensor import SparseTensor, on_sites
@@ -29,13 +33,18 @@ def conv(
     dilation: AxisInts = 1,
     capacity: int | None = None,
     kernel_map: KernelMap | None = None,
+    norm: ChannelNorm | None = None,
+    residual: SparseTensor | None = None,
+    activation: str | None = None,
     precision: lax.PrecisionLike = None,
     config: ConvConfig | None = None,
     implementation: str = "auto",
 ) -> SparseTensor:
     """Sparse convolution: `y[m] = sum_k x[strides * m - padding + dilation * k] @ kernel[k]` over the sites that exist.
 
-    Equal to a dense cross-correlation with zeros where there is no site, read at the output sites.
+    Equal to a dense cross-correlation with zeros where there is no site, read at the output sites. The result is
+    `activation(norm(y + bias) + residual)` where these are given, computed in float32 or wider and rounded once: on
+    GPUs, for 16-bit features, in the convolution's kernel. Where derivatives are taken these are steps of their own.
 
     Args:
       x: features `[N, C_in]`; products are taken in its dtype, sums in float32 or wider.
@@ -48,6 +57,10 @@ def conv(
       capacity: rows of the output where sites are made; see `Sites.coarse` for the default.
       kernel_map: the map to use, for bodies of `jax.checkpoint`, `lax.scan` and `lax.cond`, where maps are not shared
         by themselves; `sites` must then be "submanifold" or a `Sites`.
+      norm: a normalisation of channels, or any scale and shift of them.
+      residual: tensor on the output sites with C_out features, cast to the dtype of `x`. Sites that differ are reported
+        in `status`.
+      activation: "relu", "leaky_relu" (slope 0.01), "gelu" (tanh's form), "silu" or None.
       precision: of float32 products, as jax spells it. The default is TF32 on GPUs where `C_in` is a multiple of 4 and
         `C_out` of 8 (products are within 2^-9 of the exact ones); "high" and "highest" are exact, and so are CPUs.
       config: choice of kernel.
@@ -69,7 +82,9 @@ def conv(
             raise ValueError(f'`strides` (={strides}) must be 1 for sites="submanifold"; use "reachable" or "floor".')
         out_sites = x.sites
         if geometry.is_pointwise and kernel_map is None:
-            return linear(x, kernel[0], bias, precision=precision)
+            out_sites, (ending, operands) = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
+            y = linear(x, kernel[0], precision=precision)
+            return y if ending.is_empty else on_sites(out_sites, ending(y.feats, x.sites.counts, operands, x.dtype))
     elif kernel_map is not None:
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
@@ -77,10 +92,11 @@ def conv(
     if kernel_map is None:
         kernel_map = map_between(x.sites, out_sites, geometry, implementation)
     _check_map("conv", kernel_map, geometry, x.sites, out_sites)
-    feats = _bind(primitives.forward, x.feats, kernel, kernel_map, x.capacity, precision, config, implementation)
     if out_sites is not x.sites and isinstance(sites, Sites):
         out_sites = out_sites.with_status(x.sites.status)
-    return _with_bias(on_sites(out_sites, feats), bias)
+    out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
+    options = (precision, config, implementation)
+    return on_sites(out_sites, _bind(False, x.feats, kernel, kernel_map, x.capacity, end, *options))
 
 
 def conv_transpose(
@@ -94,6 +110,9 @@ def conv_transpose(
     padding: AxisInts | None = None,
     dilation: AxisInts = 1,
     kernel_map: KernelMap | None = None,
+    norm: ChannelNorm | None = None,
+    residual: SparseTensor | None = None,
+    activation: str | None = None,
     precision: lax.PrecisionLike = None,
     config: ConvConfig | None = None,
     implementation: str = "auto",
@@ -110,6 +129,7 @@ def conv_transpose(
       like: tensor or sites of the fine grid to compute.
       kernel_size, strides, padding, dilation: those of the convolution that is transposed.
       kernel_map: its map, from fine to coarse sites; see `conv`.
+      norm, residual, activation: what follows, see `conv`.
       precision, config, implementation: see `conv`.
 
     Returns:
@@ -130,12 +150,14 @@ def conv_transpose(
     if kernel_map is None:
         kernel_map = map_between(fine, x.sites, geometry, implementation)
     _check_map("conv_transpose", kernel_map, geometry, fine, x.sites)
+    out_sites = fine.with_status(x.sites.status)
+    out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
     swapped = jnp.swapaxes(kernel, 1, 2)
-    feats = _bind(primitives.dgrad, x.feats, swapped, kernel_map, fine.capacity, precision, config, implementation)
-    return _with_bias(on_sites(fine.with_status(x.sites.status), feats), bias)
+    options = (precision, config, implementation)
+    return on_sites(out_sites, _bind(True, x.feats, swapped, kernel_map, fine.capacity, end, *options))
 
 
-def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementation):
+def _bind(transposed, rows, kernel, kernel_map, in_rows, end, precision, config, implementation):
     m = kernel_map
     spec = primitives.Spec(
         rows.dtype,
@@ -147,21 +169,36 @@ def _bind(op, rows, kernel, kernel_map, in_rows, precision, config, implementati
         m.grid,
         m.strides,
     )
-    return op(
-        rows,
-        kernel,
-        m.table,
-        m.masks,
-        m.in_counts,
-        m.out_counts,
-        spec=spec,
-        out_dtype=rows.dtype,
-        implementation=implementation,
-    )[0]
+    arrays = (m.table, m.masks, m.in_counts, m.out_counts)
+    params = {"spec": spec, "out_dtype": rows.dtype, "implementation": implementation}
+    ending, operands = end
+    if ending.is_empty:
+        return (primitives.dgrad if transposed else primitives.forward)(rows, kernel, *arrays, **params)[0]
+    params |= {"transposed": transposed, "ending": ending}
+    return fused.fused(tuple(params.items()), rows, kernel, arrays, operands)
 
 
-def _with_bias(y: SparseTensor, bias: jax.Array | None) -> SparseTensor:
-    return y if bias is None else elementwise.map_features(lambda feats: feats + bias.astype(feats.dtype)[None], y)
+def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ended]:
+    """The sites of the result, and what follows the product."""
+    width = kernel.shape[2]
+    if activation not in elementwise.ACTIVATIONS:
+        raise ValueError(f"{op}: `activation` (={activation!r}) must be one of {list(elementwise.ACTIVATIONS)}.")
+    if norm is None:
+        norm = ChannelNorm(bias=bias)
+    elif bias is not None:
+        wide = accumulation_dtype(x.dtype)
+        mean = 0 if norm.mean is None else norm.mean.astype(wide)
+        norm = dataclasses.replace(norm, mean=mean - bias.astype(wide))
+    for name in ("mean", "variance", "scale", "bias"):
+        numbers = getattr(norm, name)
+        if numbers is not None and numbers.shape != (width,):
+            raise ValueError(f"{op}: `norm.{name}` of shape {numbers.shape} must be [{width}], the output features.")
+    if residual is None:
+        return sites, fused.Ending.of(norm, None, activation)
+    sites = common_sites(op, (on_sites(sites, x.feats), residual))
+    if residual.num_features != width:
+        raise ValueError(f"{op}: `residual` has {residual.num_features} features, but the result has {width}.")
+    return sites, fused.Ending.of(norm, residual.feats.astype(x.dtype), activation)
 
 
 def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:

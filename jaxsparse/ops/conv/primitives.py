@@ -84,24 +84,29 @@ class Spec:
 # Operands of all three: two of (x, w, g) in that order, then the map: table, masks, in_counts, out_counts.
 
 
-def _forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
-    return _rows_call(platform, x, w, table, masks, out_counts, spec, out_dtype, spec.config.forward, of_reverse=False)
+# `ended` is what follows in the same kernel, where that is served: attributes and operands of `fused.Ending`.
 
 
-def _dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
-    """Forward over the reversed map with transposed weights."""
+def forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, out_dtype, ended=None):
+    """The custom calls of `forward`."""
+    tile = spec.config.forward
+    return _rows_call(platform, x, w, table, masks, out_counts, spec, out_dtype, tile, ended, of_reverse=False)
+
+
+def dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, out_dtype, ended=None):
+    """The custom calls of `dgrad`: forward over the reversed map with transposed weights."""
     tile = spec.config.dgrad
     if spec.is_symmetric:
         w = jnp.swapaxes(w[::-1], 1, 2)
-        return _rows_call(platform, g, w, table, masks, in_counts, spec, out_dtype, tile, of_reverse=False)
+        return _rows_call(platform, g, w, table, masks, in_counts, spec, out_dtype, tile, ended, of_reverse=False)
     taps, rows = table.shape[0], spec.in_rows
     structs = [jax.ShapeDtypeStruct((taps, rows), jnp.int32), jax.ShapeDtypeStruct((rows, masks.shape[1]), jnp.uint32)]
     reverse, reverse_masks = _ffi.call("jaxsparse_reverse_table_v1", structs, table, out_counts)
     w = jnp.swapaxes(w, 1, 2)
-    return _rows_call(platform, g, w, reverse, reverse_masks, in_counts, spec, out_dtype, tile, of_reverse=True)
+    return _rows_call(platform, g, w, reverse, reverse_masks, in_counts, spec, out_dtype, tile, ended, of_reverse=True)
 
 
-def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, of_reverse):
+def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, ended, *, of_reverse):
     """`y[m] = sum_k x[table[k, m]] @ w[k]` on the kernels that serve dtype and channels."""
     taps, c_in, c_out = w.shape
     rows = table.shape[1]
@@ -116,9 +121,15 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, *, o
     sort = answer(choices.sort(platform, problem), spec.config.sort).choice
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
     tile = answer(choices.conv(platform, problem), tile).choice
+    if ended is not None:
+        attributes, operands = ended
+        attributes = attributes | _tile_attributes(tile)
+        return _ffi.call("jaxsparse_conv_fused_v1", [struct], x, w, *schedule, counts, *operands, **attributes)
     if spec.dtype == jnp.float32:
         w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
-    (y,) = _ffi.call("jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile, spec))
+    (y,) = _ffi.call(
+        "jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile), exact=int(spec.is_exact)
+    )
     return [y.astype(out_dtype)]
 
 
@@ -144,9 +155,9 @@ def _to_tf32(w):
     return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=10)
 
 
-def _tile_attributes(tile, spec):
+def _tile_attributes(tile):
     rows, cols, stages = tile
-    return {"tile_rows": rows, "tile_cols": cols, "stages": stages, "exact": int(spec.is_exact)}
+    return {"tile_rows": rows, "tile_cols": cols, "stages": stages}
 
 
 def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
@@ -176,7 +187,7 @@ def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, masks, out_counts)
     slots = cost.wgrad_slots(taps, c_in, c_out)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
-    attributes = _tile_attributes(tile, spec) | {"slots": slots}
+    attributes = _tile_attributes(tile) | {"exact": int(spec.is_exact), "slots": slots}
     return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
 
 
@@ -185,16 +196,18 @@ def _real_entries(table, out_counts):
     return jnp.where(real_rows(out_counts, table.shape[1])[None], table, -1)
 
 
-def _forward_reference(x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+def forward_reference(x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    """`forward` in plain JAX."""
     table = _real_entries(table, out_counts)
     y = reference.forward(x.astype(spec.dtype), w.astype(spec.dtype), table, precision=spec.precision)
     return [y.astype(out_dtype)]
 
 
-def _dgrad_reference(g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+def dgrad_reference(g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
+    """`dgrad` in plain JAX."""
     reverse = reference.reverse(_real_entries(table, out_counts), spec.in_rows)
     w = jnp.swapaxes(w, 1, 2)
-    return _forward_reference(g, w, reverse, None, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
+    return forward_reference(g, w, reverse, None, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
 
 
 def _wgrad_reference(x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
@@ -206,14 +219,14 @@ def _wgrad_reference(x, g, table, masks, in_counts, out_counts, *, spec, out_dty
 forward = Op(
     "sparse_conv_forward",
     lambda x, w, table, *_, spec, out_dtype, implementation: [((table.shape[1], w.shape[2]), out_dtype)],
-    _forward_call,
-    _forward_reference,
+    forward_call,
+    forward_reference,
 )
 dgrad = Op(
     "sparse_conv_dgrad",
     lambda g, w, *_, spec, out_dtype, implementation: [((spec.in_rows, w.shape[1]), out_dtype)],
-    _dgrad_call,
-    _dgrad_reference,
+    dgrad_call,
+    dgrad_reference,
 )
 wgrad = Op(
     "sparse_conv_wgrad",
@@ -270,30 +283,36 @@ wgrad.set_linear(_jvp(wgrad), _transpose(lambda ct, g: (dgrad, (g, ct)), lambda 
 # --- batching ---
 
 
-def _fold_scenes(op: Op):
-    """`vmap` over scenes with shared weights: the scenes' rows one after another, in one call."""
+def fold_scenes(op: Op):
+    """`vmap` over scenes with shared weights: the scenes' rows one after another, in one call.
 
-    def rule(operands, dims, *, spec, out_dtype, implementation):
-        params = {"out_dtype": out_dtype, "implementation": implementation}
-        if dims[1] is not None:
-            return op.loop_over_batch(operands, dims, spec=spec, **params)
+    Operands after the map have rows, or are numbers of channels, which are shared as weights are.
+    """
+
+    def rule(operands, dims, *, spec, **params):
         size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-        rows, w, table, masks, in_counts, out_counts = (
-            x if i == 1 else batching.bdim_at_front(x, d, size)
+        shared = [
+            i == 1 or (i > 5 and x.ndim - (d is not None) == 1)
             for i, (x, d) in enumerate(zip(operands, dims, strict=True))
-        )
-        taps, out_rows = table.shape[1:]
+        ]
+        if any(s and d is not None for s, d in zip(shared, dims, strict=True)):
+            return op.loop_over_batch(operands, dims, spec=spec, **params)
+        stacked = [
+            x if s else batching.bdim_at_front(x, d, size) for x, d, s in zip(operands, dims, shared, strict=True)
+        ]
+        taps, out_rows = stacked[2].shape[1:]
         if size * max(spec.in_rows, out_rows) >= 2**31:
             return op.loop_over_batch(operands, dims, spec=spec, **params)
+        flat = [x if s else x.reshape(-1, *x.shape[2:]) for x, s in zip(stacked, shared, strict=True)]
         offset = spec.in_rows * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        table = jnp.where(table >= 0, table + offset, -1).swapaxes(0, 1).reshape(taps, size * out_rows)
-        flat = [x.reshape(-1, *x.shape[2:]) for x in (rows, masks, in_counts, out_counts)]
+        table = jnp.where(stacked[2] >= 0, stacked[2] + offset, -1)
+        flat[2] = table.swapaxes(0, 1).reshape(taps, size * out_rows)
         folded = dataclasses.replace(spec, in_rows=size * spec.in_rows)
-        (out,) = op(flat[0], w, table, *flat[1:], spec=folded, **params)
+        (out,) = op(*flat, spec=folded, **params)
         return [out.reshape(size, -1, out.shape[1])], [0]
 
     return rule
 
 
-forward.set_batching(_fold_scenes(forward))
-dgrad.set_batching(_fold_scenes(dgrad))
+forward.set_batching(fold_scenes(forward))
+dgrad.set_batching(fold_scenes(dgrad))

@@ -26,6 +26,9 @@ void wait_for_copies() {
   __pipeline_wait_prior(kPending);
 }
 
+inline float relu(float v) { return v < 0 ? 0 : v; }
+inline int stay_here(int value) { return value; }
+
 template <bool kTransposed>
 void load_matrices(uint32_t (&v)[4], const char* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cuda_on_host::die("a row of ldmatrix is misaligned");

@@ -1,0 +1,168 @@
+// What follows the sums of a convolution in the same kernel: normalisation of channels, a residual, an activation.
+//
+// At its end a block has nothing of its own left to wait behind, so nothing is asked for there: scale and shift of the
+// columns are in shared memory before the first step, and the residual's rows come by cp.async, into stages that the last
+// steps of the product leave free, while these are multiplied.
+//
+// Measured on an H200, the kernel alone in us, finest level of a LiDAR scan (91,767 sites): 64 channels 20.8 without an
+// epilogue, 23.3 with norm and ReLU, 25.9 with a residual too (32 channels 11.7, 12.9, 13.8; 96 channels 34.5, 36.7, 40.3);
+// deeper levels pay 1.3 to 3.4. SparseResUNet42 takes 2.06 ms in place of 2.21, SparseResNet21D 1.24 in place of 1.33. A
+// first version, which read the residual byte by byte and had the last steps unrolled, took 24.7 and 27.8 at 64 channels.
+#pragma once
+
+#include <cstring>
+
+#include "cuda/common/device.cuh"
+#include "cuda/conv/gemm.h"
+#include "cuda/conv/product.cuh"
+
+namespace jaxsparse::cuda {
+
+// {scale, scale, shift, shift} of each two columns of the block.
+template <int kCols>
+__device__ float4* affine_of_columns() {
+  __shared__ float4 affine[kCols / 2];
+  return affine;
+}
+
+// What a thread asks for at the start: how many rows are real, and the numbers of its channel. When they have arrived it
+// puts the channel's scale and shift into shared memory, and marks the padding among its rows: as numbers below -1, which
+// stands for no row at all.
+struct Channel {
+  int32_t channel = 0, real_rows = 0;
+  uint32_t mean = 0, variance = 0, scale = 0, bias = 0;  // as words of memory
+
+  template <int kCols>
+  __device__ void ask(const FusedConvArgs& a, int32_t first_col) {
+    real_rows = a.epilogue.rows.counts[0];
+    if (threadIdx.x >= kCols) return;
+    channel = min(first_col + static_cast<int32_t>(threadIdx.x), a.out_channels - 1);
+    mean = word_of(a.epilogue.mean);
+    variance = word_of(a.epilogue.variance);
+    scale = word_of(a.epilogue.scale);
+    bias = word_of(a.epilogue.bias);
+  }
+
+  template <int kCols>
+  __device__ void put(const Epilogue& e, int32_t (&out_row)[2], float4* affine) const {
+#pragma unroll
+    for (int32_t& row : out_row) {
+      const bool is_real = e.rows.number == 1 ? row < real_rows : row_is_real(e.rows, row);
+      if (row >= 0 && !is_real) row = -2 - row;
+    }
+    if (threadIdx.x >= kCols) return;
+    const float deviation = e.variance.data == nullptr ? 1 : rsqrtf(value_of(e.variance, variance) + e.epsilon);
+    const float factor = e.scale.data == nullptr ? deviation : value_of(e.scale, scale) * deviation;
+    float* to = reinterpret_cast<float*>(affine + threadIdx.x / 2) + threadIdx.x % 2;
+    to[0] = factor;
+    to[2] = fmaf(-value_of(e.mean, mean), factor, value_of(e.bias, bias));
+  }
+
+ private:
+  __device__ uint32_t word_of(const PerChannel& numbers) const {
+    if (numbers.data == nullptr) return 0;
+    return static_cast<const uint32_t*>(numbers.data)[channel >> (numbers.dtype == Dtype::kF32 ? 0 : 1)];
+  }
+  __device__ float value_of(const PerChannel& numbers, uint32_t word) const {
+    const auto as = [](auto value, uint32_t bits) {
+      memcpy(&value, &bits, sizeof(value));
+      return widen(value);
+    };
+    if (numbers.dtype == Dtype::kF32) return as(float{}, word);
+    const uint32_t half = channel & 1 ? word >> 16 : word & 0xffff;
+    return numbers.dtype == Dtype::kF16 ? as(__half{}, half) : as(__nv_bfloat16{}, half);
+  }
+};
+__device__ inline bool is_marked(int32_t row) { return row < -1; }
+__device__ inline int32_t unmarked(int32_t row) { return -2 - row; }
+
+// What a block of P does beyond the product. A lane's sums are those of rows out_row[0] and out_row[1].
+template <class P>
+struct Ending {
+  using T = typename P::T;
+  static constexpr int kCols = P::kCols;
+  static_assert(sizeof(T) == 2);
+  // The residual in blocks of 64 columns, a row of each as one of A, where all of them fit into a stage.
+  static constexpr int kBlockBytes = P::kGroups * kBytesA;
+  static constexpr bool kCopiesAhead = (kCols + 63) / 64 * kBlockBytes <= P::kStageBytes;
+
+  // Begins to copy the residual of the block; each lane for its own quad.
+  __device__ static void copy_residual(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
+                                       char* stage) {
+    if (!kCopiesAhead || a.epilogue.residual == nullptr) return;
+    const int q = stay_here(threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const T* from = static_cast<const T*>(a.epilogue.residual) + int64_t{out_row[r]} * a.out_channels + first_col;
+#pragma unroll
+      for (int j = 0; j < kCols / 8; j += 4) {
+        if (j + 4 > kCols / 8 && j + q >= kCols / 8) continue;
+        const bool exists = out_row[r] >= 0 && first_col + (j + q) * 8 < a.out_channels;
+        copy_piece<16>(stage + place(r, j, j % 8 + q), from + (j + q) * 8, exists);
+      }
+    }
+  }
+
+  // The sums as the result is to be.
+  __device__ static void apply(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
+                               const float4* affine, const char* residual, float (&sums)[kCols / 2]) {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < kCols / 8; ++j) {
+      const float4 v = affine[j * 4 + q];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* sum = sums + j * 4 + 2 * r;
+        sum[0] = fmaf(sum[0], v.x, v.z);
+        sum[1] = fmaf(sum[1], v.y, v.w);
+      }
+    }
+    if (a.epilogue.residual != nullptr) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const T* const in_memory =
+            static_cast<const T*>(a.epilogue.residual) + int64_t{out_row[r]} * a.out_channels + first_col + q * 2;
+#pragma unroll
+        for (int j = 0; j < kCols / 8; ++j) {
+          const void* from = in_memory + j * 8;
+          if constexpr (kCopiesAhead) {
+            from = residual + place(r, j, j % 8) + q * 4;
+          } else if (out_row[r] < 0 || first_col + j * 8 >= a.out_channels) {
+            continue;
+          }
+          const uint32_t word = *static_cast<const uint32_t*>(from);
+          T both[2];
+          memcpy(both, &word, 4);
+          sums[j * 4 + 2 * r] += widen(both[0]);
+          sums[j * 4 + 2 * r + 1] += widen(both[1]);
+        }
+      }
+    }
+    if (a.epilogue.activation == Activation::kRelu) {
+      each(sums, [](float v) { return relu(v); });
+    } else if (a.epilogue.activation == Activation::kLeakyRelu) {
+      each(sums, [](float v) { return v < 0 ? kLeakySlope * v : v; });
+    } else if (a.epilogue.activation == Activation::kGelu) {
+      each(sums, [](float v) { return v * sigmoid(v * fmaf(kGeluCubic, v * v, kGeluLinear)); });
+    } else if (a.epilogue.activation == Activation::kSilu) {
+      each(sums, [](float v) { return v * sigmoid(v); });
+    }
+  }
+
+ private:
+  // Where a 16-byte piece of row out_row[r] lies, of the block of 64 columns that column group j belongs to.
+  __device__ static uint32_t place(int r, int j, int piece) {
+    const int row = threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4 + 8 * r;
+    return j / 8 * kBlockBytes + swizzled<128>(row, piece);
+  }
+  // tanh's form of GELU: v (1 + tanh(u)) / 2 = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).
+  static constexpr float kLeakySlope = 0.01f, kGeluLinear = 1.5957691216f, kGeluCubic = kGeluLinear * 0.044715f;
+  __device__ static float sigmoid(float v) { return __fdividef(1, 1 + __expf(-v)); }
+  template <typename F>
+  __device__ static void each(float (&sums)[kCols / 2], F f) {
+#pragma unroll
+    for (float& sum : sums) sum = f(sum);
+  }
+};
+
+}  // namespace jaxsparse::cuda
