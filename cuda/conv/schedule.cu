@@ -8,7 +8,13 @@
 //             in earlier chunks and in its own chunk, which it counts anew: that is cheaper than one more kernel that sums
 //             up counts of shares, or reading them all. A row's entries go from the table straight to its tile.
 //
-// Bound by latency: two launches and some eight dependent reads.
+// Measured on an H200, 3^3 kernel on the levels of a LiDAR scan, 91,767 to 5,925 rows: sorted 25.7, 20.3, 16.3, 13.6, 9.2 us,
+// of which count 5.5 to 3.1; in the order of sites 5.0, 3.8, 2.7, 2.4, 2.3. Kernel 2, stride 2: 15.6 to 9.0, and 2.7 to 2.0.
+// Bound by latency, two launches and some eight dependent reads, where rows are few; where they are many `place` takes most,
+// 20.1 us of the 25.7, whose writes go each to a sector of its own.
+//
+// One cooperative kernel with the radix sort of cuda/sort took 32.5, 26.2, 28.6, 25.6, 23.4 us; the order of sites, by a warp
+// a tile whose stores held back its loads, 15.5, 13.3, 12.4, 12.3, 12.1.
 //
 // Executed over useful products of a 3^3 kernel, tiles of 64 rows, on average over three levels of three scans: 3.4 in the
 // order of sites; sorted by the 27-bit mask 1.95, by the mask with rare taps first and in Gray order 1.70, both in three

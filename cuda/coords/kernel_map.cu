@@ -435,6 +435,8 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
 
 // --- reverse ---
 
+// On an H200, 3^3 stride 2 map of 128,053 outputs and 375,575 pairs: 9.8 us and 1.0 to clear the masks; one entry a thread,
+// found by a 64-bit division, took 18.8, and 4.8 to clear masks and table.
 constexpr int kReversedAtOnce = 4;  // outputs that a thread looks at under one tap
 constexpr int kReverseTile = kReversedAtOnce * kThreads;
 
