@@ -1,5 +1,8 @@
-// site_index clears a hash map and enters the input sites, in two kernels. What bounds the second is atomics: some 9 thousand
-// million compare-and-swaps a second on an H200.
+// site_index clears a hash map and enters the input sites, in two kernels: by blocks 2 and 7 us for a scan of 91,767 sites on
+// an H200, 1 and 3 for 5,925. What seems to bound the second is compare-and-swaps, some 9 thousand million a second.
+//
+// A lane that does not look ahead but enters what its warp holds of a block, the bits by an atomic where another warp has
+// more of them, took 0.5 us less for each index, and clearing the masks too 0.3 more.
 #include "cuda/coords/site_index.cuh"
 
 #include "cuda/common/device.cuh"
