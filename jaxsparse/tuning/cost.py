@@ -154,7 +154,7 @@ def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
 SORT_US, SORT_ROW_US, SORTED_ENTRY_BYTES = 8.0, 1.2e-4, 24
 LAY_OUT_US, ENTRY_BYTES = 1.8, 5
 LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what runs on a map in common networks
-FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 32, "reverse": 96}, 256  # doubled from grid to grid
+FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 16, "reverse": 96}, 256  # doubled from grid to grid
 
 
 def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu = H100) -> float:
