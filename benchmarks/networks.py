@@ -13,8 +13,8 @@ seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its las
 - Voxels come in the order that each library's users have them: as `voxelize` sorts them here, as measured in spconv.
 - inference: weights in the compute dtype, running statistics, those of the first scan. forward + backward: the mean
   squared output in float32 and its gradients for all weights, which are in the compute dtype; in float16 the loss is
-  scaled by 2^16 in both libraries, or gradients would vanish. train step: the same with float32 parameters (autocast in
-  torch) and AdamW; here the state is given away.
+  scaled by 2^16 in both libraries, or gradients would vanish. "recomputing": with `ops.save_products`. train step: the
+  same with float32 parameters (autocast in torch) and AdamW; here the state is given away.
 - Here the step is compiled ahead of time, for inference with the weights as constants, for training with its state as
   a list of arrays: `compiled` counts that program and any that XLA compiled while the steps ran. Compile seconds go
   from Python to the program, without and with a filled cache on disk.

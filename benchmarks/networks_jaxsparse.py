@@ -89,7 +89,7 @@ class Gradients:
     """The loss and its gradients for all weights, which are stored in the compute dtype."""
 
     task, donates, is_training, constant_bytes = "forward + backward", False, True, 0
-    recomputes = False  # norms and activations, in the backward pass
+    recomputes = False
 
     def __init__(self, workload, weights, dtype, param_dtype=None):
         self.model = model_of(workload, weights, dtype, param_dtype or dtype)
@@ -125,6 +125,12 @@ class Gradients:
         return found
 
 
+class LeanGradients(Gradients):
+    """The same; norms and activations are computed again in the backward pass, not kept for it."""
+
+    task, recomputes = "forward + backward, recomputing", True
+
+
 class TrainStep(Gradients):
     """A whole step as users take it: float32 parameters, AdamW, running statistics; the state is given away.
 
@@ -150,7 +156,7 @@ class TrainStep(Gradients):
 def rows(workload, weights, ring, args, factor, expected):
     """The rows of one workload: a row for each task."""
     found = []
-    for task in (Gradients, TrainStep) if workload.training else (Inference,):
+    for task in (Gradients, LeanGradients, TrainStep) if workload.training else (Inference,):
         program = task(workload, weights, args.dtype)
         batches = tensors(ring, program.model, args.dtype, factor)
         found.append(row_of(program, batches, args, expected))
