@@ -13,11 +13,11 @@ import measure
 PARTS = {
     "maps": ("unique_sites", "coarse_sites", "site_index", "kernel_map"),
     "row order, pairs": ("conv_schedule", "conv_pairs", "reverse_table"),
-    "forward": ("conv_gemm", "conv_forward"),
+    "forward": ("conv_gemm", "conv_fused", "conv_forward"),
     "dgrad": (),  # the same kernels, in a backward pass
     "wgrad": ("wgrad_gemm", "conv_wgrad"),
     "1x1 products": (),  # XLA's, in every pass
-    "norms, elementwise": (),  # XLA's fusions
+    "norms, elementwise": ("channel_moments", "channel_statistics"),  # and XLA's fusions
     "rest": (),
 }
 # Kernels inside a CUDA graph do not say which instruction they come from.
