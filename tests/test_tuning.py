@@ -21,8 +21,8 @@ from scenes import random_kernel, random_tensor
 import jaxsparse as js
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords
+from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, primitives
 from jaxsparse.ops.conv import choices as conv_choices
-from jaxsparse.ops.conv import primitives
 from jaxsparse.tuning import TuningResult, choice, cost, measure, store
 from jaxsparse.tuning.key import FARTHEST, Choices, Key, row_bucket
 
@@ -411,3 +411,13 @@ def test_the_neighbours_of_a_map_change_the_prediction_and_not_the_heuristic():
     question, _ = questions(50_000, 64, 64)
     assert question.predict(question.heuristic(), 2.0) < question.predict(question.heuristic(), 20.0)
     assert dataclasses.replace(question).heuristic() == question.heuristic()
+
+
+@pytest.mark.parametrize("path", sorted(store.TABLES.glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_table_reads_and_names_what_is_built(path):
+    table = store.decode(path.read_text())[0]
+    assert table
+    assert {store.table_path(key.device).name for key in table} == {path.name}
+    tiles = {"conv": {*FORWARD_TILES, *NARROW_TILES, *FLOAT_TILES}, "wgrad": {*WGRAD_TILES, *FLOAT_WGRAD_TILES}}
+    built = {"builder": {"hash", "blocks"}, "sort": {True, False}, **tiles}
+    assert all(choice in built[key.op] for key, choice in table.items())
