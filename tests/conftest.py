@@ -32,6 +32,14 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory):
+    """Compiles the CUDA kernels for the host, once a process."""
+    import cuda_on_host
+
+    cuda_on_host.load(tmp_path_factory.mktemp("cuda_on_host"))
+
+
 @pytest.fixture
 def real_scan():
     """Loads one of the real scans by name, or skips where they are absent."""

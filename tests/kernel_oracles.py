@@ -1,0 +1,84 @@
+"""What the tests of the CUDA kernels on the host share: the call, dtypes, and brute force in numpy."""
+
+import contextlib
+import itertools
+
+import cuda_on_host
+import jax
+import ml_dtypes
+import numpy as np
+
+PADDING = np.iinfo(np.int32).min
+BITS = {1: 31, 2: 24, 3: 18, 4: 14}
+I32, U32, U8 = np.int32, np.uint32, np.uint8
+F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
+
+call = cuda_on_host.call
+
+
+def key(site):
+    """The 64-bit key of (batch, coordinates), None where a field does not fit."""
+    batch, *coords = (int(v) for v in site)
+    dims = len(coords)
+    bits = BITS[dims]
+    max_batch = 2**31 - 1 if dims == 1 else 2 ** (64 - dims * bits) - 2
+    half = 2 ** (bits - 1)
+    if not 0 <= batch <= max_batch or not all(-half <= c < half for c in coords):
+        return None
+    code = 0
+    for bit in reversed(range(bits)):
+        for c in coords:
+            code = code << 1 | (c + half) >> bit & 1
+    return batch << (dims * bits) | code
+
+
+def taps(kernel):
+    return list(itertools.product(*(range(k) for k in kernel)))
+
+
+def fine(site, tap, geometry):
+    rest = [s * int(c) - p + d * t for c, t, s, p, d in zip(site[1:], tap, *geometry[1:], strict=True)]
+    return (int(site[0]), *(int(v) for v in rest))
+
+
+def attributes(geometry, **more):
+    return dict(zip(("kernel", "stride", "padding", "dilation"), geometry, strict=True), **more)
+
+
+def sites_array(sites, rows, dims):
+    out = np.full((rows, 1 + dims), PADDING, I32)
+    out[: min(len(sites), rows)] = np.array(sites[:rows], I32).reshape(-1, 1 + dims)
+    return out
+
+
+def real_rows(rows, counts):
+    per = rows // len(counts)
+    return [s * per + r for s, count in enumerate(counts) for r in range(min(max(count, 0), per))]
+
+
+def masks_of(table):
+    volume, rows = table.shape
+    masks = np.zeros((rows, -(-volume // 32)), U32)
+    for k, m in zip(*np.nonzero(table >= 0), strict=True):
+        masks[m, k // 32] |= U32(1 << (k % 32))
+    return masks
+
+
+def wide(dtype):
+    """float64 crosses JAX only in x64 mode."""
+    return jax.enable_x64(True) if dtype == F64 else contextlib.nullcontext()
+
+
+def small_integers(rng, shape, dtype):
+    """Values whose products and sums are exact in every accumulator, so that equality is the test."""
+    return rng.integers(-3, 4, shape).astype(dtype)
+
+
+def random_table(rng, volume, in_rows, out_rows, density, centre=False):
+    """A kernel map in which each tap takes an input row at most once."""
+    table = np.full((volume, out_rows), -1, I32)
+    for k in range(volume):
+        rows = rng.permutation(in_rows)[:out_rows]
+        there = rng.random(len(rows)) < (1 if centre and k == volume // 2 else density)
+        table[k, : len(rows)] = np.where(there, rows, -1)
+    return table

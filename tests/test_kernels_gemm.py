@@ -1,0 +1,385 @@
+"""The scheduled CUDA products and what they need, run on the host, against numpy."""
+
+import itertools
+
+import cuda_on_host
+import numpy as np
+import pytest
+from kernel_oracles import BF16, F16, F32, F64, I32, U8, U32, call, masks_of, random_table, real_rows, small_integers
+
+from jaxsparse.geometry import Geometry
+from jaxsparse.ops import _workspace
+from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES
+
+pytestmark = [
+    pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("cuda_library"),
+]
+
+
+def schedule(table, counts, groups=()):
+    """Order, tile masks and tile table of a schedule by groups of taps."""
+    volume, rows = table.shape
+    words, tiles = -(-volume // 32), -(-rows // 64)
+    attribute = [sum(1 << k % 32 for k in g if k // 32 == word) for g in groups for word in range(words)]
+    results = [
+        ((rows,), I32),
+        ((tiles, words), U32),
+        ((tiles, volume, 64), I32),
+        ((_workspace.conv_schedule(rows),), U8),
+    ]
+    anywhere = np.where(table >= 0, table, 7)  # where the masks have no tap, the table holds anything
+    return call(
+        "conv_schedule", results, anywhere, masks_of(table), np.array(counts, I32), groups=np.array(attribute, np.int64)
+    )[:3]
+
+
+def sorted_order(table, counts, groups):
+    """Real rows by which groups they have any tap of, as places in the Gray sequence, counted down; then the others."""
+    rows = table.shape[1]
+    real = np.array(real_rows(rows, counts), int)
+    bits = np.zeros(len(real), int)
+    for group in groups:
+        bits = bits << 1 | (table[np.ix_(group, real)] >= 0).any(0)
+    for shift in (1, 2, 4, 8):
+        bits ^= bits >> shift
+    return np.concatenate([real[np.argsort(-bits, kind="stable")], np.setdiff1d(np.arange(rows), real)])
+
+
+@pytest.mark.parametrize(
+    ("volume", "rows", "counts"),
+    [
+        (27, 320, [300]),
+        (8, 320, [0]),
+        (45, 320, [100, 0, 60, 1]),
+        (3, 320, [320]),
+        (27, 5000, [4900]),
+        (9, 9001, [9001]),
+        (45, 3000, [400, 0, 1500]),
+        (2, 140_000, [139_000]),
+    ],
+)
+@pytest.mark.parametrize("sort", [False, True])
+def test_schedule_has_rows_in_order_and_the_map_in_tiles(volume, rows, counts, sort):
+    rng = np.random.default_rng(volume)
+    table = random_table(rng, volume, rows + 80, rows, 0.1, centre=True)
+    groups = Geometry.create(1, volume, 1).tap_groups if sort else ()
+    order, tile_masks, tile_table = schedule(table, counts, groups)
+    np.testing.assert_array_equal(order, sorted_order(table, counts, groups) if sort else np.arange(rows))
+    in_tiles = np.full((volume, 64 * len(tile_masks)), -1, I32)
+    in_tiles[:, :rows] = np.where(np.isin(order, real_rows(rows, counts)), table[:, order], -1)
+    in_tiles = in_tiles.reshape(volume, -1, 64).swapaxes(0, 1)
+    there = (in_tiles >= 0).any(2)
+    k = np.arange(volume)
+    np.testing.assert_array_equal(tile_masks[:, k // 32] >> k % 32 & 1, there)
+    np.testing.assert_array_equal(tile_table[there], in_tiles[there])
+
+
+def tile_attributes(tile, exact):
+    return {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2], "exact": exact}
+
+
+def conv_gemm(x, w, table, counts, out_dtype, tile, groups=(), exact=0):
+    shape = (table.shape[1], w.shape[2])
+    attributes = tile_attributes(tile, exact)
+    w = w.swapaxes(1, 2) if w.dtype == F32 else w
+    return call("conv_gemm", [(shape, out_dtype)], x, w, *schedule(table, counts, groups), **attributes)[0]
+
+
+def list_pairs(table, counts):
+    """Pairs of each tap and their number, checked; pairs past a tap's number hold anything."""
+    volume, rows = table.shape
+    results = [((volume, rows, 2), I32), ((volume,), I32), ((_workspace.conv_pairs(volume),), U8)]
+    anywhere = np.where(table >= 0, table, 7)  # where the masks have no tap, the table holds anything
+    pairs, tap_pairs, _ = call("conv_pairs", results, anywhere, masks_of(table), np.array(counts, I32))
+    real = np.array(real_rows(rows, counts), int)
+    for k in range(volume):
+        m = real[table[k, real] >= 0]
+        np.testing.assert_array_equal(pairs[k, : tap_pairs[k]], np.stack([table[k, m], m], 1))
+    return pairs, tap_pairs
+
+
+@pytest.mark.parametrize(
+    ("volume", "rows", "counts"),
+    [(27, 3000, [2900]), (45, 2000, [100, 0, 500, 1]), (8, 9000, [0]), (27, 9001, [9001]), (2, 140_000, [139_000])],
+)
+def test_pairs_are_those_of_real_rows_in_order(volume, rows, counts):
+    rng = np.random.default_rng(volume)
+    list_pairs(random_table(rng, volume, rows, rows, 0.1, centre=True), counts)
+
+
+def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots, exact=0):
+    pairs, tap_pairs = list_pairs(table, counts)
+    volume = len(table)
+    shape = (volume, x.shape[1], g.shape[1])
+    attributes = tile_attributes(tile, exact) | {"slots": slots}
+    results = [(shape, out_dtype), ((_workspace.wgrad_gemm(slots, *shape[1:]),), U8)]
+    return call("wgrad_gemm", results, x, g, pairs, tap_pairs, **attributes)[0]
+
+
+@pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
+def test_every_forward_tile_sums_the_products_of_the_map(tile):
+    """Rows at a tile's size and one more or less; channels with whole and broken steps and tiles."""
+    rng = np.random.default_rng(tile.cols)
+    narrow = tile in NARROW_TILES and tile not in FORWARD_TILES
+    cases = [
+        (63, 8, 8, 3, [63]),
+        (tile.rows + 1, 40, tile.cols + 8, 8, [tile.rows]),
+        (130, 72, tile.cols, 45, [20, 65]),
+    ]
+    if tile in NARROW_TILES:
+        cases = [(130, 4, tile.cols, 27, [129]), (65, 12, 8, 8, [65])] + ([] if narrow else cases)
+    for case, (out_rows, c_in, c_out, volume, counts) in enumerate(cases):
+        dtype, out_dtype = [(F16, F16), (BF16, BF16), (F16, F32), (BF16, F32), (F16, F16)][case]
+        x, w = small_integers(rng, (150, c_in), dtype), small_integers(rng, (volume, c_in, c_out), dtype)
+        table = random_table(rng, volume, 150, out_rows, 0.2)
+        expected = np.zeros((out_rows, c_out))
+        for m, k in itertools.product(real_rows(out_rows, counts), range(volume)):
+            if table[k, m] >= 0:
+                expected[m] += x[table[k, m]].astype(F64) @ w[k].astype(F64)
+        y = conv_gemm(x, w, table, counts, out_dtype, tile, Geometry.create(1, volume, 1).tap_groups)
+        np.testing.assert_array_equal(y.astype(F64), expected.astype(out_dtype).astype(F64))
+
+
+NUMBERS = ("mean", "variance", "scale", "bias")
+ACTIVATIONS = [
+    lambda z: z,
+    lambda z: np.maximum(z, 0),
+    lambda z: np.where(z < 0, 0.01 * z, z),
+    lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    lambda z: z / (1 + np.exp(-z)),
+]
+
+
+def conv_fused(x, w, table, counts, tile, groups, numbers, residual, activation, epsilon):
+    operands = numbers | ({} if residual is None else {"residual": residual})
+    attributes = {"given": sum(1 << i for i, name in enumerate((*NUMBERS, "residual")) if name in operands)}
+    attributes |= {"activation": activation, "epsilon": epsilon}
+    attributes |= {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2]}
+    operands = [operands[name] for name in (*NUMBERS, "residual") if name in operands]
+    result = ((table.shape[1], w.shape[2]), x.dtype)
+    return call(
+        "conv_fused", [result], x, w, *schedule(table, counts, groups), np.array(counts, I32), *operands, **attributes
+    )[0]
+
+
+def channel_numbers(rng, channels, names):
+    """Of every dtype that is taken."""
+    dtypes = {"mean": F32, "variance": F16, "scale": BF16, "bias": F32}
+    return {
+        name: rng.uniform(0.5, 1.5, channels).astype(dtypes[name]) * dtypes[name](-1 if name == "bias" else 1)
+        for name in names
+    }
+
+
+def assert_fused(x, w, table, counts, tile, groups, numbers, residual, activation):
+    """Within 1 ulp of the result, and the roundings of the sums as they come through scale and activation."""
+    epsilon = 0.25
+    y = conv_fused(x, w, table, counts, tile, groups, numbers, residual, activation, epsilon)
+    wide = {name: value.astype(F64) for name, value in numbers.items()}
+    factor = wide.get("scale", 1) / np.sqrt(wide["variance"] + epsilon if "variance" in wide else 1)
+
+    def product(x, w):
+        return np.einsum("kmi,kio->mo", rows_under_taps(x, table), w.astype(F64))
+
+    z = (product(x, w) - wide.get("mean", 0)) * factor + wide.get("bias", 0)
+    spread = product(np.abs(x), np.abs(w)) + np.abs(wide.get("mean", 0)) + 1
+    if residual is not None:
+        z = z + residual.astype(F64)
+    true = ACTIVATIONS[activation](z)
+    mantissa = 10 if x.dtype == F16 else 7
+    ulp = np.ldexp(1.0, np.maximum(np.frexp(np.abs(true))[1] - 1, -14 if x.dtype == F16 else -126) - mantissa)
+    products = (table >= 0).sum(0)[:, None] * x.shape[1]
+    bound = ulp + (products / 2 + 4) * 2.0**-23 * np.abs(factor) * spread + 2.0**-20 * (np.abs(z) + 1)
+    real = np.zeros(len(z), bool)
+    real[real_rows(len(z), counts)] = True
+    assert (np.abs(y.astype(F64) - true) <= bound)[real].all()
+    assert y[~real].tobytes() == bytes(y[~real].nbytes)
+
+
+@pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
+def test_every_forward_tile_with_an_epilogue(tile):
+    """Few steps and many, rows of no tap, two words of taps with nothing in the second, padding that holds NaN."""
+    rng = np.random.default_rng(tile.cols)
+    cases = [
+        (63, 8, 8, 3, [60], NUMBERS, True),
+        (tile.rows + 1, 40, tile.cols + 8, 8, [tile.rows], ("mean", "scale"), False),
+        (130, 72, tile.cols, 45, [20, 65], ("variance", "bias"), True),
+        (200, 136, tile.cols, 27, [150], (), True),
+    ]
+    if tile in NARROW_TILES:
+        cases = [(130, 4, tile.cols, 27, [129], NUMBERS, True)] + (cases if tile in FORWARD_TILES else [])
+    for case, (rows, c_in, c_out, volume, counts, names, has_residual) in enumerate(cases):
+        dtype = BF16 if case % 2 else F16
+        x = rng.normal(size=(150, c_in)).astype(dtype)
+        w = (rng.normal(size=(volume, c_in, c_out)) / np.sqrt(c_in)).astype(dtype)
+        table = random_table(rng, volume, 150, rows, 0.2)
+        table[32:] = -1
+        table[:, 7:9] = -1
+        residual = rng.normal(size=(rows, c_out)).astype(dtype) if has_residual else None
+        if has_residual:
+            residual[np.setdiff1d(np.arange(rows), real_rows(rows, counts))] = np.nan
+        numbers, groups = channel_numbers(rng, c_out, names), Geometry.create(1, volume, 1).tap_groups
+        activation = (tile.rows // 64 + tile.stages + case) % 5
+        assert_fused(x, w, table, counts, tile, groups, numbers, residual, activation)
+
+
+@pytest.mark.parametrize("activation", range(5))
+def test_epilogue_of_hard_values(activation):
+    """Sums that overflow float16 before the scale or behind it, NaN, and what activations do to them."""
+    x, w = np.full((1, 8), 6e4, F16), np.zeros((1, 8, 16), F16)
+    w[0, :, :8] = 2  # 960,000
+    scale = np.resize(np.array([1e-3, -1e-3, 1, -1, np.nan, 0, 1e-30, -1e-30], F32), 16)
+    table, bias = np.zeros((1, 1), I32), np.linspace(-20, 20, 16).astype(F32)
+    numbers = {"scale": scale, "bias": bias}
+    y = conv_fused(x, w, table, [1], FORWARD_TILES[0], (), numbers, None, activation, 0.0)[0].astype(F64)
+    with np.errstate(all="ignore"):
+        z = np.where(np.arange(16) < 8, F32(960_000), F32(0)) * scale.astype(F32) + bias
+        expected = ACTIVATIONS[activation](z.astype(F64)).astype(F16).astype(F64)
+    np.testing.assert_allclose(y, expected, rtol=2e-3, atol=1e-6)
+
+
+def test_rows_with_an_epilogue_do_not_depend_on_tile_mates_or_capacity():
+    rng = np.random.default_rng(1)
+    count, volume = 150, 9
+    x, w = rng.normal(size=(count, 24)).astype(F16), rng.normal(size=(volume, 24, 16)).astype(F16)
+    table, numbers = random_table(rng, volume, count, count, 0.3), channel_numbers(rng, 16, NUMBERS)
+    residual, groups = rng.normal(size=(count, 16)).astype(F16), Geometry.create(1, volume, 1).tap_groups
+    y = conv_fused(x, w, table, [count], (128, 16, 4), (), numbers, residual, 1, 1e-5)
+    more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
+    padded = np.concatenate([residual, np.full((90, 16), np.nan, F16)])
+    for tile in ((128, 32, 3), (64, 16, 4)):
+        y_more = conv_fused(x, w, more, [count], tile, groups, numbers, padded, 1, 1e-5)
+        assert y_more[:count].tobytes() == y.tobytes()
+        assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
+
+
+@pytest.mark.parametrize("tile", WGRAD_TILES, ids=str)
+def test_every_wgrad_tile_sums_the_outer_products_of_the_map(tile):
+    rng = np.random.default_rng(tile.cols)
+    cases = [
+        (400, 8, 8, 3, [400], 6),
+        (700, tile.rows + 8, tile.cols, 2, [690], 5),
+        (300, 4, tile.cols + 8, 9, [100, 0, 7], 18),
+    ]
+    for case, (out_rows, c_in, c_out, volume, counts, slots) in enumerate(cases):
+        dtype, out_dtype = [(F16, F32), (BF16, BF16), (F16, F16)][case]
+        x, g = small_integers(rng, (800, c_in), dtype), small_integers(rng, (out_rows, c_out), dtype)
+        table = random_table(rng, volume, 800, out_rows, 0.3, centre=True)
+        expected = np.zeros((volume, c_in, c_out))
+        real = np.array(real_rows(out_rows, counts), int)
+        for k in range(volume):
+            m = real[table[k, real] >= 0]
+            expected[k] = x[table[k, m]].astype(F64).T @ g[m].astype(F64)
+        dw = wgrad_gemm(x, g, table, counts, out_dtype, tile, slots)
+        np.testing.assert_array_equal(dw.astype(F64), expected.astype(out_dtype).astype(F64))
+
+
+def adversarial(rng, shape, kind):
+    """Float32 whose sums are hard: large and cancelling, or of every magnitude. (Denormals XLA's CPU threads flush.)"""
+    x = rng.normal(size=shape)
+    if kind == "cancelling":
+        x = np.where(rng.random(shape) < 0.5, 1e4, -1e4) * (1 + 1e-4 * x)
+    elif kind == "spread":
+        x = x * 10.0 ** rng.integers(-12, 5, shape)
+    return x.astype(F32)
+
+
+def truncated(x):
+    """What tensor cores read of a float32."""
+    return (x.view(U32) & U32(0xFFFFE000)).view(F32)
+
+
+def assert_within_rounding(got, truth, magnitude, terms):
+    """Each of `terms` fused multiply-adds rounds once, by at most 2^-24 of sum |x| |w|."""
+    assert (np.abs(got.astype(F64) - truth) <= 1.001 * terms * 2.0**-24 * magnitude).all()
+
+
+def rows_under_taps(x, table):
+    """Float64 [taps, outputs, channels], 0 where a tap is absent."""
+    return np.where(table[:, :, None] >= 0, x.astype(F64)[table], 0)
+
+
+HARD = pytest.mark.parametrize("kind", ["normal", "cancelling", "spread"])
+
+
+@HARD
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize("tile", FLOAT_TILES, ids=str)
+def test_every_float_tile_is_right_to_the_last_rounding(tile, exact, kind):
+    """Against float64 on the operands as they are read, which in TF32 are 2^-10 smaller at most."""
+    rng = np.random.default_rng(tile.cols)
+    in_rows, groups = 100, Geometry.create(1, 5, 1).tap_groups
+    for rows, c_in, c_out in [(tile.rows - 1, 4, 8), (tile.rows, 32, tile.cols), (tile.rows + 1, 44, tile.cols + 8)]:
+        x, w = adversarial(rng, (in_rows, c_in), kind), adversarial(rng, (5, c_in, c_out), "normal")
+        table = random_table(rng, 5, in_rows, rows, 0.4)
+        y = conv_gemm(x, w, table, [rows], F32, tile, groups, exact)
+
+        def product(x, w, table=table):
+            return np.einsum("kmi,kio->mo", rows_under_taps(x, table), w.astype(F64))
+
+        read = (x, w) if exact else (truncated(x), truncated(w))
+        assert_within_rounding(y, product(*read), product(*map(np.abs, read)), 5 * c_in)
+        magnitude = product(np.abs(x), np.abs(w))
+        assert (np.abs(product(*read) - product(x, w)) <= (0 if exact else 2 * 2.0**-10) * magnitude).all()
+
+
+@HARD
+@pytest.mark.parametrize("exact", [0, 1])
+@pytest.mark.parametrize("tile", FLOAT_WGRAD_TILES, ids=str)
+def test_every_float_wgrad_tile_is_right_to_the_last_rounding(tile, exact, kind):
+    rng = np.random.default_rng(tile.cols)
+    for c_in, c_out, rows in [(tile.rows - 4, 8, 63), (tile.rows, tile.cols, 500), (tile.rows + 4, tile.cols + 8, 290)]:
+        x, g = adversarial(rng, (300, c_in), kind), adversarial(rng, (rows, c_out), "normal")
+        table = random_table(rng, 3, 300, rows, 0.5, centre=True)
+        dw = wgrad_gemm(x, g, table, [rows], F32, tile, 6, exact)
+
+        def product(x, g, table=table):
+            return np.einsum("kmi,mo->kio", rows_under_taps(x, table), g.astype(F64))
+
+        read = (x, g) if exact else (truncated(x), truncated(g))
+        assert_within_rounding(dw, product(*read), product(*map(np.abs, read)), rows)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiles", "exact"),
+    [
+        (F16, [(128, 16, 4), (128, 32, 3), (64, 16, 4)], 0),
+        (F32, [(64, 16, 4), (64, 32, 4), (128, 64, 3)], 0),
+        (F32, [(64, 16, 4), (64, 48, 4), (128, 64, 3)], 1),
+    ],
+)
+def test_scheduled_rows_do_not_depend_on_tile_mates_or_capacity(dtype, tiles, exact):
+    rng = np.random.default_rng(1)
+    count, volume = 150, 9
+    x, w = rng.normal(size=(count, 24)).astype(dtype), rng.normal(size=(volume, 24, 16)).astype(dtype)
+    table = random_table(rng, volume, count, count, 0.3)
+    y = conv_gemm(x, w, table, [count], dtype, tiles[0], exact=exact)
+    groups = Geometry.create(1, volume, 1).tap_groups
+    assert conv_gemm(x, w, table, [count], dtype, tiles[1], groups, exact).tobytes() == y.tobytes()
+    more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
+    padded = np.concatenate([x, np.full((90, 24), np.nan, dtype)])
+    y_more = conv_gemm(padded, w, more, [count], dtype, tiles[2], groups, exact)
+    assert y_more[:count].tobytes() == y.tobytes()
+    assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
+
+
+def test_a_tile_that_was_not_built_is_refused():
+    x, w, table = np.zeros((8, 8), F16), np.zeros((3, 8, 8), F16), np.zeros((3, 8), I32)
+    with pytest.raises(Exception, match="conv_gemm_v1: no kernel was built for tile_rows 96, tile_cols 8, stages 2"):
+        conv_gemm(x, w, table, [8], F16, (96, 8, 2))
+
+
+def test_errors_name_the_call_and_the_shapes():
+    x, w, table = np.zeros((8, 8), F16), np.zeros((3, 8, 8), F16), np.zeros((3, 8), I32)
+    scale = {"scale": np.zeros(9, F16)}
+    with pytest.raises(Exception, match=r"conv_fused_v1: scale must have size 8 on axis 0.*scale float16 \[9\]"):
+        conv_fused(x, w, table, [8], FORWARD_TILES[0], (), scale, None, 0, 0.0)
+
+
+def test_negative_underflow_leaves_no_negative_zero():
+    """A row's only product rounds to -0 in float32."""
+    x, w = np.zeros((2, 32), F32), np.zeros((2, 32, 8), F32)
+    x[:, -1], w[:, -1] = 1e-30, -1e-30
+    y = conv_gemm(x, w, np.array([[0, -1], [-1, -1]], I32), [2], F32, (64, 16, 4), exact=1)
+    assert y[0].tobytes() == bytes(32)

@@ -1,0 +1,64 @@
+"""The CUDA sums over rows, run on the host, and what every handler refuses."""
+
+import cuda_on_host
+import numpy as np
+import pytest
+from kernel_oracles import BF16, F16, F32, F64, I32, U8, call, small_integers, wide
+
+from jaxsparse.ops import _workspace
+
+pytestmark = [
+    pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("cuda_library"),
+]
+
+
+@pytest.mark.parametrize(("positions", "values"), [(1, 1), (500, 60), (300, 1000), (4097, 8)])
+def test_inverted_index_lists_the_positions_of_each_value(positions, values):
+    rng = np.random.default_rng(positions)
+    index = rng.integers(-2, values + 2, positions).astype(I32)
+    results = [((positions,), I32), ((values + 1,), I32), ((_workspace.invert_index(positions),), U8)]
+    order, offsets, _ = call("invert_index", results, index)
+    lists = [np.flatnonzero(index == v) for v in range(values)]
+    listed = np.concatenate(lists)
+    np.testing.assert_array_equal(order, np.concatenate([listed, np.full(positions - len(listed), -1)]))
+    np.testing.assert_array_equal(offsets, np.cumsum([0, *map(len, lists)]))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("channels", [1, 3, 64])
+def test_segment_sum_adds_the_listed_rows(dtype, channels):
+    """Groups of every length about those that a thread reads at once, a thread sums, and a warp reads at once."""
+    rng = np.random.default_rng(channels)
+    lengths = [0, 1, 2, 7, 8, 9, 16, 17, 31, 33, 63, 64, 65, 70, 255, 256, 257, 530, *rng.integers(0, 4, 32)]
+    index = rng.permutation(np.concatenate([np.repeat(np.arange(50), lengths), np.full(30, -1)])).astype(I32)
+    rows = len(index)
+    results = [((rows,), I32), ((51,), I32), ((_workspace.invert_index(rows),), U8)]
+    order, offsets, _ = call("invert_index", results, index)
+    x = small_integers(rng, (rows, channels), dtype)
+    x[index < 0] = np.nan
+    with wide(dtype):
+        (y,) = call("segment_sum", [((50, channels), dtype)], x, order, offsets)
+    expected = np.stack([x[index == v].astype(F64).sum(0) for v in range(50)])
+    np.testing.assert_array_equal(y.astype(F64), expected.astype(dtype).astype(F64))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize(("rows", "count", "channels"), [(700, 650, 3), (4000, 3900, 24), (9, 5, 8), (40, 0, 16)])
+def test_channel_sums_are_those_of_the_real_rows(dtype, rows, count, channels):
+    rng = np.random.default_rng(rows)
+    a, b = (small_integers(rng, (rows, channels), dtype) for _ in range(2))
+    sums = F64 if dtype == F64 else F32
+    center = rng.integers(-3, 3, channels).astype(sums)
+    results = [((channels,), sums)] * 2 + [((_workspace.moments(channels, np.dtype(sums).itemsize),), U8)]
+    a[count:] = b[count:] = np.nan
+    counts, real = np.array([count], I32), slice(count)
+    with wide(dtype):
+        total, product, _ = call("channel_moments", results, a, b, center, counts)
+        mean, squares, _ = call("channel_statistics", results, a + dtype(100), counts)
+    np.testing.assert_array_equal(total, b[real].astype(F64).sum(0))
+    np.testing.assert_array_equal(product, ((a[real].astype(F64) - center) * b[real].astype(F64)).sum(0))
+    shifted = (a + dtype(100))[real].astype(F64)
+    expected = shifted.mean(0) if count else np.zeros(channels)
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(squares, ((shifted - expected) ** 2).sum(0), rtol=2e-6, atol=1e-9)
