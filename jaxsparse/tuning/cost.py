@@ -3,9 +3,9 @@
 Every prediction is built from the same terms: products over the matrix rate and bytes over a bandwidth, both for what
 is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
 again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
-never faster than the longest of them. The rates of forward tiles and schedules were fitted to single layers measured on
+never faster than the longest of them. The rates of forward tiles were fitted to single layers measured on
 a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. The
-steps of float32 were set by hand from the figures in `cuda/conv/implicit_gemm.cuh`. Those of wgrad (whose least was the
+steps of float32 and schedules were set by hand from the figures in `cuda/conv/`. Those of wgrad (whose least was the
 measured least in 26 of 27 cases), of the kernels for everything and of look-ups follow from the same terms. Other GPUs
 take these rates too, since a choice depends on their ratios.
 """
