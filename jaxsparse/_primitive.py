@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxsparse._compat import Primitive, ad, apply_primitive, batching, mlir, out_aval, promote
+from jaxsparse._compat import Primitive, ad, apply_primitive, batching, mlir, out_aval, promote, zero_tangent
 
 Shapes = Sequence[tuple[Sequence[int], Any]]
 
@@ -32,7 +32,7 @@ class Op:
       name: the primitive's name, as it shows in a jaxpr.
       shapes: `(*operand_avals, **params) -> [(shape, dtype), ...]`.
       custom_call: JAX code that emits the custom calls, `(platform, *operands, **params) -> results`, used on CPU and
-        CUDA where `params["implementation"]` is "auto".
+        CUDA where `params["implementation"]` is "auto"; None where plain JAX serves everywhere.
       reference: plain JAX code with the same results, `(*operands, **params) -> results`, used where
         `params["implementation"]` is "xla" and on every other platform.
       is_elementwise: whether it is sooner computed again than kept, see `save_products`.
@@ -42,7 +42,7 @@ class Op:
         self,
         name: str,
         shapes: Callable[..., Shapes],
-        custom_call: Callable,
+        custom_call: Callable | None,
         reference: Callable,
         *,
         is_elementwise: bool = False,
@@ -64,7 +64,7 @@ class Op:
 
     def _lowering(self, platform: str | None):
         def run(*operands, implementation, **params):
-            if implementation == "xla" or platform is None:
+            if implementation == "xla" or platform is None or self._custom_call is None:
                 return list(self._reference(*operands, **params))
             return list(self._custom_call(platform, *operands, **params))
 
@@ -90,6 +90,57 @@ class Op:
         """Sets the derivative rules of an op that is linear in each of its float operands."""
         self.set_jvp(jvp)
         ad.primitive_transposes[self.primitive] = transpose
+
+    def set_linear_in_first(self, transposed: Callable) -> None:
+        """Sets the rules of an op of one result that is linear in its first operand and constant in the others.
+
+        Args:
+          transposed: the operand's cotangent, `transposed(ct, *rest, **params)`.
+        """
+
+        def jvp(primals, tangents, **params):
+            out = self(*primals, **params)
+            dot = tangents[0]
+            return out, [zero_tangent(out[0]) if type(dot) is ad.Zero else self(dot, *primals[1:], **params)[0]]
+
+        def transpose(cotangents, x, *rest, **params):
+            (ct,) = cotangents
+            found = ad.Zero(x.aval) if type(ct) is ad.Zero else transposed(ct, *rest, **params)
+            return [found, *[None] * len(rest)]
+
+        self.set_linear(jvp, transpose)
+
+    def set_bilinear(self, for_first: Callable, for_second: Callable) -> None:
+        """Sets the rules of an op of one result that is linear in each of its first two operands.
+
+        Args:
+          for_first, for_second: the cotangent of one operand, from that of the result and the other operand:
+            `for_first(ct, second, *rest, **params)`, where `out_dtype` in `params` is that of the cotangent wanted.
+        """
+
+        def jvp(primals, tangents, **params):
+            a, b, *rest = primals
+            a_dot, b_dot = tangents[:2]
+            out = self(*primals, **params)
+            tangent = zero_tangent(out[0])
+            if type(a_dot) is not ad.Zero:
+                tangent = ad.add_tangents(tangent, self(a_dot, b, *rest, **params)[0])
+            if type(b_dot) is not ad.Zero:
+                tangent = ad.add_tangents(tangent, self(a, b_dot, *rest, **params)[0])
+            return out, [tangent]
+
+        def transpose(cotangents, a, b, *rest, **params):
+            (ct,) = cotangents
+            is_first = ad.is_undefined_primal(a)
+            wanted = (a if is_first else b).aval
+            params["out_dtype"] = wanted.dtype
+            if type(ct) is ad.Zero:
+                found = ad.Zero(wanted)
+            else:
+                found = for_first(ct, b, *rest, **params) if is_first else for_second(ct, a, *rest, **params)
+            return [*((found, None) if is_first else (None, found)), *[None] * len(rest)]
+
+        self.set_linear(jvp, transpose)
 
     def batch_as_reference(self) -> None:
         """Makes `vmap` run the plain JAX code, batched."""

@@ -44,9 +44,8 @@ pytestmark = pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a
 
 
 @pytest.fixture(scope="module", autouse=True)
-def calls(tmp_path_factory):
+def calls(cuda_library):
     """Sends this module's custom calls to the emulated CUDA handlers; yields the names called."""
-    cuda_on_host.load(tmp_path_factory.mktemp("cuda_on_host"))
     made = []
     call = _ffi.call
 

@@ -1,8 +1,9 @@
 // A hash map of 64-bit keys in global memory: open addressing, linear probing, any number of slots.
 //
-// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key. Slot::hash(key) is 32 bits whose high ones are well mixed. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees what was
-// inserted before the last barrier or kernel. Which slot a key gets depends on who came first, so places must not reach a
-// result.
+// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key. Slot::hash(key) is 32 bits whose
+// high ones are well mixed. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees
+// what was inserted before the last barrier or kernel. Which slot a key gets depends on who came first, so places must not
+// reach a result.
 #pragma once
 
 #include "cuda/common/device.cuh"

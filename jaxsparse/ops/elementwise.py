@@ -7,7 +7,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxsparse._compat import ad, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.tensor import SparseTensor, on_sites
@@ -27,26 +26,13 @@ def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> Spars
 # next layer keeps too, and no mask beside it.
 _where_positive = Op(
     "where_positive",
-    lambda y, dot, *, implementation: [(dot.shape, dot.dtype)],
-    lambda platform, y, dot: [jnp.where(y > 0, dot, 0)],
-    lambda y, dot: [jnp.where(y > 0, dot, 0)],
+    lambda dot, y, *, implementation: [(dot.shape, dot.dtype)],
+    None,
+    lambda dot, y: [jnp.where(y > 0, dot, 0)],
     is_elementwise=True,
 )
 _where_positive.batch_as_reference()
-
-
-def _where_positive_jvp(primals, tangents, **params):
-    (y, dot), (_, dot_dot) = primals, tangents
-    out = _where_positive(y, dot, **params)
-    return out, [zero_tangent(out[0]) if type(dot_dot) is ad.Zero else _where_positive(y, dot_dot, **params)[0]]
-
-
-def _where_positive_transpose(cotangents, y, dot, **params):
-    (ct,) = cotangents
-    return [None, ad.Zero(dot.aval) if type(ct) is ad.Zero else _where_positive(y, ct, **params)[0]]
-
-
-_where_positive.set_linear(_where_positive_jvp, _where_positive_transpose)
+_where_positive.set_linear_in_first(lambda ct, y, **params: _where_positive(ct, y, **params)[0])
 
 
 @jax.custom_jvp
@@ -57,7 +43,7 @@ def _relu(x: jax.Array, counts: jax.Array) -> jax.Array:
 @_relu.defjvp
 def _relu_jvp(primals, tangents):
     y = _relu(*primals)
-    return y, _where_positive(y, tangents[0])[0]
+    return y, _where_positive(tangents[0], y)[0]
 
 
 def relu(x: SparseTensor) -> SparseTensor:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse._compat import ad, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
@@ -40,57 +39,31 @@ def _outer_reference(x, g, counts, *, dtype, out_dtype, precision):
 _rows = Op(
     "linear_rows",
     lambda x, w, counts, *, transposed, out_dtype, **_: [((x.shape[0], w.shape[0 if transposed else 1]), out_dtype)],
-    lambda platform, *operands, **params: _rows_reference(*operands, **params),
+    None,
     _rows_reference,
 )
 _outer = Op(
     "linear_outer",
     lambda x, g, counts, *, out_dtype, **_: [((x.shape[1], g.shape[1]), out_dtype)],
-    lambda platform, *operands, **params: _outer_reference(*operands, **params),
+    None,
     _outer_reference,
 )
 
 
-def _set_linear(op: Op, transpose) -> None:
-    op.batch_as_reference()
-
-    def jvp(primals, tangents, **params):
-        a, b, counts = primals
-        a_dot, b_dot, _ = tangents
-        out = op(*primals, **params)
-        tangent = zero_tangent(out[0])
-        if type(a_dot) is not ad.Zero:
-            tangent = op(a_dot, b, counts, **params)[0]
-        if type(b_dot) is not ad.Zero:
-            tangent = ad.add_tangents(tangent, op(a, b_dot, counts, **params)[0])
-        return out, [tangent]
-
-    def rule(cotangents, a, b, counts, *, out_dtype, **params):
-        (ct,) = cotangents
-        undefined = a if ad.is_undefined_primal(a) else b
-        if type(ct) is ad.Zero:
-            found = ad.Zero(undefined.aval)
-        else:
-            found = transpose(ct, a, b, counts, out_dtype=undefined.aval.dtype, **params)
-        return [found, None, None] if undefined is a else [None, found, None]
-
-    op.set_linear(jvp, rule)
-
-
-def _rows_transpose(ct, x, w, counts, *, transposed, **params):
-    if ad.is_undefined_primal(x):
-        return _rows(ct, w, counts, transposed=not transposed, **params)[0]
+def _weights_cotangent(ct, x, counts, *, transposed, **params):
     return _outer(*((ct, x) if transposed else (x, ct)), counts, **params)[0]
 
 
-def _outer_transpose(ct, x, g, counts, **params):
-    if ad.is_undefined_primal(x):
-        return _rows(g, ct, counts, transposed=True, **params)[0]
-    return _rows(x, ct, counts, transposed=False, **params)[0]
-
-
-_set_linear(_rows, _rows_transpose)
-_set_linear(_outer, _outer_transpose)
+_rows.set_bilinear(
+    lambda ct, w, counts, *, transposed, **params: _rows(ct, w, counts, transposed=not transposed, **params)[0],
+    _weights_cotangent,
+)
+_outer.set_bilinear(
+    lambda ct, g, counts, **params: _rows(g, ct, counts, transposed=True, **params)[0],
+    lambda ct, x, counts, **params: _rows(x, ct, counts, transposed=False, **params)[0],
+)
+_rows.batch_as_reference()
+_outer.batch_as_reference()
 
 
 def linear(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import _ffi
-from jaxsparse._compat import ad, zero_tangent
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv.reference import accumulation_dtype
@@ -56,7 +55,7 @@ def _sum_call(platform, x, index, order, offsets, *, groups):
 _gather = Op(
     "gather_rows",
     lambda x, index, *, groups, implementation: [((index.shape[0], x.shape[1]), x.dtype)],
-    lambda platform, x, index, *, groups: _gather_reference(x, index, groups=groups),
+    None,
     _gather_reference,
 )
 _group = Op(
@@ -73,22 +72,8 @@ _sum = Op(
 )
 
 
-def _set_linear(op: Op, transposed) -> None:
-    def jvp(primals, tangents, **params):
-        out = op(*primals, **params)
-        dot = tangents[0]
-        return out, [zero_tangent(out[0]) if type(dot) is ad.Zero else op(dot, *primals[1:], **params)[0]]
-
-    def transpose(cotangents, x, *rest, **params):
-        (ct,) = cotangents
-        none = [None] * len(rest)
-        return [ad.Zero(x.aval) if type(ct) is ad.Zero else transposed(ct, *rest, **params), *none]
-
-    op.set_linear(jvp, transpose)
-
-
-_set_linear(_gather, lambda ct, index, **params: _sum(ct, index, *_group(index, **params), **params)[0])
-_set_linear(_sum, lambda ct, index, order, offsets, **params: _gather(ct, index, **params)[0])
+_gather.set_linear_in_first(lambda ct, index, **params: _sum(ct, index, *_group(index, **params), **params)[0])
+_sum.set_linear_in_first(lambda ct, index, order, offsets, **params: _gather(ct, index, **params)[0])
 
 
 def _check_rows(op: str, x: jax.Array, index: jax.Array) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _ffi, _native
-from jaxsparse._compat import ad, batching, zero_tangent
+from jaxsparse._compat import batching
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
@@ -240,44 +240,18 @@ PRODUCTS = {"forward": forward, "dgrad": dgrad, "wgrad": wgrad}
 # --- derivatives ---
 
 
-def _jvp(op: Op):
-    """Tangent of a bilinear op: the op on each operand's tangent in turn."""
-
-    def rule(primals, tangents, **params):
-        a, b, *kernel_map = primals
-        a_dot, b_dot = tangents[:2]
-        out = op(a, b, *kernel_map, **params)
-        tangent = zero_tangent(out[0])
-        if type(a_dot) is not ad.Zero:
-            tangent = ad.add_tangents(tangent, op(a_dot, b, *kernel_map, **params)[0])
-        if type(b_dot) is not ad.Zero:
-            tangent = ad.add_tangents(tangent, op(a, b_dot, *kernel_map, **params)[0])
-        return out, [tangent]
-
-    return rule
-
-
-def _transpose(for_first, for_second):
-    """Cotangents of a bilinear op: `for_first(ct, b)` or `for_second(ct, a)`, as (op, operands)."""
-
-    def rule(cotangents, a, b, *kernel_map, spec, out_dtype, implementation):
-        (ct,) = cotangents
-        none = [None] * len(kernel_map)
-        undefined = a if ad.is_undefined_primal(a) else b
-        if type(ct) is ad.Zero:
-            zero = ad.Zero(undefined.aval)
-            return [zero, None, *none] if undefined is a else [None, zero, *none]
-        op, operands = for_first(ct, b) if undefined is a else for_second(ct, a)
-        dtype = undefined.aval.dtype
-        (out,) = op(*operands, *kernel_map, spec=spec, out_dtype=dtype, implementation=implementation)
-        return [out, None, *none] if undefined is a else [None, out, *none]
-
-    return rule
-
-
-forward.set_linear(_jvp(forward), _transpose(lambda ct, w: (dgrad, (ct, w)), lambda ct, x: (wgrad, (x, ct))))
-dgrad.set_linear(_jvp(dgrad), _transpose(lambda ct, w: (forward, (ct, w)), lambda ct, g: (wgrad, (ct, g))))
-wgrad.set_linear(_jvp(wgrad), _transpose(lambda ct, g: (dgrad, (g, ct)), lambda ct, x: (forward, (x, ct))))
+forward.set_bilinear(
+    lambda ct, w, *rest, **params: dgrad(ct, w, *rest, **params)[0],
+    lambda ct, x, *rest, **params: wgrad(x, ct, *rest, **params)[0],
+)
+dgrad.set_bilinear(
+    lambda ct, w, *rest, **params: forward(ct, w, *rest, **params)[0],
+    lambda ct, g, *rest, **params: wgrad(ct, g, *rest, **params)[0],
+)
+wgrad.set_bilinear(
+    lambda ct, g, *rest, **params: dgrad(g, ct, *rest, **params)[0],
+    lambda ct, x, *rest, **params: forward(x, ct, *rest, **params)[0],
+)
 
 
 # --- batching ---
