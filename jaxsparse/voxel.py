@@ -94,27 +94,26 @@ def voxelize(
             jnp.zeros(1, jnp.int32),
         )
     count, wrong_count = check_count(count, rows)
-    real = _keys.real_rows(count[None], points.shape[0])
 
     # Axis by axis: XLA on GPUs computes a reduction over three columns in a kernel of its own.
     columns = [points[:, d] for d in range(dims)]
     cells = [jnp.floor((columns[d].astype(jnp.float32) - origin[d]) * scale[d]) for d in range(dims)]
     limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
     is_finite = _all(jnp.isfinite(column) for column in columns)
-    wanted = real & is_finite  # points outside bounds are left out, not wrong
+    wanted = is_finite  # points outside bounds are left out, not wrong
     if grid is not None:
         wanted &= _all((cell >= 0) & (cell < np.float32(size)) for cell, size in zip(cells, grid, strict=True))
     in_range = _all((cell >= -limit) & (cell < limit) for cell in cells)
     in_batch = (batch >= 0) & (batch <= batches - 1)
     has_voxel = wanted & in_range & in_batch
     # What is wrong with a point, a bit each: counted where its site would be made, not by kernels of XLA's.
-    wrong = (real & ~is_finite, wanted & ~in_range, real & ~in_batch)
+    wrong = (~is_finite, wanted & ~in_range, ~in_batch)
     reason = sum(jnp.where(w, np.int32(1 << i), 0) for i, w in enumerate(wrong))
     site = [jnp.where(has_voxel, batch, -1 - reason)]
     site += [jnp.where(has_voxel, cell, 0).astype(jnp.int32) for cell in cells]
 
     sites, kept, found, row_of, *grouped, without = _coords.unique_sites(
-        jnp.stack(site, 1), jnp.asarray([points.shape[0]], jnp.int32), capacity=capacity, implementation=implementation
+        jnp.stack(site, 1), count[None], capacity=capacity, implementation=implementation
     )
     has_bit = (np.arange(_coords.REASONS) >> np.arange(len(wrong))[:, None] & 1).astype(np.int32)
     non_finite, out_of_range, wrong_batch = (without[None] * has_bit).sum(1)

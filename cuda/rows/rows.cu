@@ -66,10 +66,11 @@ __device__ Accumulator<T> sum_listed(const SegmentSumArgs& a, int32_t channel, i
 }
 
 constexpr int32_t kManyRows = 16;  // a group of more is left to a whole warp
+constexpr int kRun = 8;
 
 // A thread a (value, channel), but groups of many rows, such as the voxel that holds what a scanner sees of itself, are
 // summed by a warp a channel: lane l takes rows l, l + 32, ... They lie together, so each block looks for them among values
-// from all over.
+// from all over, kRun neighbours at a time: 32 bytes of offsets.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a) {
   __shared__ int32_t many[kThreads];
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a)
   T* y = static_cast<T*>(a.y);
   if (threadIdx.x == 0) number_of_many = 0;
   __syncthreads();
-  const int64_t other = static_cast<int64_t>(threadIdx.x) * gridDim.x + blockIdx.x;
+  const int64_t other = (int64_t{threadIdx.x / kRun} * gridDim.x + blockIdx.x) * kRun + threadIdx.x % kRun;
   if (other < a.values && rows_of(other) > kManyRows) {
     many[atomicAdd(&number_of_many, 1)] = static_cast<int32_t>(other);
   }
