@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels' own source on the CPU, behind the same handlers, for tests where there is no GPU.
+"""Runs the CUDA kernels' own source on the CPU, behind the same handlers; where there is a GPU, the kernels themselves.
 
 `load` compiles `cuda/**/*.cu` and `bindings/cuda_handlers.cc` with the C++ compiler and the headers in `include/`, and
 registers each handler as a CPU target named `<target>_on_host`.
@@ -40,9 +40,13 @@ def build(folder: pathlib.Path) -> pathlib.Path:
 _libraries: list[ctypes.CDLL] = []
 
 
+def is_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
 def load(folder: pathlib.Path) -> None:
-    """Builds the library and registers its handlers, once a process."""
-    if _libraries:
+    """Builds the library and registers its handlers, once a process; on a GPU there is nothing to do."""
+    if _libraries or is_gpu():
         return
     library = ctypes.CDLL(str(build(folder)))
     library.handler_name.restype = ctypes.c_char_p
@@ -68,17 +72,19 @@ def _listed(pairs, number):
 def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
 
-    Runs it twice, threads and blocks in one order and in the reverse, and asserts that the results are the same bits: a
-    race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and site
+    Runs it twice, on the host with threads and blocks in one order and in the reverse, and asserts that the results are
+    the same bits: a race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and site
     indices, columns of a kernel map past the outputs, entries of a reversed map or a schedule under taps that a row or
     a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     attrs = _ffi._encode(attrs)
-    run = jax.jit(lambda *args: jax.ffi.ffi_call(f"jaxsparse_{target}_v1_on_host", types)(*args, **attrs))
+    name = f"jaxsparse_{target}_v1" + ("" if is_gpu() else "_on_host")
+    run = jax.jit(lambda *args: jax.ffi.ffi_call(name, types)(*args, **attrs))
     outs = []
     for backwards in (1, 0):
-        _libraries[0].run_backwards(backwards)
+        if not is_gpu():
+            _libraries[0].run_backwards(backwards)
         outs.append([np.asarray(v) for v in run(*operands)])
     if target == "kernel_map":
         count = int(operands[3][0])
