@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtLeast<Tile>) conv_forwa
   constexpr int kStageBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
   constexpr int kResultBytes = kRows * kStrideC * static_cast<int>(sizeof(Sum));
   alignas(128) __shared__ unsigned char shared[kStageBytes > kResultBytes ? kStageBytes : kResultBytes];
-  __shared__ uint32_t tile_mask;
+  __shared__ uint32_t tile_masks[2];  // in turn: where a word has no tap, the next one follows without a barrier
 
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kTileCols));
   const int32_t first_row = static_cast<int32_t>(blockIdx.x / col_tiles) * kRows;
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtLeast<Tile>) conv_forwa
   tile.clear();
   const int32_t channel_steps = static_cast<int32_t>(div_up(a.in_channels, kDepth<T>));
   for (int32_t word = 0; word < a.mask_words; ++word) {
+    uint32_t& tile_mask = tile_masks[word % 2];
     if (t == 0) tile_mask = 0;
     __syncthreads();
     if (own_row_is_real) {

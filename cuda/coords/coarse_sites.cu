@@ -412,6 +412,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
         }
         mark_children<kListThreads>(s.tree, 0, each, exists, node, digit);
       }
+      __syncthreads();  // the list is no longer read
     } while (goes_on);
     site = site_at(begin + all_threads() + threadIdx.x);
   }
