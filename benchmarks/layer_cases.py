@@ -186,7 +186,17 @@ class Case:
         """The largest error of a pass's result in units of the bound; infinite where padding rows are not 0."""
         true, magnitude = (of[name] for of in self.truth)
         with jax.enable_x64(True):
-            return float(_error(found, true, magnitude))
+            return float(_error(found, true, magnitude, self.roundings[name]))
+
+    @functools.cached_property
+    def roundings(self):
+        """What a pass's sums may round, in units of 2^-23 of the magnitude: the root of a sum's steps, at least 8.
+
+        A step adds the eight products that tensor cores take together in TF32, of the most that any sum has.
+        """
+        taps, layer = len(self.table), self.layer
+        most = {"forward": taps * layer.c_in, "dgrad": taps * layer.c_out, "wgrad": len(self.table[0])}
+        return {name: max(8.0, (number / 8) ** 0.5) for name, number in most.items()}
 
     def function(self, name, config, implementation):
         """The pass as a function of what is in the ring, weights, sites and map."""
@@ -219,10 +229,10 @@ class Case:
 
 
 @jax.jit
-def _error(found, true, magnitude):
+def _error(found, true, magnitude, roundings):
     info = jnp.finfo(found.dtype)
     exponent = jnp.maximum(jnp.frexp(true)[1] - 1, int(info.minexp))
-    bound = jnp.ldexp(1.0, exponent - info.nmant) + 8 * 2.0**-23 * magnitude
+    bound = jnp.ldexp(1.0, exponent - info.nmant) + roundings * 2.0**-23 * magnitude
     real = found[: len(true)].astype(jnp.float64)
     worst = jnp.max(jnp.where(jnp.isfinite(real), jnp.abs(real - true), jnp.inf) / bound)
     return jnp.where(jnp.all(found[len(true) :] == 0), worst, jnp.inf)
