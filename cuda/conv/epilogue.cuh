@@ -18,6 +18,11 @@
 
 namespace jaxsparse::cuda {
 
+// Padding among the rows of results: numbers below -1, which stands for no row at all.
+__device__ inline int32_t marked(int32_t row) { return row < 0 ? row : -2 - row; }
+__device__ inline bool is_marked(int32_t row) { return row < -1; }
+__device__ inline int32_t unmarked(int32_t row) { return -2 - row; }
+
 // {scale, scale, shift, shift} of each two columns of the block.
 template <int kCols>
 __device__ float4* affine_of_columns() {
@@ -26,8 +31,7 @@ __device__ float4* affine_of_columns() {
 }
 
 // What a thread asks for at the start: how many rows are real, and the numbers of its channel. When they have arrived it
-// puts the channel's scale and shift into shared memory, and marks the padding among its rows: as numbers below -1, which
-// stands for no row at all.
+// puts the channel's scale and shift into shared memory, and marks the padding among its rows.
 struct Channel {
   int32_t channel = 0, real_rows = 0;
   uint32_t mean = 0, variance = 0, scale = 0, bias = 0;  // as words of memory
@@ -48,7 +52,7 @@ struct Channel {
 #pragma unroll
     for (int32_t& row : out_row) {
       const bool is_real = e.rows.number == 1 ? row < real_rows : row_is_real(e.rows, row);
-      if (row >= 0 && !is_real) row = -2 - row;
+      if (!is_real) row = marked(row);
     }
     if (threadIdx.x >= kCols) return;
     const float deviation = e.variance.data == nullptr ? 1 : rsqrtf(value_of(e.variance, variance) + e.epsilon);
@@ -73,8 +77,6 @@ struct Channel {
     return numbers.dtype == Dtype::kF16 ? as(__half{}, half) : as(__nv_bfloat16{}, half);
   }
 };
-__device__ inline bool is_marked(int32_t row) { return row < -1; }
-__device__ inline int32_t unmarked(int32_t row) { return -2 - row; }
 
 // What a block of P does beyond the product. A lane's sums are those of rows out_row[0] and out_row[1].
 template <class P>
