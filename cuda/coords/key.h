@@ -227,14 +227,6 @@ struct Geometry {
   JAXSPARSE_HD int64_t fine(int axis, int64_t coarse, int64_t tap) const {
     return stride[axis] * coarse - padding[axis] + dilation[axis] * tap;
   }
-
-  // Key of the fine site under a coarse site and tap; kNoKey where it does not fit.
-  template <int D>
-  JAXSPARSE_HD Key fine_key(const int32_t* coarse, const int64_t* tap) const {
-    int64_t coord[D];
-    for (int a = 0; a < D; ++a) coord[a] = fine(a, coarse[1 + a], tap[a]);
-    return make_key<D>(coarse[0], coord);
-  }
 };
 
 // The coarse coordinates, on one axis, whose windows hold a fine one.
