@@ -14,9 +14,9 @@
 - floor: the larger of useful FLOPs at the rate of a big matrix product and least bytes (input, output and weights once,
   4 bytes a pair) at the rate of a big copy, both measured in the same run.
 - error: the largest of |found - true| / (1 ulp + s * 2^-23 * sum |x| |w|) over all elements, true being float64 on the
-  same inputs, over a map that numpy finds; s is the root of the most steps of eight products that a sum has, at least 8.
-  A candidate above 1 gets no time. "tf32" is float32 at jax's default
-  precision, on inputs that TF32 holds exactly; "float32" is precision "highest".
+  same inputs, over a map that numpy finds; s is the root of the most steps of eight products that a sum has, or 8. A
+  candidate above 1 gets no time. "tf32" is float32 at jax's default precision, on inputs that TF32 holds exactly;
+  "float32" is precision "highest". spconv remembers kernels by shape alone: run the two in processes of their own.
 """
 
 import argparse

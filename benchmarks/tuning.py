@@ -1,8 +1,10 @@
 """What tuning is worth: whole networks by heuristic, shipped table, tuning, and the best single choice for all layers.
 
     python benchmarks/tuning.py --data SCANS [--part networks transfer fit] [--workload seg-kitti ...] [--out FOLDER]
+    python benchmarks/tuning.py --data SCANS --write-table jaxsparse/tuning/tables/nvidia_h200.json
 
 - networks: each workload of `networks.py` compiled in each way; GPU time of a step over a ring of turned scans.
+  With `--write-table` the table is that of all workloads tuned here, and is written too; else it is the shipped one.
   "single" is the best of the tiles that serve every layer, the same for all, the order of rows as the heuristic has it.
 - transfer: SparseResUNet42 with the choices tuned for one scan, on others, beside tuning on those.
 - fit: times of every tile of every layer of a workload, as JSON: what the cost model's rates were fitted to.
@@ -10,6 +12,7 @@
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -29,7 +32,7 @@ from workloads import IN_FEATURES, LOSS_SCALE, SEG, WORKLOADS, Workload
 
 import jaxsparse as js
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES
-from jaxsparse.tuning import choice
+from jaxsparse.tuning import choice, store
 from jaxsparse.tuning import measure as layer_measure
 from jaxsparse.tuning import search as tuning_search
 from jaxsparse.tuning.key import Choices
@@ -97,9 +100,9 @@ def single_choices(model, x, mode):
     return singles
 
 
-def networks_part(args):
-    """A row a workload."""
-    rows = []
+def tuned_workloads(args):
+    """Name, program, ring and tuning result of each workload whose scans are there."""
+    found = []
     for name in args.workload:
         workload = WORKLOADS[name]
         if reason := scans.missing(args.data, workload.scans):
@@ -110,26 +113,36 @@ def networks_part(args):
         print(f"{name}: inputs {time.perf_counter() - start:.1f} s", flush=True)
         result = tune(workload, program.model, ring)
         print(result, flush=True)
-        if args.out:
-            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-            result.save(pathlib.Path(args.out) / f"tuned_{name}.json")
-        ways = {way: {"policy": ONLY[way]} for way in ONLY} | {"tuned": {"choices": result}}
+        found.append((name, program, ring, result))
+    return found
+
+
+def networks_part(args):
+    """A row a workload."""
+    rows, tuned = [], tuned_workloads(args)
+    table = {"policy": ONLY["table"]}
+    if args.write_table and tuned:
+        choices = functools.reduce(lambda a, b: a | b, (result for *_, result in tuned)).choices
+        facts = {"device": tuned[0][-1].device, "jaxsparse": js.__version__, "about": report.context()["command"]}
+        store.write(pathlib.Path(args.write_table).absolute(), store.encode(choices, **facts))
+        table = {"choices": choice.activate(choices)}
+    for name, program, ring, result in tuned:
+        ways = {"heuristic": {"policy": ONLY["heuristic"]}, "table": table, "tuned": {"choices": result}}
         steps = {way: compiled_step(program, ring, context) for way, context in ways.items()}
-        mode = "training" if workload.training else "inference"
+        mode = "training" if WORKLOADS[name].training else "inference"
         if args.singles:
             singles = single_choices(program.model, ring[0], mode)
             for label in list(singles)[:: max(1, len(singles) // args.singles)]:
-                ways[label] = {"choices": choice.activate(singles[label])}
-                steps[label] = compiled_step(program, ring, ways[label])
+                steps[label] = compiled_step(program, ring, {"choices": choice.activate(singles[label])})
         ms = step_ms(steps, ring, args)
-        single = min((label for label in ms if label not in ("heuristic", "table", "tuned")), key=ms.get, default=None)
+        single = min((label for label in ms if label not in ways), key=ms.get, default=None)
         rows.append(
             {
                 "workload": name,
                 "dtype": args.dtype,
                 "mode": mode,
                 "tuning_s": result.seconds,
-                **{f"{way}_ms": ms[way] for way in ("heuristic", "table", "tuned")},
+                **{f"{way}_ms": ms[way] for way in ways},
                 "single": single,
                 "single_ms": ms.get(single),
                 "all_ms": ms,
@@ -254,6 +267,7 @@ def main():
     parser.add_argument("--singles", type=int, default=0, help="how many single choices to try, about (default: none)")
     parser.add_argument("--every", type=int, default=1, help="fit: take every so manieth layer")
     parser.add_argument("--seconds", type=float, default=600, help="fit: stop after so long")
+    parser.add_argument("--write-table", default=None, help="networks: the file for a table of all workloads")
     parser.add_argument("--out", default=None, help="folder for the results (default: only print)")
     args = parser.parse_args()
     if "networks" in args.part:

@@ -73,9 +73,9 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
 
     Runs it twice, on the host with threads and blocks in one order and in the reverse, and asserts that the results are
-    the same bits: a race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces and site
-    indices, columns of a kernel map past the outputs, entries of a reversed map or a schedule under taps that a row or
-    a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
+    the same bits: a race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces
+    and site indices, columns of a kernel map past the outputs, entries of a reversed map or a schedule under taps that
+    a row or a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     attrs = _ffi._encode(attrs)
