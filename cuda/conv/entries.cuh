@@ -34,13 +34,11 @@ __device__ inline uint32_t taps_of_slice(uint32_t taps, int slices, int slice) {
   return taps & each << slice;
 }
 
-constexpr int kTapsInFlight = 8;
-
-// Calls f(i, tap) for the first of them, i = 0 .. kTapsInFlight - 1, and returns the others. All lanes have the same.
-template <typename F>
+// Calls f(i, tap) for the first of them, i = 0 .. kMost - 1, and returns the others. All lanes have the same.
+template <int kMost, typename F>
 __device__ uint32_t for_taps(uint32_t taps, F f) {
 #pragma unroll
-  for (int i = 0; i < kTapsInFlight; ++i) {
+  for (int i = 0; i < kMost; ++i) {
     if (taps != 0) f(i, __ffs(static_cast<int>(taps)) - 1);
     taps &= taps - 1;
   }

@@ -2,8 +2,8 @@
 // write   a block a share: the pairs of each tap go behind those of earlier shares, and of the warps before in its own
 //
 // Bound by latency, and by reading the table under present taps, a sector of 32 bytes for each eight rows that have any.
-// Measured on an H200, 3^3 kernel on the levels of a LiDAR scan, 91,767 to 5,925 rows: 15.3, 11.7, 9.2, 8.4, 7.8 us; three
-// kernels that read the whole table twice took 22.1, 15.8, 10.4, 7.6, 6.9.
+// Three kernels that read the whole table twice took 22.1, 15.8, 10.4, 7.6, 6.9 us on the levels of a LiDAR scan, 91,767 to
+// 5,925 rows, on an H200.
 #include "cuda/conv/pairs.h"
 
 #include "cuda/conv/entries.cuh"
@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kWarps = kShareThreads / kWarp;
 constexpr int kTapsOfWord = 32;
+constexpr int kPairTapsInFlight = 16;
 static_assert(kWarps == kTapsOfWord, "a warp adds up a tap");
 static_assert(kPairShares == kShares && kShares == 4 * kWarp, "four counts a lane");
 
@@ -63,23 +64,40 @@ __global__ void __launch_bounds__(kShareThreads, 1) write_pairs_kernel(PairsArgs
   const Range own = rows_of_shares(end_of_real_rows(a.out_rows), share, share + 1);
   if (own.begin == own.end && share > 0) return;
   for (int32_t word = 0; word < a.mask_words; ++word) {
-    if (const int32_t tap = word * kTapsOfWord + warp; tap < a.taps) {
-      const int4 of = reinterpret_cast<const int4*>(counts + int64_t{tap} * kShares)[lane];
-      const int32_t each[4] = {of.x, of.y, of.z, of.w};
-      int32_t before = 0, all = 0;
+    const int32_t own_tap = word * kTapsOfWord + warp;
+    int4 of = {};  // the warp's tap in the lane's four shares
+    if (own_tap < a.taps) of = reinterpret_cast<const int4*>(counts + int64_t{own_tap} * kShares)[lane];
+    for (int32_t begin = own.begin; begin == own.begin || begin < own.end; begin += kShareThreads) {
+      const int32_t groups = max(1, (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp);
+      // A warp has 32 rows and a slice of the taps; it reads the first entries before it knows where they go.
+      const int slices = tap_slices(groups), group = warp / slices, slice = warp % slices;
+      const int32_t m = begin + group * kWarp + lane;
+      const uint32_t mask = group < groups ? mask_of(a, own, m, word) : 0;
+      const uint32_t to_count = warp < groups ? mask_of(a, own, begin + warp * kWarp + lane, word) : 0;
+      const int32_t* from = a.table + int64_t{word} * kTapsOfWord * a.out_rows.rows + m;
+      uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice), rest;
+      int32_t rows[kPairTapsInFlight];
+      const auto read_entries = [&] {
+        rest = for_taps<kPairTapsInFlight>(taps, [&](int i, int tap) {
+          if (mask >> tap & 1) rows[i] = from[int64_t{tap} * a.out_rows.rows];
+        });
+      };
+      read_entries();
+
+      if (begin == own.begin) {
+        const int32_t each[4] = {of.x, of.y, of.z, of.w};
+        int32_t before = 0, all = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        before += 4 * lane + i < share ? each[i] : 0;
-        all += each[i];
+        for (int i = 0; i < 4; ++i) {
+          before += 4 * lane + i < share ? each[i] : 0;
+          all += each[i];
+        }
+        before = warp_sum(before);
+        all = warp_sum(all);
+        if (lane == 0) next[warp] = before;
+        if (lane == 0 && share == 0 && own_tap < a.taps) a.tap_pairs[own_tap] = all;
       }
-      before = warp_sum(before);
-      all = warp_sum(all);
-      if (lane == 0) next[warp] = before;
-      if (lane == 0 && share == 0) a.tap_pairs[tap] = all;
-    }
-    for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
-      const int32_t groups = (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp;
-      first[warp][lane] = warp < groups ? count_taps(mask_of(a, own, begin + warp * kWarp + lane, word)) : 0;
+      first[warp][lane] = count_taps(to_count);
       __syncthreads();
       {
         const int32_t count = first[lane][warp];
@@ -94,25 +112,16 @@ __global__ void __launch_bounds__(kShareThreads, 1) write_pairs_kernel(PairsArgs
         if (lane == kWarp - 1) next[warp] = before + upto;
       }
       __syncthreads();
-      // Again each warp has 32 rows, and a slice of the taps.
-      const int slices = tap_slices(groups), group = warp / slices, slice = warp % slices;
-      const int32_t m = begin + group * kWarp + lane;
-      const uint32_t mask = group < groups ? mask_of(a, own, m, word) : 0;
       const int32_t place = group < groups ? first[group][lane] : 0;  // of the tap that is this lane's number
-      const int32_t* from = a.table + int64_t{word} * kTapsOfWord * a.out_rows.rows + m;
       Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
-      uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice);
       while (taps != 0) {
-        int32_t rows[kTapsInFlight];
-        const uint32_t rest = for_taps(taps, [&](int i, int tap) {
-          if (mask >> tap & 1) rows[i] = from[int64_t{tap} * a.out_rows.rows];
-        });
-        for_taps(taps, [&](int i, int tap) {
+        for_taps<kPairTapsInFlight>(taps, [&](int i, int tap) {
           const unsigned having = __ballot_sync(kAllLanes, mask >> tap & 1);
           const int32_t at = __shfl_sync(kAllLanes, place, tap) + __popc(having & ((1u << lane) - 1));
           if (mask >> tap & 1) to[int64_t{tap} * a.out_rows.rows + at] = {rows[i], m};
         });
         taps = rest;
+        read_entries();
       }
       __syncthreads();
     }
