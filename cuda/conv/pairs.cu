@@ -57,9 +57,43 @@ __global__ void __launch_bounds__(kShareThreads) count_pairs_kernel(PairsArgs a,
   }
 }
 
+// Where the share's pairs of the warp's tap begin, of whose pairs the lane has those of four shares.
+__device__ void begin_taps(int4 of_shares, int share, int32_t tap, const PairsArgs& a, int32_t* next) {
+  const int lane = threadIdx.x % kWarp;
+  const int32_t each[4] = {of_shares.x, of_shares.y, of_shares.z, of_shares.w};
+  int32_t before = 0, all = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    before += 4 * lane + i < share ? each[i] : 0;
+    all += each[i];
+  }
+  before = warp_sum(before);
+  all = warp_sum(all);
+  if (lane != 0) return;
+  next[tap % kTapsOfWord] = before;
+  if (share == 0 && tap < a.taps) a.tap_pairs[tap] = all;
+}
+
+using OfWarps = int32_t[kWarps][kTapsOfWord + 1];
+
+// From how many pairs of each tap the warps' rows have to where they go; next goes on behind them. A warp a tap.
+__device__ void sum_up(OfWarps& first, int32_t* next) {
+  const int lane = threadIdx.x % kWarp, tap = threadIdx.x / kWarp;
+  const int32_t count = first[lane][tap];
+  int32_t upto = count;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
+    if (lane >= step) upto += below;
+  }
+  const int32_t before = next[tap];
+  first[lane][tap] = before + upto - count;
+  __syncwarp();
+  if (lane == kWarp - 1) next[tap] = before + upto;
+}
+
 __global__ void __launch_bounds__(kShareThreads, 1) write_pairs_kernel(PairsArgs a, const int32_t* counts) {
-  __shared__ int32_t next[kTapsOfWord];                  // where the share's next pair of each tap goes
-  __shared__ int32_t first[kWarps][kTapsOfWord + 1];  // pairs of each tap in a warp's rows; then where they go
+  __shared__ int32_t next[kTapsOfWord];  // where the share's next pair of each tap goes
+  __shared__ OfWarps first;              // pairs of each tap in a warp's rows; then where they go
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, share = blockIdx.x;
   const Range own = rows_of_shares(end_of_real_rows(a.out_rows), share, share + 1);
   if (own.begin == own.end && share > 0) return;
@@ -69,60 +103,37 @@ __global__ void __launch_bounds__(kShareThreads, 1) write_pairs_kernel(PairsArgs
     if (own_tap < a.taps) of = reinterpret_cast<const int4*>(counts + int64_t{own_tap} * kShares)[lane];
     for (int32_t begin = own.begin; begin == own.begin || begin < own.end; begin += kShareThreads) {
       const int32_t groups = max(1, (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp);
-      // A warp has 32 rows and a slice of the taps; it reads the first entries before it knows where they go.
+      const uint32_t to_count = warp < groups ? mask_of(a, own, begin + warp * kWarp + lane, word) : 0;
+      // Again each warp has 32 rows, and a slice of the taps; it reads the first entries before it knows where they go.
       const int slices = tap_slices(groups), group = warp / slices, slice = warp % slices;
       const int32_t m = begin + group * kWarp + lane;
       const uint32_t mask = group < groups ? mask_of(a, own, m, word) : 0;
-      const uint32_t to_count = warp < groups ? mask_of(a, own, begin + warp * kWarp + lane, word) : 0;
       const int32_t* from = a.table + int64_t{word} * kTapsOfWord * a.out_rows.rows + m;
-      uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice), rest;
-      int32_t rows[kPairTapsInFlight];
-      const auto read_entries = [&] {
-        rest = for_taps<kPairTapsInFlight>(taps, [&](int i, int tap) {
+      Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
+      uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice);
+      int32_t place = 0;  // of the tap that is this lane's number
+      bool is_placed = false;
+      do {
+        int32_t rows[kPairTapsInFlight];
+        const uint32_t rest = for_taps<kPairTapsInFlight>(taps, [&](int i, int tap) {
           if (mask >> tap & 1) rows[i] = from[int64_t{tap} * a.out_rows.rows];
         });
-      };
-      read_entries();
-
-      if (begin == own.begin) {
-        const int32_t each[4] = {of.x, of.y, of.z, of.w};
-        int32_t before = 0, all = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          before += 4 * lane + i < share ? each[i] : 0;
-          all += each[i];
+        if (!is_placed) {
+          if (begin == own.begin) begin_taps(of, share, own_tap, a, next);
+          first[warp][lane] = count_taps(to_count);
+          __syncthreads();
+          sum_up(first, next);
+          __syncthreads();
+          place = group < groups ? first[group][lane] : 0;
+          is_placed = true;
         }
-        before = warp_sum(before);
-        all = warp_sum(all);
-        if (lane == 0) next[warp] = before;
-        if (lane == 0 && share == 0 && own_tap < a.taps) a.tap_pairs[own_tap] = all;
-      }
-      first[warp][lane] = count_taps(to_count);
-      __syncthreads();
-      {
-        const int32_t count = first[lane][warp];
-        int32_t upto = count;
-        for (int step = 1; step < kWarp; step *= 2) {
-          const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
-          if (lane >= step) upto += below;
-        }
-        const int32_t before = next[warp];
-        first[lane][warp] = before + upto - count;
-        __syncwarp();
-        if (lane == kWarp - 1) next[warp] = before + upto;
-      }
-      __syncthreads();
-      const int32_t place = group < groups ? first[group][lane] : 0;  // of the tap that is this lane's number
-      Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
-      while (taps != 0) {
         for_taps<kPairTapsInFlight>(taps, [&](int i, int tap) {
           const unsigned having = __ballot_sync(kAllLanes, mask >> tap & 1);
           const int32_t at = __shfl_sync(kAllLanes, place, tap) + __popc(having & ((1u << lane) - 1));
           if (mask >> tap & 1) to[int64_t{tap} * a.out_rows.rows + at] = {rows[i], m};
         });
         taps = rest;
-        read_entries();
-      }
+      } while (taps != 0);
       __syncthreads();
     }
   }

@@ -66,15 +66,16 @@ __device__ void read_keys(const ScheduleArgs& a, const uint16_t* counted, int32_
   for (int i = 0; i < kRows; ++i) keys[i] = row + i * kShareThreads < end ? counted[row + i * kShareThreads] : 0;
 }
 
-// Adds the keys of rows, which find(row, end, keys) finds, to counts in shared memory.
+// Counts the keys of rows, which find(row, end, keys) finds, in shared memory: of rows before `middle` and of the others.
 template <typename Find>
-__device__ void count_keys(Range rows, int32_t* counts, Find find) {
+__device__ void count_keys(Range rows, int32_t* counts, int32_t middle, int32_t* other_counts, Find find) {
   for (int32_t row = rows.begin + threadIdx.x; row < rows.end; row += kRowsInFlight * kShareThreads) {
     int32_t keys[kRowsInFlight];
     find(row, rows.end, keys);
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      if (row + i * kShareThreads < rows.end) atomicAdd(&counts[keys[i]], 1);
+      const int32_t at = row + i * kShareThreads;
+      if (at < rows.end) atomicAdd(&(at < middle ? counts : other_counts)[keys[i]], 1);
     }
   }
 }
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, in
   if (t < kScheduleKeys) own[t] = 0;
   __syncthreads();
   const Range rows = rows_of_shares(end_of_real_rows(a.rows), chunk * kSharesInChunk, (chunk + 1) * kSharesInChunk);
-  count_keys(rows, own, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
+  count_keys(rows, own, rows.end, own, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
     find_keys(a, row, end, found);
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
@@ -110,10 +111,12 @@ __device__ void begin_keys(const ScheduleArgs& a, const int32_t* counts, const u
 #pragma unroll
     for (int c = 0; c < kScheduleChunks; ++c) of_chunk[c] = counts[c * kScheduleKeys + t];
   }
-  const auto find = [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) { read_keys(a, keys, row, end, found); };
-  count_keys(rows_of_shares(n, chunk * kSharesInChunk, share), s.next, find);
+  const int32_t begin = rows_of_shares(n, share, share + 1).begin;
+  const Range to_count = rows_of_shares(n, chunk * kSharesInChunk, counts != nullptr ? share : kShares);
+  count_keys(to_count, s.next, begin, s.later, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
+    read_keys(a, keys, row, end, found);
+  });
   if (counts == nullptr) {
-    count_keys(rows_of_shares(n, share, kShares), s.later, find);
     __syncthreads();
     if (t < kScheduleKeys) of_chunk[0] = s.next[t] + s.later[t];
   }
@@ -136,22 +139,22 @@ __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a,
   const int32_t n = end_of_real_rows(a.rows);
   const Range own = rows_of_shares(n, blockIdx.x, blockIdx.x + 1);
   if (own.begin == own.end) return;
-  int32_t key[1];
-  read_keys(a, keys, own.begin + t, own.end, key);  // on its way while others are counted
-  begin_keys(a, counts, keys, n, s);
   uint32_t in_tile = 0;
   for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
     const int32_t row = begin + t, warps = (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp;
+    int32_t found[1];
+    read_keys(a, keys, row, own.end, found);
+    if (begin == own.begin) begin_keys(a, counts, keys, n, s);  // while the first keys are on their way
+    const int32_t key = found[0];
     int32_t rank = 0;
     if (warp < warps) {
       s.ranks.clear();
-      rank = s.ranks.add<kMostGroups + 1>(key[0], row < own.end);
+      rank = s.ranks.add<kMostGroups + 1>(key, row < own.end);
     }
     __syncthreads();
     s.ranks.sum_up(warps, s.next, &in_tile);
     __syncthreads();
-    if (row < own.end) a.order[s.next[key[0]] + s.ranks.before[warp][key[0]] + rank] = row;
-    read_keys(a, keys, row + kShareThreads, own.end, key);
+    if (row < own.end) a.order[s.next[key] + s.ranks.before[warp][key] + rank] = row;
     __syncthreads();
   }
 }
