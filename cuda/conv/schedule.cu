@@ -22,13 +22,15 @@
 namespace jaxsparse::cuda {
 namespace {
 
+constexpr int kShares = 128;  // of rows, however many there are: about one block a multiprocessor
+constexpr int kShareThreads = 1024;
 constexpr int kWarps = kShareThreads / kWarp;
 constexpr int kSharesInChunk = kShares / kScheduleChunks;
 constexpr int32_t kNotReal = kScheduleKeys - 1;  // the key of rows that are not real, behind those of others
 static_assert(kScheduleKeys <= kShareThreads, "a thread a key");
 
 constexpr int kRowsInFlight = 8;
-constexpr int kFewRows = 16384;  // of which each block of order_kernel counts all keys itself
+constexpr int kFewRows = 8192;   // of which each block of order_kernel counts all keys itself
 
 // The keys of rows row, row + kShareThreads, ... that lie before `end`.
 template <int kRows>
@@ -43,14 +45,16 @@ __device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
+      if (row + i * kShareThreads >= end) break;  // bound by instructions: none for rows that are not there
 #pragma unroll
       for (int g = 0; g < kMostGroups; ++g) {
-        bits[i] |= static_cast<uint32_t>((masks[i] & a.group[g][word]) != 0) << (kMostGroups - 1 - g);
+        if (masks[i] & a.group[g][word]) bits[i] |= 1u << (kMostGroups - 1 - g);
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
+    if (row + i * kShareThreads >= end) break;
 #pragma unroll
     for (int shift = 1; shift < kMostGroups; shift *= 2) bits[i] ^= bits[i] >> shift;  // from Gray code to its place
     keys[i] = static_cast<int32_t>(~bits[i] & ((1u << kMostGroups) - 1));
@@ -75,7 +79,8 @@ __device__ void count_keys(Range rows, int32_t* counts, int32_t middle, int32_t*
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
       const int32_t at = row + i * kShareThreads;
-      if (at < rows.end) atomicAdd(&(at < middle ? counts : other_counts)[keys[i]], 1);
+      if (at >= rows.end) break;
+      atomicAdd(&(at < middle ? counts : other_counts)[keys[i]], 1);
     }
   }
 }
@@ -85,12 +90,13 @@ __global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, in
   const int t = threadIdx.x, chunk = blockIdx.x;
   if (t < kScheduleKeys) own[t] = 0;
   __syncthreads();
-  const Range rows = rows_of_shares(end_of_real_rows(a.rows), chunk * kSharesInChunk, (chunk + 1) * kSharesInChunk);
+  const Range rows = rows_of_shares<kShares>(end_of_real_rows(a.rows), chunk * kSharesInChunk, (chunk + 1) * kSharesInChunk);
   count_keys(rows, own, rows.end, own, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
     find_keys(a, row, end, found);
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      if (row + i * kShareThreads < end) keys[row + i * kShareThreads] = static_cast<uint16_t>(found[i]);
+      if (row + i * kShareThreads >= end) break;
+      keys[row + i * kShareThreads] = static_cast<uint16_t>(found[i]);
     }
   });
   __syncthreads();
@@ -111,8 +117,8 @@ __device__ void begin_keys(const ScheduleArgs& a, const int32_t* counts, const u
 #pragma unroll
     for (int c = 0; c < kScheduleChunks; ++c) of_chunk[c] = counts[c * kScheduleKeys + t];
   }
-  const int32_t begin = rows_of_shares(n, share, share + 1).begin;
-  const Range to_count = rows_of_shares(n, chunk * kSharesInChunk, counts != nullptr ? share : kShares);
+  const int32_t begin = rows_of_shares<kShares>(n, share, share + 1).begin;
+  const Range to_count = rows_of_shares<kShares>(n, chunk * kSharesInChunk, counts != nullptr ? share : kShares);
   count_keys(to_count, s.next, begin, s.later, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
     read_keys(a, keys, row, end, found);
   });
@@ -137,7 +143,7 @@ __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a,
   if (t < kScheduleKeys) s.next[t] = s.later[t] = 0;
   __syncthreads();
   const int32_t n = end_of_real_rows(a.rows);
-  const Range own = rows_of_shares(n, blockIdx.x, blockIdx.x + 1);
+  const Range own = rows_of_shares<kShares>(n, blockIdx.x, blockIdx.x + 1);
   if (own.begin == own.end) return;
   uint32_t in_tile = 0;
   for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
@@ -159,11 +165,10 @@ __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a,
   }
 }
 
-constexpr int kLayOutWarps = 4;  // of a block, which has a tile: each has a slice of the taps, two rows a lane
-constexpr int kLayOutThreads = kLayOutWarps * kWarp;
-constexpr int kTapsInFlight = 8;
-
-__global__ void __launch_bounds__(kLayOutThreads, 10) lay_out_kernel(ScheduleArgs a) {
+// A block has a tile. Each of its warps has a slice of the taps, two rows a lane, and all their entries in flight at once.
+template <int kSlices>
+__global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(ScheduleArgs a) {
+  constexpr int kTapsOfSlice = kWarp / kSlices;
   __shared__ int32_t rows[kScheduleRows];
   __shared__ uint32_t masks[kScheduleRows];
   const int t = threadIdx.x, lane = t % kWarp, slice = t / kWarp;
@@ -182,7 +187,10 @@ __global__ void __launch_bounds__(kLayOutThreads, 10) lay_out_kernel(ScheduleArg
   }
   for (int32_t word = 0; word < a.mask_words; ++word) {
     if (word > 0) __syncthreads();
-    if (t < kScheduleRows) masks[t] = is_real ? a.masks[int64_t{rows[t]} * a.mask_words + word] : 0;
+    if (t < kScheduleRows) {
+      const uint32_t mask = rows[t] < a.rows.rows ? a.masks[int64_t{rows[t]} * a.mask_words + word] : 0;
+      masks[t] = is_real ? mask : 0;  // read before it is known
+    }
     __syncthreads();
     int32_t row[2];
     uint32_t mask[2];
@@ -195,17 +203,16 @@ __global__ void __launch_bounds__(kLayOutThreads, 10) lay_out_kernel(ScheduleArg
     if (t == 0) a.tile_masks[tile * a.mask_words + word] = any;
     const int32_t* from = a.table + int64_t{word} * 32 * a.rows.rows;
     int32_t* to = a.tile_table + (tile * a.taps + word * 32) * kScheduleRows + lane;
-    for (uint32_t taps = taps_of_slice(any, kLayOutWarps, slice), rest; taps != 0; taps = rest) {
-      int32_t entries[kTapsInFlight][2];
-      rest = for_taps<kTapsInFlight>(taps, [&](int i, int tap) {
+    const uint32_t taps = taps_of_slice(any, kSlices, slice);
+    int32_t entries[kTapsOfSlice][2];
+    for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) entries[i][r] = mask[r] >> tap & 1 ? from[int64_t{tap} * a.rows.rows + row[r]] : -1;
-      });
-      for_taps<kTapsInFlight>(taps, [&](int i, int tap) {
+      for (int r = 0; r < 2; ++r) entries[i][r] = mask[r] >> tap & 1 ? from[int64_t{tap} * a.rows.rows + row[r]] : -1;
+    });
+    for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) to[tap * kScheduleRows + r * kWarp] = entries[i][r];
-      });
-    }
+      for (int r = 0; r < 2; ++r) to[tap * kScheduleRows + r * kWarp] = entries[i][r];
+    });
   }
 }
 
@@ -224,7 +231,8 @@ cudaError_t schedule(const ScheduleArgs& a, cudaStream_t stream) {
     }
     JAXSPARSE_TRY(launch(order_kernel, tiles < kShares ? tiles : kShares, {kShareThreads}, stream, a, counts, keys));
   }
-  return launch(lay_out_kernel, tiles, {kLayOutThreads}, stream, a);
+  if (tiles <= kFewTiles) return launch(lay_out_kernel<8>, tiles, {8 * kWarp}, stream, a);
+  return launch(lay_out_kernel<4>, tiles, {4 * kWarp}, stream, a);
 }
 
 }  // namespace jaxsparse::cuda
