@@ -5,7 +5,7 @@
 //             that the long tiles of the convolution begin first. A block counts the keys of a chunk of rows.
 //     order   a block for each share of a chunk: its rows go after those of lesser keys, in all chunks, and after equal ones,
 //             in earlier chunks and in its own chunk, which it counts anew: that is cheaper than one more kernel that sums
-//             up counts of shares, or reading them all. Few rows are not counted in chunks: each block finds all keys.
+//             up counts of shares, or reading them all.
 //     lay out a block a tile: the masks of its rows, and under the taps that any has, their entries, gathered from the table
 //             and written a whole tile's line at a time. Rows of one key keep their order, so that gathers share sectors.
 //
@@ -30,21 +30,19 @@ constexpr int32_t kNotReal = kScheduleKeys - 1;  // the key of rows that are not
 static_assert(kScheduleKeys <= kShareThreads, "a thread a key");
 
 constexpr int kRowsInFlight = 8;
-constexpr int kFewRows = 8192;   // of which each block of order_kernel counts all keys itself
 
 // The keys of rows row, row + kShareThreads, ... that lie before `end`.
-template <int kRows>
-__device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32_t (&keys)[kRows]) {
-  uint32_t bits[kRows] = {};
+__device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32_t (&keys)[kRowsInFlight]) {
+  uint32_t bits[kRowsInFlight] = {};
   for (int32_t word = 0; word < a.mask_words; ++word) {
-    uint32_t masks[kRows];
+    uint32_t masks[kRowsInFlight];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRowsInFlight; ++i) {
       const int64_t m = row + i * kShareThreads;
       masks[i] = m < end ? a.masks[m * a.mask_words + word] : 0;
     }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRowsInFlight; ++i) {
       if (row + i * kShareThreads >= end) break;  // bound by instructions: none for rows that are not there
 #pragma unroll
       for (int g = 0; g < kMostGroups; ++g) {
@@ -53,7 +51,7 @@ __device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32
     }
   }
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRowsInFlight; ++i) {
     if (row + i * kShareThreads >= end) break;
 #pragma unroll
     for (int shift = 1; shift < kMostGroups; shift *= 2) bits[i] ^= bits[i] >> shift;  // from Gray code to its place
@@ -62,25 +60,16 @@ __device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32
   }
 }
 
-// The same, from count_kernel's keys where there are such.
-template <int kRows>
-__device__ void read_keys(const ScheduleArgs& a, const uint16_t* counted, int32_t row, int32_t end, int32_t (&keys)[kRows]) {
-  if (counted == nullptr) return find_keys(a, row, end, keys);
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) keys[i] = row + i * kShareThreads < end ? counted[row + i * kShareThreads] : 0;
-}
-
-// Counts the keys of rows, which find(row, end, keys) finds, in shared memory: of rows before `middle` and of the others.
+// Adds the keys of rows, which find(row, end, keys) finds, to counts in shared memory.
 template <typename Find>
-__device__ void count_keys(Range rows, int32_t* counts, int32_t middle, int32_t* other_counts, Find find) {
+__device__ void count_keys(Range rows, int32_t* counts, Find find) {
   for (int32_t row = rows.begin + threadIdx.x; row < rows.end; row += kRowsInFlight * kShareThreads) {
     int32_t keys[kRowsInFlight];
     find(row, rows.end, keys);
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      const int32_t at = row + i * kShareThreads;
-      if (at >= rows.end) break;
-      atomicAdd(&(at < middle ? counts : other_counts)[keys[i]], 1);
+      if (row + i * kShareThreads >= rows.end) break;
+      atomicAdd(&counts[keys[i]], 1);
     }
   }
 }
@@ -91,7 +80,7 @@ __global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, in
   if (t < kScheduleKeys) own[t] = 0;
   __syncthreads();
   const Range rows = rows_of_shares<kShares>(end_of_real_rows(a.rows), chunk * kSharesInChunk, (chunk + 1) * kSharesInChunk);
-  count_keys(rows, own, rows.end, own, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
+  count_keys(rows, own, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
     find_keys(a, row, end, found);
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
@@ -104,28 +93,23 @@ __global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, in
 }
 
 struct OrderShared {
-  int32_t next[kScheduleKeys];   // where the block's next row of each key goes
-  int32_t later[kScheduleKeys];  // rows of each key from the block's first row on, unless chunks were counted
+  int32_t next[kScheduleKeys];  // where the block's next row of each key goes
   Ranks<kWarps, kScheduleKeys> ranks;
 };
 
 // Adds to next, which is 0, where the block's rows of each key begin, one a thread.
-__device__ void begin_keys(const ScheduleArgs& a, const int32_t* counts, const uint16_t* keys, int32_t n, OrderShared& s) {
-  const int t = threadIdx.x, share = blockIdx.x, chunk = counts != nullptr ? share / kSharesInChunk : 0;
-  int32_t of_chunk[kScheduleChunks] = {};
-  if (counts != nullptr && t < kScheduleKeys) {
+__device__ void begin_keys(const int32_t* counts, const uint16_t* keys, int32_t n, OrderShared& s) {
+  const int t = threadIdx.x, share = blockIdx.x, chunk = share / kSharesInChunk;
+  int32_t of_chunk[kScheduleChunks];
 #pragma unroll
-    for (int c = 0; c < kScheduleChunks; ++c) of_chunk[c] = counts[c * kScheduleKeys + t];
-  }
-  const int32_t begin = rows_of_shares<kShares>(n, share, share + 1).begin;
-  const Range to_count = rows_of_shares<kShares>(n, chunk * kSharesInChunk, counts != nullptr ? share : kShares);
-  count_keys(to_count, s.next, begin, s.later, [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
-    read_keys(a, keys, row, end, found);
-  });
-  if (counts == nullptr) {
-    __syncthreads();
-    if (t < kScheduleKeys) of_chunk[0] = s.next[t] + s.later[t];
-  }
+  for (int c = 0; c < kScheduleChunks; ++c) of_chunk[c] = t < kScheduleKeys ? counts[c * kScheduleKeys + t] : 0;
+  count_keys(rows_of_shares<kShares>(n, chunk * kSharesInChunk, share), s.next,
+             [&](int32_t row, int32_t end, int32_t(&found)[kRowsInFlight]) {
+#pragma unroll
+               for (int i = 0; i < kRowsInFlight; ++i) {
+                 found[i] = row + i * kShareThreads < end ? keys[row + i * kShareThreads] : 0;
+               }
+             });
   int32_t before = 0, all = 0;
 #pragma unroll
   for (int c = 0; c < kScheduleChunks; ++c) {
@@ -140,7 +124,7 @@ __device__ void begin_keys(const ScheduleArgs& a, const int32_t* counts, const u
 __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a, const int32_t* counts, const uint16_t* keys) {
   __shared__ OrderShared s;
   const int t = threadIdx.x, warp = t / kWarp;
-  if (t < kScheduleKeys) s.next[t] = s.later[t] = 0;
+  if (t < kScheduleKeys) s.next[t] = 0;
   __syncthreads();
   const int32_t n = end_of_real_rows(a.rows);
   const Range own = rows_of_shares<kShares>(n, blockIdx.x, blockIdx.x + 1);
@@ -148,10 +132,8 @@ __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a,
   uint32_t in_tile = 0;
   for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
     const int32_t row = begin + t, warps = (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp;
-    int32_t found[1];
-    read_keys(a, keys, row, own.end, found);
-    if (begin == own.begin) begin_keys(a, counts, keys, n, s);  // while the first keys are on their way
-    const int32_t key = found[0];
+    const int32_t key = row < own.end ? keys[row] : 0;
+    if (begin == own.begin) begin_keys(counts, keys, n, s);  // while the first keys are on their way
     int32_t rank = 0;
     if (warp < warps) {
       s.ranks.clear();
@@ -222,13 +204,9 @@ cudaError_t schedule(const ScheduleArgs& a, cudaStream_t stream) {
   const int64_t tiles = div_up(a.rows.rows, kScheduleRows);
   if (a.groups > 0) {
     Workspace workspace(a.workspace);
-    int32_t* counts = workspace.take<int32_t>(kScheduleChunks * kScheduleKeys);
-    uint16_t* keys = workspace.take<uint16_t>(a.rows.rows);
-    if (a.rows.rows > kFewRows) {
-      JAXSPARSE_TRY(launch(count_kernel, kScheduleChunks, {kShareThreads}, stream, a, counts, keys));
-    } else {
-      counts = nullptr, keys = nullptr;
-    }
+    int32_t* const counts = workspace.take<int32_t>(kScheduleChunks * kScheduleKeys);
+    uint16_t* const keys = workspace.take<uint16_t>(a.rows.rows);
+    JAXSPARSE_TRY(launch(count_kernel, kScheduleChunks, {kShareThreads}, stream, a, counts, keys));
     JAXSPARSE_TRY(launch(order_kernel, tiles < kShares ? tiles : kShares, {kShareThreads}, stream, a, counts, keys));
   }
   if (tiles <= kFewTiles) return launch(lay_out_kernel<8>, tiles, {8 * kWarp}, stream, a);
