@@ -282,7 +282,7 @@ ffi::Error conv_pairs(cudaStream_t stream, In table, In masks, In out_counts, Ou
   ConvPairs s;
   ffi::Error error = check_conv_pairs(table, masks, out_counts, pairs, tap_pairs, workspace, &s);
   if (error.failure()) return error;
-  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.taps));
+  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.taps, s.out_rows));
   if (error.failure()) return error;
   const cuda::PairsArgs args{ints(table),
                              masks.typed_data<uint32_t>(),

@@ -49,9 +49,9 @@ constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_cha
 
 constexpr int64_t conv_wgrad_workspace(int64_t taps, int64_t out_rows, int64_t in_channels, int64_t out_channels,
                                        int64_t sum_bytes) {
-  return padded(8 * taps * out_rows) + padded(4 * taps) + pairs_workspace(taps)  // pairs
-         + padded(4 * (taps + 1))                                                // first slot of each tap
-         + padded(4)                                                             // pairs in a slot
+  return padded(8 * taps * out_rows) + padded(4 * taps) + pairs_workspace(taps, out_rows)  // pairs
+         + padded(4 * (taps + 1))                                                          // first slot of each tap
+         + padded(4)                                                                       // pairs in a slot
          + wgrad_slots(taps, in_channels, out_channels, sum_bytes) * in_channels * out_channels * sum_bytes;
 }
 

@@ -163,8 +163,8 @@ cudaError_t run(const ConvWgradArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   plan.pairs = workspace.take<Pair>(static_cast<int64_t>(a.taps) * a.out_rows.rows);
   plan.tap_pairs = workspace.take<int32_t>(a.taps);
-  const PairsArgs list{a.table,    a.masks,        a.out_rows, a.taps, a.mask_words,
-                       plan.pairs, plan.tap_pairs, workspace.take<char>(pairs_workspace(a.taps))};
+  void* const of_pairs = workspace.take<char>(pairs_workspace(a.taps, a.out_rows.rows));
+  const PairsArgs list{a.table, a.masks, a.out_rows, a.taps, a.mask_words, plan.pairs, plan.tap_pairs, of_pairs};
   plan.first_slot = workspace.take<int32_t>(a.taps + 1);
   plan.pairs_in_slot = workspace.take<int32_t>(1);
   plan.partials = workspace.take<Accumulator<T>>(0);

@@ -1,9 +1,8 @@
-// count   the pairs of each tap in each share of the output rows, from the masks
-// write   a block a share: the pairs of each tap go behind those of earlier shares, and of the warps before in its own
+// count   the pairs of each tap in each share of the output rows, from the masks, and in a share before each 32 rows
+// write   a block a tile: its pairs go behind those of earlier shares, and of the rows before in its own
 //
-// Bound by latency, and by reading the table under present taps, a sector of 32 bytes for each eight rows that have any.
-// Measured on an H200, 3^3 kernel on the levels of a LiDAR scan, 91,767 to 5,925 rows: 15.3, 11.7, 9.2, 8.4, 7.8 us; three
-// kernels that read the whole table twice took 22.1, 15.8, 10.4, 7.6, 6.9.
+// Three kernels that read the whole table twice took 22.1, 15.8, 10.4, 7.6, 6.9 us on the levels of a LiDAR scan, 91,767 to
+// 5,925 rows, on an H200; a block a share that wrote its pairs, 15.5, 11.9, 9.7, 8.9, 8.4; two blocks a share, 18.2 to 9.2.
 #include "cuda/conv/pairs.h"
 
 #include "cuda/conv/entries.cuh"
@@ -11,120 +10,119 @@
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kWarps = kShareThreads / kWarp;
+constexpr int kCountThreads = 1024;
 constexpr int kTapsOfWord = 32;
-static_assert(kWarps == kTapsOfWord, "a warp adds up a tap");
-static_assert(kPairShares == kShares && kShares == 4 * kWarp, "four counts a lane");
+constexpr int kTileRows = 2 * kWarp;
+static_assert(kCountThreads / kWarp == kTapsOfWord && kTapsOfWord == kWarp, "a warp adds up a tap, a lane has one");
 
-// The mask's word of a row, 0 where it is not a real one of the share's.
-__device__ uint32_t mask_of(const PairsArgs& a, Range share, int32_t m, int32_t word) {
-  const bool is_real = m < share.end && (a.out_rows.number == 1 || row_is_real(a.out_rows, m));
-  return is_real ? a.masks[int64_t{m} * a.mask_words + word] : 0;
-}
-
-// How many lanes have the tap that is this lane's number.
-__device__ int32_t count_taps(uint32_t mask) {
+// Bit i of lane k is bit k of lane i.
+__device__ uint32_t transposed(uint32_t bits) {
   const int lane = threadIdx.x % kWarp;
-  int32_t count = 0;
-  for (uint32_t taps = __reduce_or_sync(kAllLanes, mask); taps != 0; taps &= taps - 1) {
-    const int tap = __ffs(static_cast<int>(taps)) - 1;
-    const unsigned having = __ballot_sync(kAllLanes, mask >> tap & 1);
-    if (lane == tap) count = __popc(having);
-  }
-  return count;
-}
-
-__device__ int32_t warp_sum(int32_t value) {
-  for (int step = 1; step < kWarp; step *= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
-__global__ void __launch_bounds__(kShareThreads) count_pairs_kernel(PairsArgs a, int32_t* counts) {
-  __shared__ int32_t of_share[kTapsOfWord];
-  const int t = threadIdx.x, lane = t % kWarp;
-  const Range own = rows_of_shares(end_of_real_rows(a.out_rows), blockIdx.x, blockIdx.x + 1);
-  for (int32_t word = 0; word < a.mask_words; ++word) {
-    if (t < kTapsOfWord) of_share[t] = 0;
-    __syncthreads();
-    for (int32_t begin = own.begin + t - lane; begin < own.end; begin += kShareThreads) {
-      const int32_t count = count_taps(mask_of(a, own, begin + lane, word));
-      if (count != 0) atomicAdd(&of_share[lane], count);
-    }
-    __syncthreads();
-    const int32_t tap = word * kTapsOfWord + t;
-    if (t < kTapsOfWord && tap < a.taps) counts[int64_t{tap} * kShares + blockIdx.x] = of_share[t];
-  }
-}
-
-__global__ void __launch_bounds__(kShareThreads, 1) write_pairs_kernel(PairsArgs a, const int32_t* counts) {
-  __shared__ int32_t next[kTapsOfWord];                  // where the share's next pair of each tap goes
-  __shared__ int32_t first[kWarps][kTapsOfWord + 1];  // pairs of each tap in a warp's rows; then where they go
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, share = blockIdx.x;
-  const Range own = rows_of_shares(end_of_real_rows(a.out_rows), share, share + 1);
-  if (own.begin == own.end && share > 0) return;
-  for (int32_t word = 0; word < a.mask_words; ++word) {
-    if (const int32_t tap = word * kTapsOfWord + warp; tap < a.taps) {
-      const int4 of = reinterpret_cast<const int4*>(counts + int64_t{tap} * kShares)[lane];
-      const int32_t each[4] = {of.x, of.y, of.z, of.w};
-      int32_t before = 0, all = 0;
+  uint32_t low = 0x0000ffffu;  // bits that a lane without `step` keeps
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        before += 4 * lane + i < share ? each[i] : 0;
-        all += each[i];
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    const uint32_t other = __shfl_xor_sync(kAllLanes, bits, step);
+    bits = lane & step ? (bits & ~low) | (other >> step & low) : (bits & low) | (other << step & ~low);
+    low ^= low << step / 2;
+  }
+  return bits;
+}
+
+__global__ void __launch_bounds__(kCountThreads) count_pairs_kernel(PairsArgs a, int32_t* counts, int32_t* starts) {
+  __shared__ int32_t next[kTapsOfWord];                      // the share's pairs of each tap so far
+  __shared__ int32_t before[kTapsOfWord][kTapsOfWord + 1];  // pairs of each tap in a warp's rows; then before them
+  const int t = threadIdx.x, lane = t % kWarp, warp = t / kWarp, share = blockIdx.x;
+  const Range own = rows_of_shares<kPairShares>(end_of_real_rows(a.out_rows), share, share + 1);
+  const int64_t groups = div_up(a.out_rows.rows, kWarp);
+  for (int32_t word = 0; word < a.mask_words; ++word) {
+    if (t < kTapsOfWord) next[t] = 0;
+    for (int32_t begin = own.begin; begin < own.end; begin += kCountThreads) {
+      const int32_t m = begin + t;
+      const bool is_real = m < own.end && (a.out_rows.number == 1 || row_is_real(a.out_rows, m));
+      before[warp][lane] = __popc(transposed(is_real ? a.masks[int64_t{m} * a.mask_words + word] : 0));
+      __syncthreads();
+      const int32_t count = before[lane][warp], earlier = next[warp];  // of the tap that is the warp's number
+      int32_t upto = count;
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
+        if (lane >= step) upto += below;
       }
-      before = warp_sum(before);
-      all = warp_sum(all);
-      if (lane == 0) next[warp] = before;
-      if (lane == 0 && share == 0) a.tap_pairs[tap] = all;
+      before[lane][warp] = earlier + upto - count;
+      if (lane == kWarp - 1) next[warp] = earlier + upto;
+      __syncthreads();
+      if (m - lane < own.end) starts[(word * groups + m / kWarp) * kTapsOfWord + lane] = before[warp][lane];
     }
-    for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
-      const int32_t groups = (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp;
-      first[warp][lane] = warp < groups ? count_taps(mask_of(a, own, begin + warp * kWarp + lane, word)) : 0;
-      __syncthreads();
-      {
-        const int32_t count = first[lane][warp];
-        int32_t upto = count;
-        for (int step = 1; step < kWarp; step *= 2) {
-          const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
-          if (lane >= step) upto += below;
-        }
-        const int32_t before = next[warp];
-        first[lane][warp] = before + upto - count;
-        __syncwarp();
-        if (lane == kWarp - 1) next[warp] = before + upto;
-      }
-      __syncthreads();
-      // Again each warp has 32 rows, and a slice of the taps.
-      const int slices = tap_slices(groups), group = warp / slices, slice = warp % slices;
-      const int32_t m = begin + group * kWarp + lane;
-      const uint32_t mask = group < groups ? mask_of(a, own, m, word) : 0;
-      const int32_t place = group < groups ? first[group][lane] : 0;  // of the tap that is this lane's number
-      const int32_t* from = a.table + int64_t{word} * kTapsOfWord * a.out_rows.rows + m;
-      Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
-      uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask), slices, slice);
-      while (taps != 0) {
-        int32_t rows[kTapsInFlight];
-        const uint32_t rest = for_taps(taps, [&](int i, int tap) {
-          if (mask >> tap & 1) rows[i] = from[int64_t{tap} * a.out_rows.rows];
-        });
-        for_taps(taps, [&](int i, int tap) {
-          const unsigned having = __ballot_sync(kAllLanes, mask >> tap & 1);
-          const int32_t at = __shfl_sync(kAllLanes, place, tap) + __popc(having & ((1u << lane) - 1));
-          if (mask >> tap & 1) to[int64_t{tap} * a.out_rows.rows + at] = {rows[i], m};
-        });
-        taps = rest;
-      }
-      __syncthreads();
+    if (t < kTapsOfWord) counts[(int64_t{word} * kPairShares + share) * kTapsOfWord + t] = next[t];
+  }
+}
+
+// Each warp of a block has a slice of the taps, two rows a lane, and all their entries in flight at once.
+template <int kSlices>
+__global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
+    write_pairs_kernel(PairsArgs a, const int32_t* counts, const int32_t* starts) {
+  constexpr int kTapsOfSlice = kTapsOfWord / kSlices, kSharesOfSlice = kPairShares / kSlices;
+  __shared__ int32_t sums[kSlices][kTapsOfWord];
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int32_t first = static_cast<int32_t>(blockIdx.x) * kTileRows, n = end_of_real_rows(a.out_rows);
+  const int share = first < n ? static_cast<int>(first / share_size(n, kTileRows, kPairShares)) : 0;
+  const int64_t groups = div_up(a.out_rows.rows, kWarp);
+  for (int32_t word = 0; word < a.mask_words; ++word) {
+    int32_t row[2], place[2];  // a row, and where the tap that is the lane's number begins
+    uint32_t mask[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      row[r] = first + r * kWarp + lane;
+      const uint32_t of_row = row[r] < a.out_rows.rows ? a.masks[int64_t{row[r]} * a.mask_words + word] : 0;
+      mask[r] = row_is_real(a.out_rows, row[r]) ? of_row : 0;  // read before it is known
+      place[r] = row[r] - lane < n ? starts[(word * groups + row[r] / kWarp) * kTapsOfWord + lane] : 0;
     }
+    int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSharesOfSlice; ++i) {
+      const int other = i * kSlices + slice;
+      if (other < share || first == 0) sum += counts[(int64_t{word} * kPairShares + other) * kTapsOfWord + lane];
+    }
+    const uint32_t taps = taps_of_slice(__reduce_or_sync(kAllLanes, mask[0] | mask[1]), kSlices, slice);
+    const int32_t* const from = a.table + int64_t{word} * kTapsOfWord * a.out_rows.rows;
+    int32_t entries[kTapsOfSlice][2];
+    for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (mask[r] >> tap & 1) entries[i][r] = from[int64_t{tap} * a.out_rows.rows + row[r]];
+      }
+    });
+    if (word > 0) __syncthreads();
+    sums[slice][lane] = sum;
+    __syncthreads();
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < kSlices; ++i) sum += sums[i][lane];
+    if (first == 0) {  // which has summed up all shares
+      if (const int32_t tap = word * kTapsOfWord + lane; slice == 0 && tap < a.taps) a.tap_pairs[tap] = sum;
+      sum = 0;
+    }
+    Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
+    for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const unsigned having = __ballot_sync(kAllLanes, mask[r] >> tap & 1);
+        const int32_t at = __shfl_sync(kAllLanes, sum + place[r], tap) + __popc(having & ((1u << lane) - 1));
+        if (mask[r] >> tap & 1) to[int64_t{tap} * a.out_rows.rows + at] = {entries[i][r], row[r]};
+      }
+    });
   }
 }
 
 }  // namespace
 
 cudaError_t list_pairs(const PairsArgs& a, cudaStream_t stream) {
-  int32_t* const counts = static_cast<int32_t*>(a.workspace);
-  JAXSPARSE_TRY(launch(count_pairs_kernel, kShares, {kShareThreads}, stream, a, counts));
-  return launch(write_pairs_kernel, kShares, {kShareThreads}, stream, a, static_cast<const int32_t*>(counts));
+  Workspace workspace(a.workspace);
+  int32_t* const counts = workspace.take<int32_t>(int64_t{a.mask_words} * kTapsOfWord * kPairShares);
+  int32_t* const starts = workspace.take<int32_t>(a.mask_words * kTapsOfWord * div_up(a.out_rows.rows, kWarp));
+  JAXSPARSE_TRY(launch(count_pairs_kernel, kPairShares, {kCountThreads}, stream, a, counts, starts));
+  const int64_t tiles = div_up(a.out_rows.rows, kTileRows);
+  if (tiles <= kFewTiles) return launch(write_pairs_kernel<8>, tiles, {8 * kWarp}, stream, a, counts, starts);
+  return launch(write_pairs_kernel<4>, tiles, {4 * kWarp}, stream, a, counts, starts);
 }
 
 }  // namespace jaxsparse::cuda

@@ -18,13 +18,16 @@ struct PairsArgs {
   int32_t taps, mask_words;
   Pair* pairs;         // [taps, out_rows]: the first tap_pairs[k] of each tap, in the order of output rows
   int32_t* tap_pairs;  // [taps]
-  void* workspace;     // pairs_workspace(taps)
+  void* workspace;     // pairs_workspace(taps, out_rows)
 };
 
 cudaError_t list_pairs(const PairsArgs& args, cudaStream_t stream);
 
-constexpr int kPairShares = 128;  // of the output rows, whose pairs are counted
+constexpr int kPairShares = 64;  // of the output rows, whose pairs are counted
 
-constexpr int64_t pairs_workspace(int64_t taps) { return padded(4 * taps * kPairShares); }
+constexpr int64_t pairs_workspace(int64_t taps, int64_t out_rows) {
+  const int64_t counts_bytes = 4 * 32 * div_up(taps, 32);  // of all taps
+  return padded(counts_bytes * kPairShares) + padded(counts_bytes * div_up(out_rows, 32));
+}
 
 }  // namespace jaxsparse::cuda

@@ -54,7 +54,7 @@ def site_index(rows: int) -> int:
 def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:
     """`conv_wgrad_workspace` in cuda/conv/conv.h; sums take `sum_bytes` each, 4 or 8."""
     slots = max(2 * volume, min(2048, 2**25 // (c_in * c_out * sum_bytes)))
-    pairs = _padded(8 * volume * out_rows) + _padded(4 * volume) + conv_pairs(volume)
+    pairs = _padded(8 * volume * out_rows) + _padded(4 * volume) + conv_pairs(volume, out_rows)
     return pairs + _padded(4 * (volume + 1)) + _padded(4) + slots * c_in * c_out * sum_bytes
 
 
@@ -63,9 +63,10 @@ def conv_schedule(rows: int) -> int:
     return _padded(4 * 16 * 513) + _padded(2 * rows)
 
 
-def conv_pairs(volume: int) -> int:
+def conv_pairs(volume: int, out_rows: int) -> int:
     """`pairs_workspace` in cuda/conv/pairs.h."""
-    return _padded(4 * volume * 128)
+    counts = 4 * 32 * -(-volume // 32)
+    return _padded(counts * 64) + _padded(counts * -(-out_rows // 32))
 
 
 def wgrad_gemm(slots: int, c_in: int, c_out: int) -> int:

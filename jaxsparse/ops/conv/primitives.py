@@ -182,7 +182,7 @@ def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     structs = [
         jax.ShapeDtypeStruct((taps, rows, 2), jnp.int32),
         jax.ShapeDtypeStruct((taps,), jnp.int32),
-        _workspace.struct("cuda", _workspace.conv_pairs(taps)),
+        _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
     ]
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, masks, out_counts)
     slots = cost.wgrad_slots(taps, c_in, c_out)
