@@ -160,7 +160,7 @@ def test_float32_weights_of_a_bfloat16_layer_get_float32_gradients(calls):
     gradient = jax.grad(lambda k: js.ops.conv(x, k, kernel_size=3).feats.astype(jnp.float32).sum())(kernel)
     assert gradient.dtype == jnp.float32
     assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
-    assert made_of(calls)["wgrad_gemm"] == 1
+    assert "jaxsparse_wgrad_gemm_v1" in calls
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum", "max", "first"])
