@@ -116,7 +116,7 @@ class Gpu:
 
 H100 = Gpu()
 STEP_BYTES = 128  # of depth, that a step multiplies
-PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5, "float64": 1.1e5}
+PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5}
 """Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
 FLOAT_ROW_US, FLOAT_COL_US = 0.0027, 0.0014  # of a step of float32: tiles of 64 rows cost half of those of 128
 BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}

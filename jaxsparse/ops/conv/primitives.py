@@ -120,7 +120,7 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, ende
         (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], *operands, **spec.attributes(own))
         return [y.astype(out_dtype)]
     widths = problem.widths(platform)
-    x, w = _padded(x, *widths[:1]), _padded(w, *widths)
+    x, w = _padded(x, widths[0]), _padded(w, *widths)
     struct = jax.ShapeDtypeStruct((rows, widths[1]), result)
     sort = answer(choices.sort(platform, problem), spec.config.sort).choice
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
