@@ -71,7 +71,11 @@ ROWS = {
         *_same("lidar", 2, 128),
         *_same("lidar", 3, 256),
     ],
-    "widths": [Layer("lidar", 0, 4, 32), *_same("lidar", 0, 16, 48, 36), *_same("lidar", 3, 512)],
+    "widths": [
+        *(Layer("lidar", 0, *widths) for widths in ((4, 32), (3, 16), (30, 50))),
+        *_same("lidar", 0, 16, 48, 36),
+        *_same("lidar", 3, 512),
+    ],
     "strided": [
         *(Layer("lidar", level, c, c, TWO, "strided") for level, c in enumerate((32, 32, 64, 128))),
         *(Layer("lidar", 3 - i, *widths, TWO, "inverse") for i, widths in enumerate(DECODER)),

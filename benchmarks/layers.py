@@ -4,8 +4,8 @@
     python benchmarks/layers.py --data SCANS --device cpu --dtype float32 --share 0.02 --steps 3     # a quick look
 
 - Maps are given. A layer's time is that of its product alone; what it needs beyond the map (row order, pairs, the
-  reversed map, transposed weights) has its own column, "beyond us". spconv sorts rows while it builds its map, which
-  is not in its figures either. Its backward is one call, so it stands against dgrad plus wgrad.
+  reversed map, transposed weights, channels padded with zeros) has its own column, "beyond us". spconv sorts rows while
+  it builds its map, which is not in its figures. Its backward is one call, so it stands against dgrad plus wgrad.
 - GPU time is the sum of kernel times in a profiler trace, the median of all steps, on a ring of different inputs. On a
   CPU it is wall time, and nothing is beside it.
 - Candidates: every tile of `jaxsparse.ops.conv` that computes at most a quarter of its channels in vain, rows sorted or
@@ -36,12 +36,13 @@ from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case, pyramid
 from reference import ONE
 
 from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
+from jaxsparse.ops.conv.choices import scheduled_widths
 
 # cuBLAS as it comes, and each kernel by itself: layers are too short for CUDA graphs to matter.
 COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0, "xla_gpu_graph_min_graph_size": 10**6}
 PLAIN = "plain JAX"
 MOST_WASTE = 1.25  # channels that a tile may compute for each that is needed
-PRODUCTS = ("conv_gemm", "conv_forward", "wgrad_gemm", "conv_wgrad")  # custom calls; others prepare
+PRODUCTS = ("conv_gemm", "wgrad_gemm")  # custom calls on a GPU; others prepare
 
 
 def fitting(tiles, **sizes):
@@ -58,14 +59,15 @@ def configs(layer, name, dtype):
     plain = [(PLAIN, None, "xla")]
     if layer.kernel == ONE:
         return plain
-    if jax.default_backend() != "gpu" or c_in % 4 or c_out % 8:
+    if jax.default_backend() != "gpu":
         rows = (64,) if name == "wgrad" else (32, 64, 128)
         return [(f"{r} rows", ConvConfig(tile_rows=r), "auto") for r in rows] + plain
     is_float = DTYPES[dtype] == jnp.float32
     if name == "wgrad":
         tiles = fitting(FLOAT_WGRAD_TILES if is_float else WGRAD_TILES, rows=c_in, cols=c_out)
         return [("x".join(map(str, t)), ConvConfig(wgrad=t), "auto") for t in tiles] + plain
-    built = FLOAT_TILES if is_float else FORWARD_TILES if c_in % 8 == 0 else NARROW_TILES
+    is_narrow = scheduled_widths(jnp.dtype(DTYPES[dtype]), c_in, c_out)[0] % 8 != 0
+    built = FLOAT_TILES if is_float else NARROW_TILES if is_narrow else FORWARD_TILES
     tiles = fitting(built, cols=c_out)
     return [
         ("x".join(map(str, t)) + (", sorted" if sort else ""), ConvConfig(forward=t, dgrad=t, sort=sort), "auto")

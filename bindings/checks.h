@@ -284,26 +284,20 @@ inline ffi::Error check_reverse_table(In table, In out_counts, Out reverse, Out 
 // --- 6 conv_forward, 7 conv_wgrad ---
 
 struct Conv {
-  ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
-  ffi::DataType out_dtype = ffi::DataType::INVALID;  // of y, or of dw
+  ffi::DataType dtype = ffi::DataType::INVALID;  // of everything
   int tile_rows = 0;
   int64_t taps = kUnbound, in_rows = kUnbound, out_rows = kUnbound, in_channels = kUnbound, out_channels = kUnbound;
   int64_t segments = kUnbound, mask_words = kUnbound, workspace = kUnbound;
 };
 
-// What both convolutions share: the map, the dtypes, the attributes.
-inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, ffi::DataType out_dtype,
-                       int64_t tile_rows, Conv* s) {
+// What both convolutions share: the map, the dtype, the attributes.
+inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, int64_t tile_rows, Conv* s) {
   s->dtype = x.element_type();
-  s->out_dtype = out_dtype;
   checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
   checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
   if (checks.ok()) s->mask_words = (s->taps + 31) / 32;
   checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
   checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
-  checks.require(is_feature_dtype(s->dtype), "x must be float16, bfloat16, float32 or float64");
-  checks.require(out_dtype == s->dtype || (out_dtype == ffi::F32 && is_16_bit(s->dtype)),
-                 "the result must have the dtype of x, or float32 where x has 16 bits");
   checks.require(tile_rows == 32 || tile_rows == 64 || tile_rows == 128, "tile_rows must be 32, 64 or 128");
   checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
   checks.require(s->in_channels >= 1, "x must have at least one channel");
@@ -314,9 +308,9 @@ inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, 
 inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_counts, Out y,
                                      int64_t tile_rows, Conv* s) {
   Checks checks("jaxsparse_conv_forward_v1");
-  check_conv(checks, x, table, masks, out_counts, y->element_type(), tile_rows, s);
+  check_conv(checks, x, table, masks, out_counts, tile_rows, s);
   checks.operand("w", w, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
-  checks.operand("y", y, s->out_dtype, {&s->out_rows, &s->out_channels});
+  checks.operand("y", y, s->dtype, {&s->out_rows, &s->out_channels});
   checks.require(s->out_channels >= 1, "w must have at least one output channel");
   return checks.error();
 }
@@ -324,9 +318,9 @@ inline ffi::Error check_conv_forward(In x, In w, In table, In masks, In out_coun
 inline ffi::Error check_conv_wgrad(In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
                                    int64_t tile_rows, Conv* s) {
   Checks checks("jaxsparse_conv_wgrad_v1");
-  check_conv(checks, x, table, masks, out_counts, dw->element_type(), tile_rows, s);
+  check_conv(checks, x, table, masks, out_counts, tile_rows, s);
   checks.operand("g", g, s->dtype, {&s->out_rows, &s->out_channels});
-  checks.operand("dw", dw, s->out_dtype, {&s->taps, &s->in_channels, &s->out_channels});
+  checks.operand("dw", dw, s->dtype, {&s->taps, &s->in_channels, &s->out_channels});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   checks.require(s->out_channels >= 1, "g must have at least one channel");
   return checks.error();

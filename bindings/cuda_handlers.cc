@@ -138,16 +138,21 @@ ffi::Error reverse_table(cudaStream_t stream, In table, In out_counts, Out rever
   return launch_error("jaxsparse_reverse_table_v1", cuda::reverse_table(args, stream));
 }
 
+ffi::Error check_float64(const char* call, ffi::DataType dtype) {
+  if (dtype == ffi::F64) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(std::string(call) + ": on CUDA it computes in float64, got " + dtype_name(dtype));
+}
+
 ffi::Error conv_forward(cudaStream_t stream, In x, In w, In table, In masks, In out_counts, Out y, int64_t tile_rows) {
+  constexpr const char* call = "jaxsparse_conv_forward_v1";
   Conv s;
   ffi::Error error = check_conv_forward(x, w, table, masks, out_counts, y, tile_rows, &s);
   if (error.failure()) return error;
+  error = check_float64(call, s.dtype);
+  if (error.failure()) return error;
   cuda::ConvForwardArgs args{};
-  args.dtype = kernel_dtype(s.dtype);
-  args.out_dtype = kernel_dtype(s.out_dtype);
-  args.tile_rows = s.tile_rows;
-  args.x = x.untyped_data();
-  args.w = w.untyped_data();
+  args.x = x.typed_data<double>();
+  args.w = w.typed_data<double>();
   args.table = ints(table);
   args.masks = masks.typed_data<uint32_t>();
   args.out_rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
@@ -156,8 +161,8 @@ ffi::Error conv_forward(cudaStream_t stream, In x, In w, In table, In masks, In 
   args.mask_words = narrow(s.mask_words);
   args.in_channels = narrow(s.in_channels);
   args.out_channels = narrow(s.out_channels);
-  args.y = y->untyped_data();
-  return launch_error("jaxsparse_conv_forward_v1", cuda::conv_forward(args, stream));
+  args.y = y->typed_data<double>();
+  return launch_error(call, cuda::conv_forward(args, stream));
 }
 
 ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In out_counts, Out dw, Out workspace,
@@ -166,25 +171,22 @@ ffi::Error conv_wgrad(cudaStream_t stream, In x, In g, In table, In masks, In ou
   Conv s;
   ffi::Error error = check_conv_wgrad(x, g, table, masks, out_counts, dw, workspace, tile_rows, &s);
   if (error.failure()) return error;
-  const cuda::Dtype dtype = kernel_dtype(s.dtype);
+  error = check_float64(call, s.dtype);
+  if (error.failure()) return error;
   error = check_workspace(call, s.workspace,
-                          cuda::conv_wgrad_workspace(s.taps, s.out_rows, s.in_channels, s.out_channels,
-                                                     cuda::accumulator_bytes(dtype)));
+                          cuda::conv_wgrad_workspace(s.taps, s.out_rows, s.in_channels, s.out_channels));
   if (error.failure()) return error;
   cuda::ConvWgradArgs args{};
-  args.dtype = dtype;
-  args.out_dtype = kernel_dtype(s.out_dtype);
-  args.x = x.untyped_data();
-  args.g = g.untyped_data();
+  args.x = x.typed_data<double>();
+  args.g = g.typed_data<double>();
   args.table = ints(table);
   args.masks = masks.typed_data<uint32_t>();
   args.out_rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
-  args.in_rows = narrow(s.in_rows);
   args.taps = narrow(s.taps);
   args.mask_words = narrow(s.mask_words);
   args.in_channels = narrow(s.in_channels);
   args.out_channels = narrow(s.out_channels);
-  args.dw = dw->untyped_data();
+  args.dw = dw->typed_data<double>();
   args.workspace = workspace->untyped_data();
   return launch_error(call, cuda::conv_wgrad(args, stream));
 }

@@ -29,6 +29,13 @@ def standard_promotion():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def full_precision():
+    """float32 in full on a GPU too: programs are compared whose elementwise steps round in other places."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def served():
     """A model, its grid, and the server of its exported program."""

@@ -35,9 +35,4 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-template <typename T>
-__device__ T zero() {
-  return narrow<T>(0);
-}
-
 }  // namespace jaxsparse::cuda

@@ -1,5 +1,5 @@
-// Sparse convolution over a kernel map, for every dtype and number of channels: forward and the gradient of the weights. The
-// gradient of the features is forward over the reversed map with transposed weights. gemm.h has the fast path.
+// Sparse convolution of float64 over a kernel map, of any number of channels: forward and the gradient of the weights. The
+// gradient of the features is forward over the reversed map with transposed weights. gemm.h has the other dtypes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,29 +10,26 @@
 namespace jaxsparse::cuda {
 
 struct ConvForwardArgs {
-  Dtype dtype, out_dtype;  // of x and w; of y: the same, or float32
-  int tile_rows;           // 32, 64 or 128 output rows a block; float64 takes 32. Changes speed, never the result.
-  const void* x;           // [in_rows, in_channels]
-  const void* w;           // [taps, in_channels, out_channels]
-  const int32_t* table;    // [taps, out_rows]
-  const uint32_t* masks;   // [out_rows, mask_words]: where the table has an entry
+  const double* x;        // [in_rows, in_channels]
+  const double* w;        // [taps, in_channels, out_channels]
+  const int32_t* table;   // [taps, out_rows]
+  const uint32_t* masks;  // [out_rows, mask_words]: where the table has an entry
   Segments out_rows;
   int32_t in_rows, taps, mask_words, in_channels, out_channels;
-  void* y;  // [out_rows, out_channels]
+  double* y;  // [out_rows, out_channels]
 };
 
 // y[m] = sum over taps k of x[table[k, m]] @ w[k] for real rows m, exactly 0 for the others.
 cudaError_t conv_forward(const ConvForwardArgs& args, cudaStream_t stream);
 
 struct ConvWgradArgs {
-  Dtype dtype, out_dtype;  // of x and g; of dw: the same, or float32
-  const void* x;          // [in_rows, in_channels]
-  const void* g;          // [out_rows, out_channels]
+  const double* x;        // [in_rows, in_channels]
+  const double* g;        // [out_rows, out_channels]
   const int32_t* table;   // [taps, out_rows]
   const uint32_t* masks;  // [out_rows, mask_words]
   Segments out_rows;
-  int32_t in_rows, taps, mask_words, in_channels, out_channels;
-  void* dw;         // [taps, in_channels, out_channels]
+  int32_t taps, mask_words, in_channels, out_channels;
+  double* dw;       // [taps, in_channels, out_channels]
   void* workspace;  // conv_wgrad_workspace(...)
 };
 
@@ -41,18 +38,15 @@ cudaError_t conv_wgrad(const ConvWgradArgs& args, cudaStream_t stream);
 
 // How many partial sums of [in_channels, out_channels] wgrad keeps: about 32 MiB of them, at most 2048, and never fewer
 // than two for each tap. It must not depend on the number of rows: it decides how sums are split.
-constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_channels, int64_t sum_bytes) {
-  const int64_t in_budget = (int64_t{1} << 25) / (in_channels * out_channels * sum_bytes);
+constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_channels) {
+  const int64_t in_budget = (int64_t{1} << 22) / (in_channels * out_channels);
   const int64_t wanted = in_budget < 2048 ? in_budget : 2048;
   return wanted > 2 * taps ? wanted : 2 * taps;
 }
 
-constexpr int64_t conv_wgrad_workspace(int64_t taps, int64_t out_rows, int64_t in_channels, int64_t out_channels,
-                                       int64_t sum_bytes) {
+constexpr int64_t conv_wgrad_workspace(int64_t taps, int64_t out_rows, int64_t in_channels, int64_t out_channels) {
   return padded(8 * taps * out_rows) + padded(4 * taps) + pairs_workspace(taps, out_rows)  // pairs
-         + padded(4 * (taps + 1))                                                          // first slot of each tap
-         + padded(4)                                                                       // pairs in a slot
-         + wgrad_slots(taps, in_channels, out_channels, sum_bytes) * in_channels * out_channels * sum_bytes;
+         + 8 * wgrad_slots(taps, in_channels, out_channels) * in_channels * out_channels;
 }
 
 }  // namespace jaxsparse::cuda

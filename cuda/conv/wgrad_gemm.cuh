@@ -1,16 +1,16 @@
 // dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), on tensor cores unless float32 is to be exact.
 //
-//     partial   a block takes a slot, an equal share of one tap's pairs, and a [64 kGroups, kCols] piece of dw: one product
-//               as deep as there are pairs, 64 a step, 32 in float32. Rows of x and g come to shared memory as they are, a
-//               row a depth, by cp.async, through a ring of kStages that is never drained
+//     partial   a block takes a slot (see slots.cuh) and a [64 kGroups, kCols] piece of dw: one product as deep as there are
+//               pairs, 64 a step, 32 in float32. Rows of x and g come to shared memory as they are, a row a depth, by
+//               cp.async, through a ring of kStages that is never drained
 //     reduce    dw[k] = the slots of tap k, added in order
 //
-// The number of slots depends on taps and channels alone, never on rows, and no float is added atomically: equal rows give
-// equal bits. Bound by gathering: a pair moves (in_channels + out_channels) features for their product.
+// Bound by gathering: a pair moves (in_channels + out_channels) features for their product.
 #pragma once
 
 #include "cuda/conv/gemm.h"
 #include "cuda/conv/product32.cuh"
+#include "cuda/conv/slots.cuh"
 
 namespace jaxsparse::cuda {
 
@@ -35,48 +35,12 @@ constexpr int kRowsUnrolled = 4;  // of those that a thread copies
 constexpr int kRowsUnrolled = 2;  // with four, the products of mma.sync spill
 #endif
 
-// A slot of a tap: its pairs [begin, end).
-struct Slot {
-  int32_t tap, begin, end;
-};
-
-constexpr int32_t kPairsMultiple = 64;    // whole steps
-constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
-
-// By one warp: how many pairs a slot has. With R = ceil(pairs / (slots - taps)) in each, the taps need
-// sum_k ceil(pairs_k / R) <= pairs / R + taps <= slots.
-__device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots) {
-  int64_t pairs = 0;
-  for (int32_t k = threadIdx.x % kWarp; k < taps; k += kWarp) pairs += tap_pairs[k];
-  for (int step = 1; step < kWarp; step *= 2) pairs += __shfl_xor_sync(kAllLanes, pairs, step);
-  const int64_t even = div_up(div_up(pairs, slots - taps), kPairsMultiple) * kPairsMultiple;
-  return even > kMinPairsInSlot ? static_cast<int32_t>(even) : kMinPairsInSlot;
-}
-
-// By one warp: calls visit(k, first slot, slots of k) for the lane's taps k.
-template <typename Visit>
-__device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slot, Visit visit) {
-  const int lane = threadIdx.x % kWarp;
-  int32_t first = 0;
-  for (int32_t base = 0; base < taps; base += kWarp) {
-    const int32_t k = base + lane, own = k < taps ? (tap_pairs[k] + in_slot - 1) / in_slot : 0;
-    int32_t upto = own;
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
-      if (lane >= step) upto += below;
-    }
-    if (k < taps) visit(k, first + upto - own, own);
-    first += __shfl_sync(kAllLanes, upto, kWarp - 1);
-  }
-}
-
 template <class P>
 __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_kernel(WgradGemmArgs a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
   constexpr int kDepth = Product::kDepth, kInPiece = 16 / sizeof(T);
-  __shared__ Slot shared_slot;
   char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);
   Pair* const ring = reinterpret_cast<Pair*>(stages + kStages * P::kStageBytes);  // [kPairSteps, kDepth]
 
@@ -85,18 +49,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   const int32_t pieces = static_cast<int32_t>(div_up(a.in_channels, P::kRows)) * col_pieces;
   const int32_t slot_number = static_cast<int32_t>(blockIdx.x) / pieces, piece = static_cast<int32_t>(blockIdx.x) % pieces;
   const int32_t first_row = piece / col_pieces * P::kRows, first_col = piece % col_pieces * kCols;
-  if (t == 0) shared_slot.tap = -1;
-  __syncthreads();
-  if (t < kWarp) {
-    const int32_t in_slot = pairs_in_slot(a.tap_pairs, a.taps, a.slots);
-    for_slots(a.tap_pairs, a.taps, in_slot, [&](int32_t k, int32_t first, int32_t number) {
-      if (slot_number < first || slot_number >= first + number) return;
-      const int32_t begin = (slot_number - first) * in_slot;
-      shared_slot = {k, begin, min(begin + in_slot, a.tap_pairs[k])};
-    });
-  }
-  __syncthreads();
-  const Slot slot = shared_slot;
+  const Slot slot = find_slot(a.tap_pairs, a.taps, a.slots, slot_number);
   if (slot.tap < 0) return;
   const int32_t count = slot.end - slot.begin, steps = (count + kDepth - 1) / kDepth;
   const Pair* pairs = a.pairs + int64_t{slot.tap} * a.out_rows + slot.begin;
@@ -199,24 +152,15 @@ constexpr int kReduceThreads = 256;
 // A block has 1024 weights of one tap, four a thread.
 template <typename T>
 __global__ void wgrad_reduce_kernel(WgradGemmArgs a, int32_t tap_blocks) {
-  __shared__ int32_t first_slot, slot_count;
   const int32_t tap = static_cast<int32_t>(blockIdx.x) / tap_blocks;
-  if (threadIdx.x < kWarp) {
-    const int32_t in_slot = pairs_in_slot(a.tap_pairs, a.taps, a.slots);
-    for_slots(a.tap_pairs, a.taps, in_slot, [&](int32_t k, int32_t first, int32_t number) {
-      if (k != tap) return;
-      first_slot = first;
-      slot_count = number;
-    });
-  }
-  __syncthreads();
+  const Range slots = slots_of_tap(a.tap_pairs, a.taps, a.slots, tap);
   const int64_t weights = int64_t{a.in_channels} * a.out_channels;  // a multiple of 4
   const int64_t i = (int64_t{blockIdx.x} % tap_blocks * kReduceThreads + threadIdx.x) * 4;
   if (i >= weights) return;
-  const float* from = static_cast<const float*>(a.workspace) + first_slot * weights + i;
+  const float* from = static_cast<const float*>(a.workspace) + i;
   float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
-  for (int32_t slot = 0; slot < slot_count; ++slot) {
+  for (int32_t slot = slots.begin; slot < slots.end; ++slot) {
     const float4 part = *reinterpret_cast<const float4*>(from + slot * weights);
     sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
   }

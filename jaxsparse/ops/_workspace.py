@@ -51,11 +51,11 @@ def site_index(rows: int) -> int:
     return 32 * max(2, 1 << (2 * rows - 1).bit_length())
 
 
-def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int, sum_bytes: int) -> int:
-    """`conv_wgrad_workspace` in cuda/conv/conv.h; sums take `sum_bytes` each, 4 or 8."""
-    slots = max(2 * volume, min(2048, 2**25 // (c_in * c_out * sum_bytes)))
+def conv_wgrad(volume: int, c_in: int, c_out: int, out_rows: int) -> int:
+    """`conv_wgrad_workspace` in cuda/conv/conv.h."""
+    slots = max(2 * volume, min(2048, 2**22 // (c_in * c_out)))
     pairs = _padded(8 * volume * out_rows) + _padded(4 * volume) + conv_pairs(volume, out_rows)
-    return pairs + _padded(4 * (volume + 1)) + _padded(4) + slots * c_in * c_out * sum_bytes
+    return pairs + 8 * slots * c_in * c_out
 
 
 def conv_schedule(rows: int) -> int:

@@ -6,8 +6,8 @@ again because another block needs it too (reuse, by tile size), and how blocks f
 never faster than the longest of them. The rates of forward tiles were fitted to single layers measured on
 a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. The
 steps of float32 and schedules were set by hand from the figures in `cuda/conv/`. Those of wgrad (whose least was the
-measured least in 26 of 27 cases), of the kernels for everything and of look-ups follow from the same terms. Other GPUs
-take these rates too, since a choice depends on their ratios.
+measured least in 26 of 27 cases) and of look-ups follow from the same terms. Other GPUs take these rates too, since a
+choice depends on their ratios.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Gpu:
 
 H100 = Gpu()
 STEP_BYTES = 128  # of depth, that a step multiplies
-PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5, "float64": 1.1e5}
+PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5}
 """Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
 FLOAT_ROW_US, FLOAT_COL_US = 0.0027, 0.0014  # of a step of float32: tiles of 64 rows cost half of those of 128
 BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}
@@ -187,15 +187,6 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu 
     partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, stages)
     sums = 2 * 4 * used * c_in * c_out / gpu.memory_bytes + gpu.launch_us
     return partial + sums
-
-
-def plain_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
-    """The kernel for every dtype and width on CUDA, `cuda/conv/conv_forward.cu`: a step a tap."""
-    taps, cols, depth = kernel_map.executed(tile_rows, is_sorted=False), 32, max(c_in, 16)
-    blocks = math.ceil(kernel_map.rows / tile_rows) * math.ceil(c_out / cols)
-    products_us = 8 * tile_rows * cols * depth / PRODUCTS[dtype]  # it reaches an eighth of the rate
-    step = gpu.step_us + gpu.step(products_us, BYTES[dtype] * depth * (tile_rows + cols))
-    return gpu.blocks_us(blocks, 2, taps, kernel_map.taps, step, 2)
 
 
 CPU_PRODUCTS = 3e4  # of one core, multiply-adds a microsecond, float32

@@ -27,7 +27,7 @@ class Key(NamedTuple):
       device: kind of device, as `jax.Device.device_kind`.
       dtype: of the products: "float16" (bfloat16 too, whose kernels differ in one instruction), "tf32", "float32",
         "float64"; "" where it makes no difference.
-      c_in, c_out: channels; 0 where they make no difference.
+      c_in, c_out: channels, as the kernel takes them padded; 0 where they make no difference.
       taps: number of taps, K.
       direction: "same" for a map that is its own reverse, "table" for a map as it is, "reverse" for its reverse.
       grid: stride of the map's fine grid.

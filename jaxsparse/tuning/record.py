@@ -60,11 +60,11 @@ class Layer:
         p, config = self.problem, self.spec.config
         if self.implementation == "xla":
             return {}
-        has_gemm = self.spec.uses_gemm(platform, p.c_in, p.c_out)
+        if not self.spec.uses_gemm(platform):
+            asks = platform == "cpu" and self.op != "wgrad"
+            return {"own": (choices.conv(platform, p), config.tile_rows)} if asks else {}
         if self.op == "wgrad":
-            return {"own": (choices.wgrad(platform, p), config.wgrad)} if has_gemm else {}
-        if not has_gemm:
-            return {"own": (choices.conv(platform, p), config.tile_rows)}
+            return {"own": (choices.wgrad(platform, p), config.wgrad)}
         tile = config.dgrad if self.op == "dgrad" else config.forward
         return {"own": (choices.conv(platform, p), tile), "sort": (choices.sort(platform, p), config.sort)}
 

@@ -61,8 +61,8 @@ def conv(
       residual: tensor on the output sites with C_out features, cast to the dtype of `x`. Sites that differ are reported
         in `status`.
       activation: "relu", "leaky_relu" (slope 0.01), "gelu" (tanh's form), "silu" or None.
-      precision: of float32 products, as jax spells it. The default is TF32 on GPUs where `C_in` is a multiple of 4 and
-        `C_out` of 8 (products are within 2^-9 of the exact ones); "high" and "highest" are exact, and so are CPUs.
+      precision: of float32 products, as jax spells it. The default is TF32 on GPUs (products are within 2^-9 of the
+        exact ones); "high" and "highest" are exact, and so are CPUs.
       config: choice of kernel.
       implementation: "auto" for the platform's custom call, "xla" for plain JAX.
 

@@ -34,14 +34,14 @@ PLAIN_TILE_ROWS = (32, 64, 128)
 class ConvConfig:
     """The choice of kernels for one convolution, forward and backward. It changes speed, and sums within rounding.
 
-    The scheduled kernels of CUDA serve float16, bfloat16 and float32 with channels that are multiples of 8 (input:
-    of 4); everything else runs on kernels for all dtypes and widths, on CPU and CUDA. What is None is chosen by
+    The scheduled kernels of CUDA serve float16, bfloat16 and float32, with channels padded by zeros to multiples of 8
+    (input: of 4 in float32, and up to 28 channels); float64 has one kernel. What is None is chosen by
     `jaxsparse.tuning`: a tuning result, the cache, the table of the device, or the cost model.
 
     Attributes:
-      tile_rows: output rows that one block (CUDA) or task (CPU) of the kernels for everything computes: 32, 64 or 128.
-      forward, dgrad, wgrad: tiles of the scheduled kernels, from `FORWARD_TILES` (`NARROW_TILES` where input channels
-        are no multiple of 8) and `WGRAD_TILES`, in float32 `FLOAT_TILES` and `FLOAT_WGRAD_TILES`.
+      tile_rows: output rows that one task on the CPU computes: 32, 64 or 128.
+      forward, dgrad, wgrad: tiles of the scheduled kernels, from `FORWARD_TILES` (`NARROW_TILES` where padded input
+        channels are no multiple of 8) and `WGRAD_TILES`, in float32 `FLOAT_TILES` and `FLOAT_WGRAD_TILES`.
       sort: whether the scheduled kernels compute rows with like taps together.
     """
 

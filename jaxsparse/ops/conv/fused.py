@@ -78,8 +78,7 @@ def _counts(kernel_map, transposed: bool):
 def _custom_call(platform, x, w, *rest, spec, out_dtype, transposed, ending):
     kernel_map, operands = rest[:4], rest[4:]
     call = primitives.dgrad_call if transposed else primitives.forward_call
-    c_out, c_in = w.shape[1:] if transposed else w.shape[:0:-1]
-    if spec.dtype.itemsize == 2 and spec.uses_gemm(platform, c_in, c_out):
+    if spec.dtype.itemsize == 2 and spec.uses_gemm(platform):
         ended = (ending.attributes(), [a.astype(jnp.float32) if a.dtype == jnp.float64 else a for a in operands])
         return call(platform, x, w, *kernel_map, spec=spec, out_dtype=out_dtype, ended=ended)
     (sums,) = call(platform, x, w, *kernel_map, spec=spec, out_dtype=accumulation_dtype(spec.dtype))

@@ -53,9 +53,9 @@ class Spec:
     grid: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
 
-    def attributes(self, tile_rows: int) -> dict[str, int]:
-        """As attributes of the custom calls for all dtypes and widths."""
-        return {"tile_rows": tile_rows}
+    def attributes(self, tile_rows: int | None = None) -> dict[str, int]:
+        """As attributes of the custom calls for CPUs and for float64; what has no use for `tile_rows` takes any."""
+        return {"tile_rows": tile_rows or self.config.tile_rows or PLAIN_TILE_ROWS[0]}
 
     def dtype_name(self, platform: str) -> str:
         """Of the products, as the keys of tuning name it."""
@@ -71,9 +71,9 @@ class Spec:
             return accumulation, accumulation
         return self.dtype, self.dtype if out_dtype == self.dtype else accumulation
 
-    def uses_gemm(self, platform: str, c_in: int, c_out: int) -> bool:
-        """Whether the kernels of `cuda/conv/gemm.h` serve these channels."""
-        return platform == "cuda" and self.dtype != jnp.float64 and c_in % 4 == 0 and c_out % 8 == 0
+    def uses_gemm(self, platform: str) -> bool:
+        """Whether the kernels of `cuda/conv/gemm.h` serve."""
+        return platform == "cuda" and self.dtype != jnp.float64
 
     @property
     def is_exact(self) -> bool:
@@ -107,30 +107,44 @@ def dgrad_call(platform, g, w, table, masks, in_counts, out_counts, *, spec, out
 
 
 def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, ended, *, of_reverse):
-    """`y[m] = sum_k x[table[k, m]] @ w[k]` on the kernels that serve dtype and channels."""
+    """`y[m] = sum_k x[table[k, m]] @ w[k]` on the kernels that serve the dtype."""
     taps, c_in, c_out = w.shape
     rows = table.shape[1]
     operand, result = spec.call_dtypes(platform, out_dtype)
     x, w = (a.astype(spec.dtype).astype(operand) for a in (x, w))
-    struct = jax.ShapeDtypeStruct((rows, c_out), result)
     problem = Problem(spec, x.shape[0], rows, taps, c_in, c_out, of_reverse)
-    if not spec.uses_gemm(platform, c_in, c_out):
-        attributes = spec.attributes(answer(choices.conv(platform, problem), spec.config.tile_rows).choice)
-        (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], x, w, table, masks, counts, **attributes)
+    if not spec.uses_gemm(platform):
+        struct = jax.ShapeDtypeStruct((rows, c_out), result)
+        own = answer(choices.conv(platform, problem), spec.config.tile_rows).choice if platform == "cpu" else None
+        operands = (x, w, table, masks, counts)
+        (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], *operands, **spec.attributes(own))
         return [y.astype(out_dtype)]
+    widths = problem.widths(platform)
+    x, w = _padded(x, widths[0]), _padded(w, *widths)
+    struct = jax.ShapeDtypeStruct((rows, widths[1]), result)
     sort = answer(choices.sort(platform, problem), spec.config.sort).choice
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
     tile = answer(choices.conv(platform, problem), tile).choice
     if ended is not None:
         attributes, operands = ended
         attributes = attributes | _tile_attributes(tile)
-        return _ffi.call("jaxsparse_conv_fused_v1", [struct], x, w, *schedule, counts, *operands, **attributes)
+        operands = [_padded(a, widths[1]) for a in operands]
+        (y,) = _ffi.call("jaxsparse_conv_fused_v1", [struct], x, w, *schedule, counts, *operands, **attributes)
+        return [y[:, :c_out]]
     if spec.dtype == jnp.float32:
         w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
     (y,) = _ffi.call(
         "jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile), exact=int(spec.is_exact)
     )
-    return [y.astype(out_dtype)]
+    return [y[:, :c_out].astype(out_dtype)]
+
+
+def _padded(a, *channels):
+    """With zeros, which change no sum, up to so many channels on the last axes."""
+    if a.shape[-len(channels) :] == channels:
+        return a
+    sizes = (*a.shape[: -len(channels)], *channels)
+    return lax.pad(a, jnp.zeros((), a.dtype), [(0, to - n, 0) for n, to in zip(a.shape, sizes, strict=True)])
 
 
 def _schedule(table, masks, counts, tap_groups):
@@ -164,15 +178,18 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
     operand, result = spec.call_dtypes(platform, out_dtype)
     x, g = (a.astype(spec.dtype).astype(operand) for a in (x, g))
     (taps, rows), c_in, c_out = table.shape, x.shape[1], g.shape[1]
+    if spec.uses_gemm(platform):
+        problem = Problem(spec, x.shape[0], rows, taps, c_in, c_out)
+        tile = answer(choices.wgrad(platform, problem), spec.config.wgrad).choice
+        widths = problem.widths(platform)
+        x, g = (_padded(a, width) for a, width in zip((x, g), widths, strict=True))
+        struct = jax.ShapeDtypeStruct((taps, *widths), result)
+        dw = _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile)
+        return [dw[:, :c_in, :c_out].astype(out_dtype)]
     struct = jax.ShapeDtypeStruct((taps, c_in, c_out), result)
-    if spec.uses_gemm(platform, c_in, c_out):
-        question = choices.wgrad(platform, Problem(spec, x.shape[0], rows, taps, c_in, c_out))
-        tile = answer(question, spec.config.wgrad).choice
-        return [_wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile).astype(out_dtype)]
-    sum_bytes = reference.accumulation_dtype(spec.dtype).itemsize
-    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, rows, sum_bytes))
-    attributes = spec.attributes(spec.config.tile_rows or PLAIN_TILE_ROWS[0])  # whose tile_rows it has no use for
-    dw, _ = _ffi.call("jaxsparse_conv_wgrad_v1", [struct, workspace], x, g, table, masks, out_counts, **attributes)
+    workspace = _workspace.struct(platform, _workspace.conv_wgrad(taps, c_in, c_out, rows))
+    operands = (x, g, table, masks, out_counts)
+    dw, _ = _ffi.call("jaxsparse_conv_wgrad_v1", [struct, workspace], *operands, **spec.attributes())
     return [dw.astype(out_dtype)]
 
 

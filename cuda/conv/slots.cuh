@@ -1,0 +1,78 @@
+// How gradients of weights divide the pairs of all taps: into slots, each with an equal share of one tap's pairs. A block sums
+// the products of a slot, then those of a tap's slots are added in order.
+//
+// The number of slots depends on taps and channels alone, never on rows, and no float is added atomically: equal rows give
+// equal bits. Work follows the number of pairs and is even whatever the tap.
+#pragma once
+
+#include "cuda/common/device.cuh"
+#include "cuda/common/grid.cuh"
+
+namespace jaxsparse::cuda {
+
+// A slot of a tap: its pairs [begin, end).
+struct Slot {
+  int32_t tap, begin, end;
+};
+
+constexpr int32_t kPairsMultiple = 64;    // whole steps
+constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
+
+// By one warp: how many pairs a slot has. With R = ceil(pairs / (slots - taps)) in each, the taps need
+// sum_k ceil(pairs_k / R) <= pairs / R + taps <= slots.
+__device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots) {
+  int64_t pairs = 0;
+  for (int32_t k = threadIdx.x % kWarp; k < taps; k += kWarp) pairs += tap_pairs[k];
+  for (int step = 1; step < kWarp; step *= 2) pairs += __shfl_xor_sync(kAllLanes, pairs, step);
+  const int64_t even = div_up(div_up(pairs, slots - taps), kPairsMultiple) * kPairsMultiple;
+  return even > kMinPairsInSlot ? static_cast<int32_t>(even) : kMinPairsInSlot;
+}
+
+// By one warp: calls visit(k, first slot, slots of k) for the lane's taps k.
+template <typename Visit>
+__device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slot, Visit visit) {
+  const int lane = threadIdx.x % kWarp;
+  int32_t first = 0;
+  for (int32_t base = 0; base < taps; base += kWarp) {
+    const int32_t k = base + lane, own = k < taps ? (tap_pairs[k] + in_slot - 1) / in_slot : 0;
+    int32_t upto = own;
+    for (int step = 1; step < kWarp; step *= 2) {
+      const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
+      if (lane >= step) upto += below;
+    }
+    if (k < taps) visit(k, first + upto - own, own);
+    first += __shfl_sync(kAllLanes, upto, kWarp - 1);
+  }
+}
+
+// By the whole block: the slot of this number; its tap is -1 where there are fewer.
+__device__ inline Slot find_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots, int32_t number) {
+  __shared__ Slot slot;
+  if (threadIdx.x == 0) slot.tap = -1;
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    const int32_t in_slot = pairs_in_slot(tap_pairs, taps, slots);
+    for_slots(tap_pairs, taps, in_slot, [&](int32_t k, int32_t first, int32_t own) {
+      if (number < first || number >= first + own) return;
+      const int32_t begin = (number - first) * in_slot;
+      slot = {k, begin, min(begin + in_slot, tap_pairs[k])};
+    });
+  }
+  __syncthreads();
+  return slot;
+}
+
+// By the whole block: the slots of a tap.
+__device__ inline Range slots_of_tap(const int32_t* tap_pairs, int32_t taps, int32_t slots, int32_t tap) {
+  __shared__ Range range;
+  if (threadIdx.x < kWarp) {
+    const int32_t in_slot = pairs_in_slot(tap_pairs, taps, slots);
+    for_slots(tap_pairs, taps, in_slot, [&](int32_t k, int32_t first, int32_t own) {
+      if (k == tap) range = {first, first + own};
+    });
+  }
+  __syncthreads();
+  return range;
+}
+
+}  // namespace jaxsparse::cuda
