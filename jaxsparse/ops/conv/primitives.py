@@ -123,12 +123,12 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, ende
     tile = answer(choices.conv(platform, problem), tile).choice
     if ended is not None:
         attributes, operands = ended
-        attributes = attributes | _tile_attributes(tile)
+        attributes = attributes | tile_attributes(tile)
         return _ffi.call("jaxsparse_conv_fused_v1", [struct], x, w, *schedule, counts, *operands, **attributes)
     if spec.dtype == jnp.float32:
         w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
     (y,) = _ffi.call(
-        "jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile), exact=int(spec.is_exact)
+        "jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **tile_attributes(tile), exact=int(spec.is_exact)
     )
     return [y.astype(out_dtype)]
 
@@ -155,7 +155,8 @@ def _to_tf32(w):
     return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=10)
 
 
-def _tile_attributes(tile):
+def tile_attributes(tile) -> dict[str, int]:
+    """A tile as the custom calls of scheduled kernels take it."""
     rows, cols, stages = tile
     return {"tile_rows": rows, "tile_cols": cols, "stages": stages}
 
@@ -187,7 +188,7 @@ def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, masks, out_counts)
     slots = cost.wgrad_slots(taps, c_in, c_out)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
-    attributes = _tile_attributes(tile) | {"exact": int(spec.is_exact), "slots": slots}
+    attributes = tile_attributes(tile) | {"exact": int(spec.is_exact), "slots": slots}
     return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
 
 
