@@ -290,7 +290,7 @@ def test_a_second_input_gives_the_bits_of_the_concatenation(tile):
 
 @pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
 def test_every_forward_tile_without_a_map(tile):
-    """Each row times the weights: the bits of a map of one tap under which it lies by itself; NaN in padding is left."""
+    """Each row times the weights: the bits of a map of one tap, under which it lies by itself. Padding holds NaN."""
     rng = np.random.default_rng(tile.cols)
     cases = [(63, 8, 8, [60]), (2 * tile.rows + 1, 40, tile.cols + 8, [tile.rows]), (300, 136, tile.cols, [20, 0, 100])]
     if tile in NARROW_TILES:
