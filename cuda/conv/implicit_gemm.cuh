@@ -35,6 +35,18 @@
 // In float32 every step moves as many bytes for half the products, and tiles of 64 rows, which compute less in vain, were as
 // quick as 128: TF32 37.8 and 38.0 us (columns 64), at 32 channels 17.3 and 19.5, at 96 channels 62.4 and 64.6. Exact
 // products are bound by the multiply-adds: there 64 rows won by a tenth.
+//
+// With an epilogue, x may be two arrays that stand for their concatenation: a thread looks which one has its piece, once a
+// step. In us on an H200, with norm (and ReLU), on the levels of that scan that a U-Net concatenates on:
+//
+//     rows, channels          two arrays   one    making it one    without a map, two    one    XLA's product, and a norm
+//     91,767  96 + 32 to 96         44.0  43.1             17.3                  25.5   25.3                         30.4
+//     60,107  96 + 32 to 96         43.0  43.0             11.7                  17.1   16.8                         20.1
+//     31,833 128 + 64 to 128        58.5  58.6              7.6                  15.4   15.3                         14.3
+//     14,474 256 + 128 to 256      117.0 116.8              6.8                  14.4   14.4                         14.4
+//
+// One array took the same before a thread had to look. SparseResUNet42 takes 1.772 ms in place of 1.814 with concatenations;
+// its shortcuts, of one tap and without a map, in place of XLA's products and norms made no difference by themselves.
 #pragma once
 
 #include <cstring>
