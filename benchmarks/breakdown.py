@@ -16,7 +16,7 @@ PARTS = {
     "forward": ("conv_gemm", "conv_fused", "conv_forward"),
     "dgrad": (),  # the same kernels, in a backward pass
     "wgrad": ("wgrad_gemm", "conv_wgrad"),
-    "1x1 products": (),  # XLA's, in every pass
+    "1x1 products": ("linear_fused",),  # and XLA's, in every pass
     "norms, elementwise": ("channel_moments", "channel_statistics"),  # and XLA's fusions
     "rest": (),
 }

@@ -361,7 +361,7 @@ inline ffi::Error check_conv_schedule(In table, In masks, In out_counts, Out ord
   return checks.error();
 }
 
-// --- 9 conv_gemm, conv_fused, 10 conv_pairs, 11 wgrad_gemm ---
+// --- 9 conv_gemm, conv_fused, linear_fused, 10 conv_pairs, 11 wgrad_gemm ---
 
 struct Gemm {
   ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
@@ -378,11 +378,13 @@ inline void check_gemm(Checks& checks, const Gemm& s) {
   checks.require(s.out_channels >= 8 && s.out_channels % 8 == 0, "output channels must be a multiple of 8");
 }
 
-inline void check_conv_gemm(Checks& checks, In x, In w, In order, In tile_masks, In tile_table, Out y, Gemm* s) {
+// `x_channels` is where those of x go: to in_channels, unless there is a second input.
+inline void check_conv_gemm(Checks& checks, In x, In w, In order, In tile_masks, In tile_table, Out y,
+                            int64_t* x_channels, Gemm* s) {
   int64_t tile_rows = cuda::kScheduleRows, tiles = kUnbound;
   s->dtype = x.element_type();
   s->out_dtype = y->element_type();
-  checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
+  checks.operand("x", x, s->dtype, {&s->in_rows, x_channels});
   if (s->dtype == ffi::F32) {
     checks.operand("w", w, s->dtype, {&s->taps, &s->out_channels, &s->in_channels});
   } else {
@@ -401,43 +403,72 @@ inline void check_conv_gemm(Checks& checks, In x, In w, In order, In tile_masks,
 
 inline ffi::Error check_conv_gemm(In x, In w, In order, In tile_masks, In tile_table, Out y, Gemm* s) {
   Checks checks("jaxsparse_conv_gemm_v1");
-  check_conv_gemm(checks, x, w, order, tile_masks, tile_table, y, s);
+  check_conv_gemm(checks, x, w, order, tile_masks, tile_table, y, &s->in_channels, s);
   return checks.error();
 }
 
-constexpr const char* kEpilogueOperands[] = {"mean", "variance", "scale", "bias", "residual"};
+constexpr const char* kFusedOperands[] = {"mean", "variance", "scale", "bias", "residual", "second"};
 
 struct FusedConv : Gemm {
-  int64_t segments = kUnbound;
-  std::optional<In> epilogue[5];  // in that order
+  int64_t segments = kUnbound, first_channels = kUnbound;
+  std::optional<In> given[6];  // in that order
 };
 
-// Bit i of `given` says whether the i-th operand of the epilogue is among the rest.
-inline ffi::Error check_conv_fused(In x, In w, In order, In tile_masks, In tile_table, In out_counts, Out y,
-                                   ffi::RemainingArgs rest, int64_t given, int64_t activation, FusedConv* s) {
-  Checks checks("jaxsparse_conv_fused_v1");
-  check_conv_gemm(checks, x, w, order, tile_masks, tile_table, y, s);
+// What follows the sums, and the second input. Bit i of `given` says whether the i-th operand is among the rest.
+inline void check_fused(Checks& checks, In out_counts, ffi::RemainingArgs rest, int64_t given, int64_t activation,
+                        FusedConv* s) {
   checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
   checks.require(is_16_bit(s->dtype) && s->out_dtype == s->dtype, "x and y must be float16 or bfloat16, both alike");
-  checks.require(given >= 0 && given < 32, "given must have five bits");
+  checks.require(given >= 0 && given < 64, "given must have six bits");
   checks.require(activation >= 0 && activation <= 4, "activation must be 0 to 4");
   check_segments(checks, s->out_rows, s->segments);
   size_t next = 0;
-  for (int i = 0; checks.ok() && i < 5; ++i) {
+  int64_t second_channels = 0;
+  for (int i = 0; checks.ok() && i < 6; ++i) {
     if ((given >> i & 1) == 0) continue;
     ffi::ErrorOr<In> operand = rest.get<In>(next++);
     checks.require(operand.has_value(), "there must be an operand for each bit of given");
     if (!checks.ok()) break;
-    s->epilogue[i] = operand.value();
+    s->given[i] = operand.value();
     const ffi::DataType dtype = operand->element_type();
     if (i == 4) {
       checks.operand("residual", *operand, s->dtype, {&s->out_rows, &s->out_channels});
+    } else if (i == 5) {
+      second_channels = kUnbound;
+      checks.operand("second", *operand, s->dtype, {&s->in_rows, &second_channels});
+      checks.require(s->first_channels % 8 == 0 && second_channels % 8 == 0,
+                     "the channels of x and second must be multiples of 8");
     } else {
-      checks.operand(kEpilogueOperands[i], *operand, dtype, {&s->out_channels});
+      checks.operand(kFusedOperands[i], *operand, dtype, {&s->out_channels});
       checks.require(is_16_bit(dtype) || dtype == ffi::F32, "numbers of channels must be float16, bfloat16 or float32");
     }
   }
   checks.require(next == rest.size(), "there must be a bit of given for each operand");
+  checks.require(s->first_channels + second_channels == s->in_channels,
+                 "w must have as many input channels as x, and second where it is given, together");
+}
+
+inline ffi::Error check_conv_fused(In x, In w, In order, In tile_masks, In tile_table, In out_counts, Out y,
+                                   ffi::RemainingArgs rest, int64_t given, int64_t activation, FusedConv* s) {
+  Checks checks("jaxsparse_conv_fused_v1");
+  check_conv_gemm(checks, x, w, order, tile_masks, tile_table, y, &s->first_channels, s);
+  check_fused(checks, out_counts, rest, given, activation, s);
+  return checks.error();
+}
+
+// Of one tap, under which each row lies by itself.
+inline ffi::Error check_linear_fused(In x, In w, In counts, Out y, ffi::RemainingArgs rest, int64_t given,
+                                     int64_t activation, FusedConv* s) {
+  Checks checks("jaxsparse_linear_fused_v1");
+  s->dtype = x.element_type();
+  s->out_dtype = y->element_type();
+  s->taps = s->mask_words = 1;
+  checks.operand("x", x, s->dtype, {&s->in_rows, &s->first_channels});
+  checks.operand("w", w, s->dtype, {&s->in_channels, &s->out_channels});
+  s->out_rows = s->in_rows;
+  checks.operand("y", y, s->out_dtype, {&s->out_rows, &s->out_channels});
+  check_gemm(checks, *s);
+  check_fused(checks, counts, rest, given, activation, s);
   return checks.error();
 }
 

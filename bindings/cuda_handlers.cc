@@ -227,18 +227,14 @@ ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& ti
                                      ", stages " + std::to_string(tile.stages) + " and these channels");
 }
 
-cuda::ConvGemmArgs conv_gemm_args(const Gemm& s, In x, In w, In order, In tile_masks, In tile_table, Out y,
-                                  const cuda::Tile& tile, bool exact) {
+// Without the arrays of a schedule.
+cuda::ConvGemmArgs conv_gemm_args(const Gemm& s, In x, In w, Out y, const cuda::Tile& tile) {
   cuda::ConvGemmArgs args{};
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
-  args.exact = exact;
   args.tile = tile;
   args.x = x.untyped_data();
   args.w = w.untyped_data();
-  args.order = ints(order);
-  args.tile_masks = tile_masks.typed_data<uint32_t>();
-  args.tile_table = ints(tile_table);
   args.out_rows = narrow(s.out_rows);
   args.taps = narrow(s.taps);
   args.mask_words = narrow(s.mask_words);
@@ -248,13 +244,38 @@ cuda::ConvGemmArgs conv_gemm_args(const Gemm& s, In x, In w, In order, In tile_m
   return args;
 }
 
+void set_schedule(cuda::ConvGemmArgs* args, In order, In tile_masks, In tile_table) {
+  args->order = ints(order);
+  args->tile_masks = tile_masks.typed_data<uint32_t>();
+  args->tile_table = ints(tile_table);
+}
+
 ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, Out y, int64_t tile_rows,
                      int64_t tile_cols, int64_t stages, int64_t exact) {
   Gemm s;
   if (ffi::Error error = check_conv_gemm(x, w, order, tile_masks, tile_table, y, &s); error.failure()) return error;
   const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
-  const cuda::ConvGemmArgs args = conv_gemm_args(s, x, w, order, tile_masks, tile_table, y, tile, exact != 0);
+  cuda::ConvGemmArgs args = conv_gemm_args(s, x, w, y, tile);
+  args.exact = exact != 0;
+  set_schedule(&args, order, tile_masks, tile_table);
   return gemm_error("jaxsparse_conv_gemm_v1", cuda::conv_gemm(args, stream), tile);
+}
+
+// Without the arrays of a schedule.
+cuda::FusedConvArgs conv_fused_args(const FusedConv& s, In x, In w, In out_counts, Out y, const cuda::Tile& tile,
+                                    int64_t activation, double epsilon) {
+  cuda::FusedConvArgs args{conv_gemm_args(s, x, w, y, tile), narrow(s.first_channels), nullptr, {}};
+  cuda::PerChannel* const numbers[] = {&args.epilogue.mean, &args.epilogue.variance, &args.epilogue.scale,
+                                       &args.epilogue.bias};
+  for (int i = 0; i < 4; ++i) {
+    if (s.given[i]) *numbers[i] = {s.given[i]->untyped_data(), kernel_dtype(s.given[i]->element_type())};
+  }
+  if (s.given[4]) args.epilogue.residual = s.given[4]->untyped_data();
+  if (s.given[5]) args.second = s.given[5]->untyped_data();
+  args.epilogue.epsilon = static_cast<float>(epsilon);
+  args.epilogue.activation = static_cast<cuda::Activation>(activation);
+  args.epilogue.rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
+  return args;
 }
 
 ffi::Error conv_fused(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, In out_counts, Out y,
@@ -265,17 +286,18 @@ ffi::Error conv_fused(cudaStream_t stream, In x, In w, In order, In tile_masks, 
       check_conv_fused(x, w, order, tile_masks, tile_table, out_counts, y, rest, given, activation, &s);
   if (error.failure()) return error;
   const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
-  cuda::FusedConvArgs args{conv_gemm_args(s, x, w, order, tile_masks, tile_table, y, tile, false), {}};
-  cuda::PerChannel* const numbers[] = {&args.epilogue.mean, &args.epilogue.variance, &args.epilogue.scale,
-                                       &args.epilogue.bias};
-  for (int i = 0; i < 4; ++i) {
-    if (s.epilogue[i]) *numbers[i] = {s.epilogue[i]->untyped_data(), kernel_dtype(s.epilogue[i]->element_type())};
-  }
-  if (s.epilogue[4]) args.epilogue.residual = s.epilogue[4]->untyped_data();
-  args.epilogue.epsilon = static_cast<float>(epsilon);
-  args.epilogue.activation = static_cast<cuda::Activation>(activation);
-  args.epilogue.rows = {ints(out_counts), narrow(s.segments), narrow(s.out_rows)};
+  cuda::FusedConvArgs args = conv_fused_args(s, x, w, out_counts, y, tile, activation, epsilon);
+  set_schedule(&args, order, tile_masks, tile_table);
   return gemm_error("jaxsparse_conv_fused_v1", cuda::conv_fused(args, stream), tile);
+}
+
+ffi::Error linear_fused(cudaStream_t stream, In x, In w, In counts, Out y, ffi::RemainingArgs rest, int64_t tile_rows,
+                        int64_t tile_cols, int64_t stages, int64_t given, int64_t activation, double epsilon) {
+  FusedConv s;
+  if (ffi::Error error = check_linear_fused(x, w, counts, y, rest, given, activation, &s); error.failure()) return error;
+  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
+  const cuda::FusedConvArgs args = conv_fused_args(s, x, w, counts, y, tile, activation, epsilon);
+  return gemm_error("jaxsparse_linear_fused_v1", cuda::conv_fused(args, stream), tile);
 }
 
 ffi::Error conv_pairs(cudaStream_t stream, In table, In masks, In out_counts, Out pairs, Out tap_pairs,
@@ -387,6 +409,14 @@ ffi::Error channel_statistics(cudaStream_t stream, In x, In count, Out mean, Out
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
 
+template <typename Binding>
+auto with_ending(Binding binding) {
+  return with_tile(std::move(binding).RemainingArgs())
+      .template Attr<int64_t>("given")
+      .template Attr<int64_t>("activation")
+      .template Attr<double>("epsilon");
+}
+
 // Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
 JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
@@ -395,11 +425,8 @@ XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>()).Attr<int64_t>("exact")),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kConvFused, conv_fused,
-                       (with_tile(bind<Stream, 6, 1>().RemainingArgs())
-                            .Attr<int64_t>("given")
-                            .Attr<int64_t>("activation")
-                            .Attr<double>("epsilon")),
+XLA_FFI_DEFINE_HANDLER(kConvFused, conv_fused, with_ending(bind<Stream, 6, 1>()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kLinearFused, linear_fused, with_ending(bind<Stream, 3, 1>()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 3, 3>()), {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm,
@@ -417,6 +444,7 @@ const Handlers& cuda_handlers() {
     handlers.insert(handlers.end(), {{"jaxsparse_conv_schedule_v1", kConvSchedule},
                                      {"jaxsparse_conv_gemm_v1", kConvGemm},
                                      {"jaxsparse_conv_fused_v1", kConvFused},
+                                     {"jaxsparse_linear_fused_v1", kLinearFused},
                                      {"jaxsparse_conv_pairs_v1", kConvPairs},
                                      {"jaxsparse_wgrad_gemm_v1", kWgradGemm},
                                      {"jaxsparse_channel_moments_v1", kChannelMoments},

@@ -31,6 +31,7 @@ CUDA_TARGETS = (
     "jaxsparse_conv_schedule_v1",
     "jaxsparse_conv_gemm_v1",
     "jaxsparse_conv_fused_v1",
+    "jaxsparse_linear_fused_v1",
     "jaxsparse_conv_pairs_v1",
     "jaxsparse_wgrad_gemm_v1",
     "jaxsparse_channel_moments_v1",

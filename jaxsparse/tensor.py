@@ -54,6 +54,9 @@ class SparseTensor:
 
     sites: Sites
     feats: jax.Array
+    # Of `ops.concatenate`, what `feats` was made of: where layers read these alone, a compiled program has no
+    # concatenation. No leaves of the pytree: across `jit` and the like `feats` is what is left.
+    parts: tuple[jax.Array, ...] = dataclasses.field(repr=False)
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class SparseTensor:
             feats = jnp.zeros((1, feats.shape[1]), feats.dtype)
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "feats", jnp.where(sites.is_real[:, None], feats, 0))
+        object.__setattr__(self, "parts", ())
 
     def tree_flatten(self):
         """Sites and features; nothing is static here."""
@@ -96,6 +100,7 @@ class SparseTensor:
         x = object.__new__(cls)
         object.__setattr__(x, "sites", children[0])
         object.__setattr__(x, "feats", children[1])
+        object.__setattr__(x, "parts", ())
         return x
 
     coords = property(lambda self: self.sites.coords, doc="int32 `[N, 1 + D]`, batch index first.")
@@ -187,6 +192,8 @@ class SparseTensor:
         return np.asarray(self.coords)[:n], np.asarray(self.feats)[:n]
 
 
-def on_sites(sites: Sites, feats: jax.Array) -> SparseTensor:
+def on_sites(sites: Sites, feats: jax.Array, parts: tuple[jax.Array, ...] = ()) -> SparseTensor:
     """A tensor from features that are zero on padding rows already; checks and masks nothing."""
-    return SparseTensor.tree_unflatten(None, (sites, feats))
+    x = SparseTensor.tree_unflatten(None, (sites, feats))
+    object.__setattr__(x, "parts", parts)
+    return x

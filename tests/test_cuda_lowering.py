@@ -33,6 +33,7 @@ OPS = [
     primitives.dgrad,
     primitives.wgrad,
     fused.op,
+    fused.linear,
     rows._gather,
     rows._group,
     rows._sum,
@@ -258,8 +259,40 @@ def test_what_follows_a_convolution_runs_in_its_kernel_for_16_bits(calls, kind, 
     assert not y.feats[int(y.count) :].any()
 
 
+@pytest.mark.parametrize(("widths", "dtype"), [((16, 8), jnp.float16), ((8, 24), jnp.bfloat16), ((12, 4), jnp.float16)])
+def test_a_concatenation_that_only_convolutions_read_is_not_made(calls, widths, dtype):
+    """Of 16 bits and widths in multiples of 8; the bits are those of a tensor that holds it."""
+    x = random_tensor(0, rows=70, features=sum(widths), capacity=90, dtype=dtype, low=-3, high=4)
+    parts = [x.with_feats(part) for part in jnp.split(x.feats, [widths[0]], 1)]
+    kernel, pointwise = (random_kernel(0, Geometry.create(3, k), sum(widths), 16, dtype) for k in (3, 1))
+    norm = js.ops.ChannelNorm(scale=jnp.arange(16.0), bias=jnp.arange(16.0))
+    coarse = x.sites.coarse(Geometry.create(3, 2, 2), "reachable", 90, "auto")
+
+    def layers(x, up):
+        return [
+            js.ops.conv(x, kernel, kernel_size=3, norm=norm, activation="relu").feats,
+            js.ops.conv(x, pointwise, kernel_size=1, norm=norm).feats,
+            js.ops.conv_transpose(up, kernel, like=x, kernel_size=3, strides=2, activation="silu").feats,
+        ]
+
+    def joined(parts):
+        up = [js.SparseTensor(coarse, part.feats) for part in parts]
+        return layers(js.ops.concatenate(parts), js.ops.concatenate(up))
+
+    calls.clear()
+    run = jax.jit(joined)
+    found, text = run(parts), run.lower(parts).compile().as_text()
+    assert calls.count("jaxsparse_conv_fused_v1") == 2
+    assert calls.count("jaxsparse_linear_fused_v1") == 1
+    assert bool(re.search(rf"\[90,{sum(widths)}\]\S* concatenate\(", text)) == (widths == (12, 4))
+    expected = jax.jit(layers)(x, js.SparseTensor(coarse, x.feats))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.any()
+
+
 def test_eval_mode_network_leaves_nothing_between_its_convolutions():
-    """The whole network in float16: every convolution of 3^3 and 2^3 taps fused, norms and ReLUs of 1x1 ones left."""
+    """The whole network in float16: no norm, no ReLU, no concatenation."""
     coords = random_coords(np.random.default_rng(0), 150, low=-6, high=7)
     feats = np.random.default_rng(1).normal(size=(len(coords), 4)).astype(np.float16)
     net = js.models.SparseResUNet42(4, width=0.25, dtype=jnp.float16, rngs=quick_rngs())
@@ -267,10 +300,12 @@ def test_eval_mode_network_leaves_nothing_between_its_convolutions():
     x = js.SparseTensor(coords, feats)
     lowered = jax.jit(lambda x: net(x).feats).lower(x)
     run, text = lowered.compile(), lowered.as_text()
-    made = {name: run.as_text().count(f'"jaxsparse_conv_{name}_v1_on_host"') for name in ("fused", "gemm", "forward")}
-    assert made == {"fused": 42, "gemm": 0, "forward": 0}
-    assert text.count("dot_general") == text.count("rsqrt") == 7  # those of one tap
-    assert "maximum" not in text
+    names = ("conv_fused", "linear_fused", "conv_gemm", "conv_forward")
+    made = {name: run.as_text().count(f'"jaxsparse_{name}_v1_on_host"') for name in names}
+    assert made == {"conv_fused": 42, "linear_fused": 7, "conv_gemm": 0, "conv_forward": 0}
+    for op in ("dot_general", "rsqrt", "maximum"):
+        assert op not in text
+    assert not re.search(r"f\d+\[\S* concatenate\(", run.as_text())
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(lambda x: net_in_float32(net)(x).feats)(x.astype(jnp.float32))
     assert row_error(run(x), exact) < 20 * float(jnp.finfo(jnp.float16).eps)

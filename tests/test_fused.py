@@ -18,6 +18,7 @@ from scenes import quick_rngs, random_kernel, random_tensor, row_error
 import jaxsparse as js
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops.conv import fused
+from jaxsparse.tensor import on_sites
 
 ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "silu"]
 NUMBERS = ("mean", "variance", "scale", "bias")
@@ -29,8 +30,11 @@ def numbers(seed=0, width=4, dtype=jnp.float32):
     return {n: jnp.asarray(rng.uniform(0.5, 1.5, width) * (1 if n == "variance" else -1), dtype) for n in NUMBERS}
 
 
-def layer(kind, x, kernel, steps=False, implementation="auto", residual_of=None, **after):
-    """`activation(norm(conv(x) + bias) + residual)` by the fused op, or by an op for each step."""
+def layer(kind, x, kernel, steps=False, implementation="auto", residual_of=None, split=None, **after):
+    """`activation(norm(conv(x) + bias) + residual)` by the fused op, or by an op for each step.
+
+    With `split`, of the concatenation of its first channels and the others.
+    """
     options = {"kernel_size": 1 if kind == "pointwise" else 3, "implementation": implementation, "precision": "highest"}
     op = js.ops.conv
     if kind == "transposed":
@@ -40,6 +44,8 @@ def layer(kind, x, kernel, steps=False, implementation="auto", residual_of=None,
         x = js.SparseTensor(coarse, rows)
     elif kind == "reachable":
         options |= {"sites": kind, "strides": 2, "capacity": 160}
+    if split is not None:
+        x = js.ops.concatenate(split_in_two(x, split))
     residual = after.pop("residual", None)
     if residual is not None:  # rows of numbers for whatever sites come out
         sites = op(x, kernel, **options).sites
@@ -55,6 +61,19 @@ def layer(kind, x, kernel, steps=False, implementation="auto", residual_of=None,
     if residual is not None:
         y = js.ops.add(y, residual)
     return js.ops.activate(y, after.get("activation"))
+
+
+def split_in_two(x, width):
+    return [on_sites(x.sites, part) for part in jnp.split(x.feats, [width], 1)]
+
+
+@pytest.fixture
+def every_width(monkeypatch):
+    """Two inputs are taken at every dtype and width, not only where a kernel does."""
+    monkeypatch.setattr(fused, "inputs", lambda x: x.parts or (x.feats,))
+
+
+ONE_OR_TWO = pytest.mark.parametrize("split", [None, 1])
 
 
 def scene(kind="submanifold", dtype=jnp.float32, fill=0.0):
@@ -96,24 +115,65 @@ def test_sixteen_bits_are_rounded_once(dtype):
     assert (np.abs(np.asarray(got, np.float64) - exact) <= 0.5 * ulp + 1e-5).all()
 
 
-@pytest.mark.usefixtures("x64")
+@pytest.mark.usefixtures("every_width")
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", ["gelu", "leaky_relu"])
-def test_second_order_gradients_in_forward_and_reverse_mode(kind, activation):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_two_inputs_give_what_their_concatenation_gives(kind, implementation, dtype):
+    x, kernel = scene(kind, dtype)
+    residual = jnp.sin(jnp.arange(400.0)).reshape(100, 4)
+    after = {"norm": js.ops.ChannelNorm(**numbers()), "residual": residual, "activation": "silu"}
+    for split in (1, 2):
+        got = layer(kind, x, kernel, implementation=implementation, split=split, **after)
+        want = layer(kind, x, kernel, implementation=implementation, **after)
+        np.testing.assert_array_equal(got.feats, want.feats)
+        np.testing.assert_array_equal(got.coords, want.coords)
+
+
+def test_two_inputs_are_taken_at_the_widths_and_dtypes_of_the_kernel():
+    def inputs(widths, dtype=jnp.float16, last_dtype=None):
+        x = random_tensor(0, rows=9, features=sum(widths), dtype=dtype)
+        parts = [x.with_feats(f) for f in jnp.split(x.feats, np.cumsum(widths)[:-1], 1)]
+        parts[-1] = parts[-1].astype(last_dtype or dtype)
+        return len(fused.inputs(js.ops.concatenate(parts)))
+
+    assert inputs((96, 32)) == inputs((8, 16), jnp.bfloat16) == 2
+    assert inputs((96, 32), jnp.float32) == inputs((8, 12)) == inputs((8, 8, 8)) == inputs((8,)) == 1
+    with jax.numpy_dtype_promotion("standard"):
+        assert inputs((8, 8), last_dtype=jnp.float32) == 1
+
+
+def test_parts_of_a_concatenation_stay_where_it_was_made():
+    """Whatever goes through a transformation, or has its features changed, is a tensor of features alone."""
+    parts = split_in_two(random_tensor(0, rows=9, features=16, dtype=jnp.float16), 8)
+    x = js.ops.concatenate(parts)
+    assert [part is t.feats for part, t in zip(x.parts, parts, strict=True)] == [True, True]
+    assert x.astype(jnp.float16).parts is x.parts
+    others = [jax.jit(lambda x: x)(x), jax.tree.map(lambda a: a, x), x.astype(jnp.float32), js.ops.relu(x), x + x]
+    assert all(y.parts == () for y in (*others, x.with_feats(x.feats), parts[0]))
+    assert len(jax.tree.leaves(x)) == len(jax.tree.leaves(parts[0]))
+
+
+@pytest.mark.usefixtures("x64", "every_width")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("activation", "split"), [("gelu", None), ("leaky_relu", None), ("gelu", 1)])
+def test_second_order_gradients_in_forward_and_reverse_mode(kind, activation, split):
     x, kernel = scene(kind, jnp.float64)
     given = numbers(dtype=jnp.float64)
     residual = jnp.sin(jnp.arange(400.0)).reshape(100, 4)
 
     def f(feats, kernel, given, residual):
         norm = js.ops.ChannelNorm(**given)
-        return layer(kind, x.with_feats(feats), kernel, norm=norm, residual=residual, activation=activation).feats
+        after = {"norm": norm, "residual": residual, "activation": activation}
+        return layer(kind, x.with_feats(feats), kernel, split=split, **after).feats
 
     check_grads(f, (x.feats, kernel, given, residual), order=2, modes=("fwd", "rev"))
 
 
-@pytest.mark.usefixtures("x64")
+@ONE_OR_TWO
+@pytest.mark.usefixtures("x64", "every_width")
 @pytest.mark.parametrize("kind", KINDS)
-def test_tangents_are_those_of_the_steps(kind):
+def test_tangents_are_those_of_the_steps(kind, split):
     """Along all operands, along one, and along none of the norm's numbers."""
     x, kernel = scene(kind, jnp.float64)
     residual = jnp.sin(jnp.arange(400.0)).reshape(100, 4)
@@ -124,7 +184,7 @@ def test_tangents_are_those_of_the_steps(kind):
 
     def f(steps, feats, kernel, given, residual):
         after = {"norm": js.ops.ChannelNorm(**given), "residual": residual, "activation": "silu"}
-        return layer(kind, x.with_feats(feats), kernel, steps, **after).feats
+        return layer(kind, x.with_feats(feats), kernel, steps, split=split, **after).feats
 
     for along in ((0, 1, 2, 3), (0,), (1,), (2,), (3,)):
 
@@ -156,8 +216,10 @@ def test_a_gradient_of_features_alone_computes_nothing_for_other_operands():
     assert products == ["sparse_conv_forward", "sparse_conv_dgrad"]
 
 
+@ONE_OR_TWO
+@pytest.mark.usefixtures("every_width")
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_in_padding_of_every_operand_and_cotangent_changes_nothing(kind):
+def test_nan_in_padding_of_every_operand_and_cotangent_changes_nothing(kind, split):
     x, kernel = scene(kind)
     residual = jnp.sin(jnp.arange(400.0)).reshape(100, 4)
 
@@ -167,7 +229,7 @@ def test_nan_in_padding_of_every_operand_and_cotangent_changes_nothing(kind):
         def f(feats, kernel, given, residual):
             z = js.SparseTensor.tree_unflatten(None, (x.sites, feats))
             norm = js.ops.ChannelNorm(**given)
-            after = {"norm": norm, "residual": residual, "activation": "gelu", "residual_of": poison}
+            after = {"norm": norm, "residual": residual, "activation": "gelu", "residual_of": poison, "split": split}
             y = layer(kind, z, kernel, **after)
             return y.feats, y.sites
 
@@ -184,6 +246,23 @@ def test_nan_in_padding_of_every_operand_and_cotangent_changes_nothing(kind):
     for a, b in zip(run(0.0, 0.0), run(jnp.nan, jnp.nan), strict=True):
         assert np.isfinite(b).all()
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.usefixtures("every_width")
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_vmap_takes_two_inputs(kernel_size):
+    scenes = [random_tensor(s, rows=20 + 9 * s, capacity=60) for s in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scenes)
+    kernel = random_kernel(0, Geometry.create(3, kernel_size), 3, 3)
+
+    def f(x):
+        joined = js.ops.concatenate(split_in_two(x, 1))
+        return js.ops.conv(joined, kernel, kernel_size=kernel_size, residual=x, activation="relu").feats
+
+    np.testing.assert_allclose(jax.vmap(f)(batch), jnp.stack([f(x) for x in scenes]), rtol=1e-5, atol=1e-5)
+    text = jax.jit(jax.vmap(f)).lower(batch).as_text()
+    if jax.default_backend() == "cpu":
+        assert text.count("@jaxsparse_conv_forward_v1(") == int(kernel_size == 3)
 
 
 def test_vmap_over_scenes_is_one_call_and_over_numbers_a_loop():

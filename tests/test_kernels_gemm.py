@@ -153,16 +153,28 @@ ACTIVATIONS = [
 ]
 
 
-def conv_fused(x, w, table, counts, tile, groups, numbers, residual, activation, epsilon):
-    operands = numbers | ({} if residual is None else {"residual": residual})
-    attributes = {"given": sum(1 << i for i, name in enumerate((*NUMBERS, "residual")) if name in operands)}
+def ended(tile, numbers, activation, epsilon, **arrays):
+    """Attributes and operands of what follows, `residual` and `second` among the arrays, None where there is none."""
+    names, operands = (*NUMBERS, "residual", "second"), numbers | arrays
+    names_given = [name for name in names if operands.get(name) is not None]
+    attributes = {"given": sum(1 << names.index(name) for name in names_given)}
     attributes |= {"activation": activation, "epsilon": epsilon}
     attributes |= {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2]}
-    operands = [operands[name] for name in (*NUMBERS, "residual") if name in operands]
+    return attributes, [operands[name] for name in names_given]
+
+
+def conv_fused(x, w, table, counts, tile, groups, numbers, residual, activation, epsilon, second=None):
+    attributes, operands = ended(tile, numbers, activation, epsilon, residual=residual, second=second)
     result = ((table.shape[1], w.shape[2]), x.dtype)
     return call(
         "conv_fused", [result], x, w, *schedule(table, counts, groups), np.array(counts, I32), *operands, **attributes
     )[0]
+
+
+def linear_fused(x, w, counts, tile, numbers, residual, activation, epsilon, second=None):
+    attributes, operands = ended(tile, numbers, activation, epsilon, residual=residual, second=second)
+    result = ((len(x), w.shape[1]), x.dtype)
+    return call("linear_fused", [result], x, w, np.array(counts, I32), *operands, **attributes)[0]
 
 
 def channel_numbers(rng, channels, names):
@@ -254,6 +266,63 @@ def test_rows_with_an_epilogue_do_not_depend_on_tile_mates_or_capacity():
         y_more = conv_fused(x, w, more, [count], tile, groups, numbers, padded, 1, 1e-5)
         assert y_more[:count].tobytes() == y.tobytes()
         assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
+
+
+def halves(x, first):
+    """The first columns and the others, as arrays of their own."""
+    return np.ascontiguousarray(x[:, :first]), np.ascontiguousarray(x[:, first:])
+
+
+@pytest.mark.parametrize("tile", FORWARD_TILES, ids=str)
+def test_a_second_input_gives_the_bits_of_the_concatenation(tile):
+    """Parts that end within a step and with it, either the wider one, and rows that lie far apart in both."""
+    rng = np.random.default_rng(tile.cols)
+    for case, (rows, first, other, volume) in enumerate([(150, 96, 32, 27), (70, 8, 16, 9), (130, 64, 136, 3)]):
+        dtype = BF16 if case % 2 else F16
+        x = rng.normal(size=(180, first + other)).astype(dtype)
+        w = rng.normal(size=(volume, first + other, tile.cols)).astype(dtype)
+        table, groups = random_table(rng, volume, 180, rows, 0.2), Geometry.create(1, volume, 1).tap_groups
+        numbers, residual = channel_numbers(rng, tile.cols, NUMBERS), rng.normal(size=(rows, tile.cols)).astype(dtype)
+        options = ([rows - 3], tile, groups, numbers, residual, case, 0.25)
+        one, other = halves(x, first)
+        whole = conv_fused(x, w, table, *options)
+        assert conv_fused(one, w, table, *options, second=other).tobytes() == whole.tobytes()
+        assert len(np.unique(whole)) > 9
+
+
+@pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
+def test_every_forward_tile_without_a_map(tile):
+    """Each row times the weights: the bits of a map of one tap, under which it lies by itself. Padding holds NaN."""
+    rng = np.random.default_rng(tile.cols)
+    cases = [(63, 8, 8, [60]), (2 * tile.rows + 1, 40, tile.cols + 8, [tile.rows]), (300, 136, tile.cols, [20, 0, 100])]
+    if tile in NARROW_TILES:
+        cases = [(130, 4, tile.cols, [129])] + (cases if tile in FORWARD_TILES else [])
+    for case, (rows, c_in, c_out, counts) in enumerate(cases):
+        dtype = BF16 if case % 2 else F16
+        x, w = rng.normal(size=(rows, c_in)).astype(dtype), rng.normal(size=(1, c_in, c_out)).astype(dtype)
+        numbers, residual = channel_numbers(rng, c_out, NUMBERS), rng.normal(size=(rows, c_out)).astype(dtype)
+        x[np.setdiff1d(np.arange(rows), real_rows(rows, counts))] = np.nan
+        table, options = np.arange(rows, dtype=I32)[None], (tile, numbers, residual, case, 0.25)
+        y = linear_fused(x, w[0], counts, *options)
+        mapped = conv_fused(x, w, table, counts, options[0], (), *options[1:])
+        assert y.tobytes() == mapped.tobytes()
+        assert np.isfinite(y.astype(F32)).all()
+        if c_in > 8 and c_in % 8 == 0:
+            one, other = halves(x, 8)
+            assert linear_fused(one, w[0], counts, *options, second=other).tobytes() == y.tobytes()
+
+
+def test_a_second_input_that_does_not_fit_is_refused():
+    w, counts, tile = np.zeros((24, 8), F16), [8], FORWARD_TILES[0]
+    for first, second, message in [
+        (16, np.zeros((8, 16), F16), r"linear_fused_v1: w must have as many input channels.*second float16 \[8, 16\]"),
+        (12, np.zeros((8, 12), F16), "must be multiples of 8"),
+        (16, np.zeros((9, 8), F16), "second must have size 8 on axis 0"),
+        (16, np.zeros((8, 8), F32), "second must be float16"),
+        (16, None, "w must have as many input channels"),
+    ]:
+        with pytest.raises(Exception, match=message):
+            linear_fused(np.zeros((8, first), F16), w, counts, tile, {}, None, 0, 0.0, second)
 
 
 @pytest.mark.parametrize("tile", WGRAD_TILES, ids=str)

@@ -109,6 +109,22 @@ def test_what_follows_a_product_changes_nothing_about_its_choice():
     assert [key.op for key in result.choices] == ["builder", "conv"]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_input_in_two_arrays_counts_as_their_concatenation(transposed):
+    x = random_tensor(0, rows=40, capacity=48, features=16, dtype=jnp.float16)
+    kernel = random_kernel(0, Geometry.create(3, 3), 16, 8, jnp.float16)
+
+    def f(x, joins):
+        y = js.ops.concatenate([x.with_feats(half) for half in jnp.split(x.feats, 2, 1)]) if joins else x
+        if transposed:
+            return js.ops.conv_transpose(y, kernel, like=x, kernel_size=3, activation="relu").feats
+        return js.ops.conv(y, kernel, kernel_size=3, activation="relu").feats
+
+    joined, plain = (record(lambda x, j=j: f(x, j), [(x,)]) for j in (True, False))
+    assert joined.layers == plain.layers
+    assert "concatenate" in str(jax.make_jaxpr(lambda x: f(x, True))(x))
+
+
 def test_maps_are_those_of_the_samples():
     net, samples = Net(), [scene(seed) for seed in range(2)]
     recorded = record(net, [(x,) for x in samples])

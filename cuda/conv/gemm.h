@@ -44,10 +44,13 @@ struct Epilogue {
 };
 
 struct FusedConvArgs : ConvGemmArgs {
+  int32_t first_channels;  // of x, whose rows go on in `second`: both widths are multiples of 8 where there is one
+  const void* second;      // [in_rows, in_channels - first_channels], or null
   Epilogue epilogue;
 };
 
-// conv_gemm with an epilogue, rounded once: x of 16 bits, y of the same dtype.
+// conv_gemm with an epilogue, rounded once: x of 16 bits, y of the same dtype. `order` may be null where there is one tap:
+// each row of y is then that row of x times w, without a schedule.
 cudaError_t conv_fused(const FusedConvArgs& args, cudaStream_t stream);
 
 struct WgradGemmArgs {

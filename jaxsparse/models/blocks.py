@@ -65,5 +65,8 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x: SparseTensor) -> SparseTensor:
         """Features `[N, C_in]` to `[N, C_out]` on the same sites."""
         y = self.conv1(x, norm=self.norm1, activation="relu")
-        shortcut = x if self.shortcut is None else self.shortcut(x)
+        shortcut = x
+        if self.shortcut is not None:
+            conv, norm = self.shortcut.layers
+            shortcut = conv(x, norm=norm)
         return self.conv2(y, norm=self.norm2, residual=shortcut, activation="relu")

@@ -26,7 +26,8 @@ def _dot(a, b, contract, dtype, out_dtype, precision):
     return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, **options).astype(out_dtype)
 
 
-def _rows_reference(x, w, counts, *, transposed, dtype, out_dtype, precision):
+def linear_rows_reference(x, w, counts, *, transposed, dtype, out_dtype, precision):
+    """`linear_rows` in plain JAX."""
     y = _dot(x, w, (1, 1 if transposed else 0), dtype, out_dtype, precision)
     return [jnp.where(real_rows(counts, x.shape[0])[:, None], y, 0)]
 
@@ -36,11 +37,11 @@ def _outer_reference(x, g, counts, *, dtype, out_dtype, precision):
     return [_dot(jnp.where(real, x, 0), jnp.where(real, g, 0), (0, 0), dtype, out_dtype, precision)]
 
 
-_rows = Op(
+linear_rows = Op(
     "linear_rows",
     lambda x, w, counts, *, transposed, out_dtype, **_: [((x.shape[0], w.shape[0 if transposed else 1]), out_dtype)],
     None,
-    _rows_reference,
+    linear_rows_reference,
 )
 _outer = Op(
     "linear_outer",
@@ -54,15 +55,15 @@ def _weights_cotangent(ct, x, counts, *, transposed, **params):
     return _outer(*((ct, x) if transposed else (x, ct)), counts, **params)[0]
 
 
-_rows.set_bilinear(
-    lambda ct, w, counts, *, transposed, **params: _rows(ct, w, counts, transposed=not transposed, **params)[0],
+linear_rows.set_bilinear(
+    lambda ct, w, counts, *, transposed, **params: linear_rows(ct, w, counts, transposed=not transposed, **params)[0],
     _weights_cotangent,
 )
 _outer.set_bilinear(
-    lambda ct, g, counts, **params: _rows(g, ct, counts, transposed=True, **params)[0],
-    lambda ct, x, counts, **params: _rows(x, ct, counts, transposed=False, **params)[0],
+    lambda ct, g, counts, **params: linear_rows(g, ct, counts, transposed=True, **params)[0],
+    lambda ct, x, counts, **params: linear_rows(x, ct, counts, transposed=False, **params)[0],
 )
-_rows.batch_as_reference()
+linear_rows.batch_as_reference()
 _outer.batch_as_reference()
 
 
@@ -86,7 +87,7 @@ def linear(
             f"{x.feats.shape}); it must be [{x.num_features}, C_out]."
         )
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
-    (y,) = _rows(x.feats, kernel, x.sites.counts, transposed=False, **options)
+    (y,) = linear_rows(x.feats, kernel, x.sites.counts, transposed=False, **options)
     if bias is not None:
         y = jnp.where(x.sites.is_real[:, None], y + bias.astype(x.dtype)[None], 0)
     return on_sites(x.sites, y)

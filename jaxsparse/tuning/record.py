@@ -236,9 +236,12 @@ class _Walk:
             self.builds.append(build)
             self.operands.append(operands)
             self.layers.append(collections.Counter())
-        structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars[:3]]
-        params = {name: eqn.params[name] for name in ("spec", "out_dtype", "implementation")}
-        self.layers[number][Layer(_name(eqn), *params.values(), *structs)] += 1
+        first, second, table = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars[:3])
+        name = _name(eqn)
+        if name != "wgrad":  # an input in two arrays counts as one
+            first = first.update(shape=(first.shape[0], second.shape[2 if name == "dgrad" else 1]))
+        spec, out_dtype, implementation = (eqn.params[p] for p in ("spec", "out_dtype", "implementation"))
+        self.layers[number][Layer(name, spec, out_dtype, implementation, first, second, table)] += 1
 
 
 def _is_product(eqn) -> bool:
@@ -246,8 +249,8 @@ def _is_product(eqn) -> bool:
 
 
 def _name(eqn) -> str:
-    """Which product: a primitive that does more after one says by `transposed` whether it is dgrad."""
-    return _NAMES.get(eqn.primitive) or ("dgrad" if eqn.params.get("transposed") else "forward")
+    """Which product: a primitive that does more after one has its name among the parameters."""
+    return _NAMES.get(eqn.primitive) or eqn.params["product"]
 
 
 def _count_products(closed) -> int:

@@ -82,9 +82,10 @@ def conv(
             raise ValueError(f'`strides` (={strides}) must be 1 for sites="submanifold"; use "reachable" or "floor".')
         out_sites = x.sites
         if geometry.is_pointwise and kernel_map is None:
-            out_sites, (ending, operands) = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
-            y = linear(x, kernel[0], precision=precision)
-            return y if ending.is_empty else on_sites(out_sites, ending(y.feats, x.sites.counts, operands, x.dtype))
+            out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
+            if end[0].is_empty:
+                return linear(x, kernel[0], precision=precision)
+            return on_sites(out_sites, _bind_linear(x, kernel[0], end, precision, config, implementation))
     elif kernel_map is not None:
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
@@ -96,7 +97,7 @@ def conv(
         out_sites = out_sites.with_status(x.sites.status)
     out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
     options = (precision, config, implementation)
-    return on_sites(out_sites, _bind(False, x.feats, kernel, kernel_map, x.capacity, end, *options))
+    return on_sites(out_sites, _bind("forward", x, kernel, kernel_map, x.capacity, end, *options))
 
 
 def conv_transpose(
@@ -154,13 +155,13 @@ def conv_transpose(
     out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
     swapped = jnp.swapaxes(kernel, 1, 2)
     options = (precision, config, implementation)
-    return on_sites(out_sites, _bind(True, x.feats, swapped, kernel_map, fine.capacity, end, *options))
+    return on_sites(out_sites, _bind("dgrad", x, swapped, kernel_map, fine.capacity, end, *options))
 
 
-def _bind(transposed, rows, kernel, kernel_map, in_rows, end, precision, config, implementation):
+def _bind(product, x, kernel, kernel_map, in_rows, end, precision, config, implementation):
     m = kernel_map
     spec = primitives.Spec(
-        rows.dtype,
+        x.dtype,
         canonical_precision(precision),
         in_rows,
         config or ConvConfig(),
@@ -170,12 +171,24 @@ def _bind(transposed, rows, kernel, kernel_map, in_rows, end, precision, config,
         m.strides,
     )
     arrays = (m.table, m.masks, m.in_counts, m.out_counts)
-    params = {"spec": spec, "out_dtype": rows.dtype, "implementation": implementation}
+    params = {"spec": spec, "out_dtype": x.dtype, "implementation": implementation}
     ending, operands = end
     if ending.is_empty:
-        return (primitives.dgrad if transposed else primitives.forward)(rows, kernel, *arrays, **params)[0]
-    params |= {"transposed": transposed, "ending": ending}
-    return fused.fused(tuple(params.items()), rows, kernel, arrays, operands)
+        return primitives.PRODUCTS[product](x.feats, kernel, *arrays, **params)[0]
+    params |= {"product": product, "ending": ending}
+    return fused.fused(tuple(params.items()), fused.inputs(x), kernel, arrays, operands)
+
+
+def _bind_linear(x, kernel, end, precision, config, implementation):
+    ending, operands = end
+    options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
+    params = options | {
+        "product": "linear",
+        "tile": None if config is None else config.forward,
+        "ending": ending,
+        "implementation": implementation,
+    }
+    return fused.fused(tuple(params.items()), fused.inputs(x), kernel, (x.sites.counts,), operands)
 
 
 def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ended]:

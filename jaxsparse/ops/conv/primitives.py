@@ -84,7 +84,8 @@ class Spec:
 # Operands of all three: two of (x, w, g) in that order, then the map: table, masks, in_counts, out_counts.
 
 
-# `ended` is what follows in the same kernel, where that is served: attributes and operands of `fused.Ending`.
+# `ended` is what follows in the same kernel, where that is served: attributes and operands of `fused.Ending`, and the
+# arrays beside x.
 
 
 def forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, out_dtype, ended=None):
@@ -120,21 +121,23 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, ende
         (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], *operands, **spec.attributes(own))
         return [y.astype(out_dtype)]
     widths = problem.widths(platform)
-    x, w = _padded(x, widths[0]), _padded(w, *widths)
+    if x.shape[1] == c_in:  # of two inputs neither needs it
+        x = _padded(x, widths[0])
+    w = _padded(w, *widths)
     struct = jax.ShapeDtypeStruct((rows, widths[1]), result)
     sort = answer(choices.sort(platform, problem), spec.config.sort).choice
     schedule = _schedule(table, masks, counts, spec.tap_groups if sort else ())
     tile = answer(choices.conv(platform, problem), tile).choice
     if ended is not None:
-        attributes, operands = ended
-        attributes = attributes | _tile_attributes(tile)
-        operands = [_padded(a, widths[1]) for a in operands]
+        attributes, operands, others = ended
+        attributes = attributes | tile_attributes(tile)
+        operands = [*(_padded(a, widths[1]) for a in operands), *others]
         (y,) = _ffi.call("jaxsparse_conv_fused_v1", [struct], x, w, *schedule, counts, *operands, **attributes)
         return [y[:, :c_out]]
     if spec.dtype == jnp.float32:
         w = jnp.swapaxes(w if spec.is_exact else _to_tf32(w), 1, 2)
     (y,) = _ffi.call(
-        "jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **_tile_attributes(tile), exact=int(spec.is_exact)
+        "jaxsparse_conv_gemm_v1", [struct], x, w, *schedule, **tile_attributes(tile), exact=int(spec.is_exact)
     )
     return [y[:, :c_out].astype(out_dtype)]
 
@@ -169,7 +172,8 @@ def _to_tf32(w):
     return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=10)
 
 
-def _tile_attributes(tile):
+def tile_attributes(tile) -> dict[str, int]:
+    """A tile as the custom calls of scheduled kernels take it."""
     rows, cols, stages = tile
     return {"tile_rows": rows, "tile_cols": cols, "stages": stages}
 
@@ -204,7 +208,7 @@ def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, masks, out_counts)
     slots = cost.wgrad_slots(taps, c_in, c_out)
     results = [struct, _workspace.struct("cuda", _workspace.wgrad_gemm(slots, c_in, c_out))]
-    attributes = _tile_attributes(tile) | {"exact": int(spec.is_exact), "slots": slots}
+    attributes = tile_attributes(tile) | {"exact": int(spec.is_exact), "slots": slots}
     return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
 
 
