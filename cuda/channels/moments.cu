@@ -54,21 +54,24 @@ __device__ void finish_statistics(A center, int32_t rows, A* first, A* second) {
   *first = center + mean;
 }
 
-// In the first warp: the sums over all warps, lane by lane.
-template <typename A>
+// From N pairs a lane: in warp w < N, lane by lane, the sums over all warps of the w-th.
+template <int N, typename A>
 __device__ void sum_warps(A* first, A* second) {
-  __shared__ A sums[2][kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp;
+  __shared__ A sums[2 * N][kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   __syncthreads();  // earlier sums may still be read
-  sums[0][threadIdx.x / kWarp][lane] = *first;
-  sums[1][threadIdx.x / kWarp][lane] = *second;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sums[2 * i][warp][lane] = first[i];
+    sums[2 * i + 1][warp][lane] = second[i];
+  }
   __syncthreads();
-  if (threadIdx.x >= kWarp) return;
+  if (warp >= N) return;
   *first = *second = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
-    *first += sums[0][w][lane];
-    *second += sums[1][w][lane];
+    *first += sums[2 * warp][w][lane];
+    *second += sums[2 * warp + 1][w][lane];
   }
 }
 
@@ -83,12 +86,13 @@ __device__ void halve(A* v, int n, int step) {
   }
 }
 
-template <typename T, int V, bool of_one>
+// A block has kLeft * 32 channels: a pack for each lane, or for several, which at the end divide it and have kLeft left.
+template <typename T, int V, int kLeft, bool of_one>
 __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32_t shares, uint32_t tiles) {
   using A = Accumulator<T>;
-  constexpr int kAcross = kWarp / V, kDown = kThreads / kAcross;  // packs and rows at a time
-  constexpr int kAtOnce = of_one ? 8 : 4;                         // of those rows
-  const uint32_t t = threadIdx.x;
+  constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs and rows at a time
+  constexpr int kAtOnce = of_one ? 8 : 4;                                 // of those rows
+  const uint32_t t = threadIdx.x, warp = t / kWarp;
   const int32_t packs = m.channels / V, step = static_cast<int32_t>(shares * kDown);
   A* const partial = static_cast<A*>(m.workspace);  // [share, 2, channels]
 
@@ -100,9 +104,10 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
     int64_t place = int64_t{row} * packs + pack;
     Pack<T, V> a[kAtOnce], b[kAtOnce], center_of_one{};
     const auto read = [&](int j, int ahead) {
+      const int64_t at = place + ahead * stride;
       if (row + ahead * step >= end) return;
-      b[j] = static_cast<const Pack<T, V>*>(m.b)[place + ahead * stride];
-      if constexpr (!of_one) a[j] = static_cast<const Pack<T, V>*>(m.a)[place + ahead * stride];
+      b[j] = static_cast<const Pack<T, V>*>(m.b)[at];
+      if constexpr (!of_one) a[j] = static_cast<const Pack<T, V>*>(m.a)[at];
     };
     // The first rows are asked for while the number of real ones is.
 #pragma unroll
@@ -118,36 +123,43 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
         center[i] = static_cast<const A*>(m.center)[pack * V + i];
       }
     }
+    const auto add = [&](int j) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const A difference = (of_one ? b[j][i] : a[j][i]) - center[i];
+        const A other = of_one ? difference : b[j][i];
+        first[i] += other;
+        second[i] += difference * other;
+      }
+    };
     const int32_t rows = real_rows(m.count, m.rows);
     end = min(end, rows);
-    for (; row < end; row += kAtOnce * step, place += kAtOnce * stride) {
+    for (; row + (kAtOnce - 1) * step < end; row += kAtOnce * step, place += kAtOnce * stride) {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if (row + j * step < end) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const A difference = (of_one ? b[j][i] : a[j][i]) - center[i];
-            const A other = of_one ? difference : b[j][i];
-            first[i] += other;
-            second[i] += difference * other;
-          }
-        }
+        add(j);
         read(j, j + kAtOnce);
       }
     }
-
-    // Over the lanes of a pack, each of which is left with one of its channels.
 #pragma unroll
-    for (int n = V / 2; n > 0; n /= 2) {
-      halve(first, n, n * kAcross);
-      halve(second, n, n * kAcross);
-#pragma unroll
-      for (int i = 0; i < n; ++i) center[i] = t & n * kAcross ? center[i + n] : center[i];
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row + j * step < end) add(j);
     }
-    sum_warps(first, second);
-    if (t >= kWarp || pack >= packs) continue;
+
+#pragma unroll
+    for (int n = V / 2; n >= kLeft; n /= 2) {
+      constexpr int kLanes = kWarp / V;  // a channel
+      halve(first, n, n * kLanes);
+      halve(second, n, n * kLanes);
+#pragma unroll
+      for (int i = 0; i < n; ++i) center[i] = t & n * kLanes ? center[i + n] : center[i];
+    }
+    sum_warps<kLeft>(first, second);
+    if (warp >= kLeft || pack >= packs) continue;
+#pragma unroll
+    for (int i = 1; i < kLeft; ++i) center[0] = warp == i ? center[i] : center[0];
     if (of_one) finish_statistics(center[0], ShareSizes<kDown>(rows, shares)[share], first, second);
-    A* const to = partial + int64_t{share} * 2 * m.channels + pack * V + t / kAcross;
+    A* const to = partial + int64_t{share} * 2 * m.channels + pack * V + t % kWarp / kAcross * kLeft + warp;
     to[0] = *first;
     to[m.channels] = *second;
   }
@@ -181,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
       first += __shfl_xor_sync(kAllLanes, first, lanes);
       second += __shfl_xor_sync(kAllLanes, second, lanes);
     }
-    sum_warps(&first, &second);
+    sum_warps<1>(&first, &second);
     if (t >= kColumns || channel >= m.channels) continue;
     if (of_one) finish_statistics(center, rows, &first, &second);
     static_cast<A*>(m.first)[channel] = first;
@@ -189,17 +201,21 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
   }
 }
 
-template <typename T, int V>
+template <typename T, int V, int kLeft>
 cudaError_t run(const MomentsArgs& m, cudaStream_t stream) {
-  const int64_t shares = moment_shares(m.channels), tiles = div_up(m.channels, kWarp);
-  const auto kernel = m.a == nullptr ? moments_kernel<T, V, true> : moments_kernel<T, V, false>;
+  const int64_t tiles = div_up(m.channels, kWarp * kLeft), shares = moment_shares(tiles);
+  const auto kernel = m.a == nullptr ? moments_kernel<T, V, kLeft, true> : moments_kernel<T, V, kLeft, false>;
   return launch_grid<kThreads>(kernel, shares * tiles, stream, m, shares, tiles);
 }
 
+// A block takes up to 256 bytes of a row, next to each other.
 template <typename T>
 cudaError_t run_as(const MomentsArgs& m, cudaStream_t stream) {
-  constexpr int kPack = 16 / sizeof(T);
-  return m.channels % kPack == 0 ? run<T, kPack>(m, stream) : run<T, 1>(m, stream);
+  constexpr int V = 16 / sizeof(T), kMost = V / 2;
+  if (m.channels % V != 0) return run<T, 1, 1>(m, stream);
+  if (kMost >= 4 && m.channels > 2 * kWarp) return run<T, V, kMost>(m, stream);
+  if (kMost >= 2 && m.channels > kWarp) return run<T, V, (kMost < 2 ? 1 : 2)>(m, stream);
+  return run<T, V, 1>(m, stream);
 }
 
 }  // namespace

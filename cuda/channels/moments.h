@@ -7,14 +7,11 @@
 
 namespace jaxsparse::cuda {
 
-// A block has 32 channels and a share of the rows. How many shares there are depends on the channels alone, not on the
-// device: it decides how sums are split. In all a block for each multiprocessor of an H100.
+// A block has a tile of channels and a share of the rows. How many shares there are depends on the channels alone, not on
+// the device: it decides how sums are split. In all a block for each multiprocessor of an H100.
 constexpr int kMomentBlocks = 132;
 
-constexpr int64_t moment_shares(int64_t channels) {
-  const int64_t shares = kMomentBlocks / div_up(channels, 32);
-  return shares > 1 ? shares : 1;
-}
+constexpr int64_t moment_shares(int64_t tiles) { return tiles < kMomentBlocks ? kMomentBlocks / tiles : 1; }
 
 struct MomentsArgs {
   Dtype dtype;           // of a and b; accumulators are float32, and float64 for float64
@@ -31,7 +28,7 @@ struct MomentsArgs {
 cudaError_t channel_moments(const MomentsArgs& args, cudaStream_t stream);
 
 constexpr int64_t moments_workspace(int64_t channels, Dtype dtype) {
-  return 2 * moment_shares(channels) * channels * accumulator_bytes(dtype);
+  return 2 * moment_shares(div_up(channels, 128)) * channels * accumulator_bytes(dtype);
 }
 
 }  // namespace jaxsparse::cuda
