@@ -547,39 +547,34 @@ inline ffi::Error check_segment_sum(In x, In order, In offsets, Out y, SegmentSu
   return checks.error();
 }
 
-// --- 14 channel_moments, channel_statistics ---
+// --- 14 channel_moments ---
 
 struct Channels {
   ffi::DataType dtype = ffi::DataType::INVALID;
   int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
+  std::optional<In> a, center;  // both or neither
 };
 
-inline void check_channels(Checks& checks, In x, In count, Out first, Out second, Out workspace, Channels* s) {
+inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,
+                                        Channels* s) {
+  Checks checks("jaxsparse_channel_moments_v1");
   int64_t one = 1;
+  s->dtype = b.element_type();
   const ffi::DataType sums = s->dtype == ffi::F64 ? ffi::F64 : ffi::F32;
-  checks.operand("x", x, s->dtype, {&s->rows, &s->channels});
+  checks.operand("b", b, s->dtype, {&s->rows, &s->channels});
   checks.operand("count", count, ffi::S32, {&one});
   checks.operand("first", first, sums, {&s->channels});
   checks.operand("second", second, sums, {&s->channels});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
-  checks.require(is_feature_dtype(s->dtype), "x must be float16, bfloat16, float32 or float64");
-  checks.require(s->channels >= 1, "x must have at least one channel");
-}
-
-inline ffi::Error check_channel_moments(In a, In b, In center, In count, Out sum, Out product, Out workspace,
-                                        Channels* s) {
-  Checks checks("jaxsparse_channel_moments_v1");
-  s->dtype = a.element_type();
-  check_channels(checks, a, count, sum, product, workspace, s);
-  checks.operand("b", b, s->dtype, {&s->rows, &s->channels});
-  checks.operand("center", center, sum->element_type(), {&s->channels});
-  return checks.error();
-}
-
-inline ffi::Error check_channel_statistics(In x, In count, Out mean, Out squares, Out workspace, Channels* s) {
-  Checks checks("jaxsparse_channel_statistics_v1");
-  s->dtype = x.element_type();
-  check_channels(checks, x, count, mean, squares, workspace, s);
+  checks.require(is_feature_dtype(s->dtype), "b must be float16, bfloat16, float32 or float64");
+  checks.require(s->channels >= 1, "b must have at least one channel");
+  checks.require(rest.size() == 0 || rest.size() == 2, "a and center must be given together");
+  if (checks.ok() && rest.size() == 2) {
+    s->a = rest.get<In>(0).value();
+    s->center = rest.get<In>(1).value();
+    checks.operand("a", *s->a, s->dtype, {&s->rows, &s->channels});
+    checks.operand("center", *s->center, sums, {&s->channels});
+  }
   return checks.error();
 }
 

@@ -367,44 +367,26 @@ ffi::Error segment_sum(cudaStream_t stream, In x, In order, In offsets, Out y) {
   return launch_error("jaxsparse_segment_sum_v1", cuda::segment_sum(args, stream));
 }
 
-ffi::Error channel_moments(cudaStream_t stream, In a, In b, In center, In count, Out sum, Out product, Out workspace) {
+ffi::Error channel_moments(cudaStream_t stream, In b, In count, Out first, Out second, Out workspace,
+                           ffi::RemainingArgs rest) {
   constexpr const char* call = "jaxsparse_channel_moments_v1";
   Channels s;
-  ffi::Error error = check_channel_moments(a, b, center, count, sum, product, workspace, &s);
+  ffi::Error error = check_channel_moments(b, count, first, second, workspace, rest, &s);
   if (error.failure()) return error;
   const cuda::Dtype dtype = kernel_dtype(s.dtype);
   error = check_workspace(call, s.workspace, cuda::moments_workspace(s.channels, dtype));
   if (error.failure()) return error;
   const cuda::MomentsArgs args{dtype,
-                               a.untyped_data(),
+                               s.a ? s.a->untyped_data() : nullptr,
                                b.untyped_data(),
-                               center.untyped_data(),
+                               s.a ? s.center->untyped_data() : nullptr,
                                ints(count),
                                narrow(s.rows),
                                narrow(s.channels),
-                               sum->untyped_data(),
-                               product->untyped_data(),
+                               first->untyped_data(),
+                               second->untyped_data(),
                                workspace->untyped_data()};
   return launch_error(call, cuda::channel_moments(args, stream));
-}
-
-ffi::Error channel_statistics(cudaStream_t stream, In x, In count, Out mean, Out squares, Out workspace) {
-  constexpr const char* call = "jaxsparse_channel_statistics_v1";
-  Channels s;
-  ffi::Error error = check_channel_statistics(x, count, mean, squares, workspace, &s);
-  if (error.failure()) return error;
-  const cuda::Dtype dtype = kernel_dtype(s.dtype);
-  error = check_workspace(call, s.workspace, cuda::moments_workspace(s.channels, dtype));
-  if (error.failure()) return error;
-  const cuda::StatisticsArgs args{dtype,
-                                  x.untyped_data(),
-                                  ints(count),
-                                  narrow(s.rows),
-                                  narrow(s.channels),
-                                  mean->untyped_data(),
-                                  squares->untyped_data(),
-                                  workspace->untyped_data()};
-  return launch_error(call, cuda::channel_statistics(args, stream));
 }
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
@@ -432,8 +414,7 @@ XLA_FFI_DEFINE_HANDLER(kConvPairs, conv_pairs, (bind<Stream, 3, 3>()), {ffi::Tra
 XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm,
                        (with_tile(bind<Stream, 4, 2>()).Attr<int64_t>("exact").Attr<int64_t>("slots")),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 4, 3>()), {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kChannelStatistics, channel_statistics, (bind<Stream, 2, 3>()),
+XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 2, 3>().RemainingArgs()),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
@@ -447,8 +428,7 @@ const Handlers& cuda_handlers() {
                                      {"jaxsparse_linear_fused_v1", kLinearFused},
                                      {"jaxsparse_conv_pairs_v1", kConvPairs},
                                      {"jaxsparse_wgrad_gemm_v1", kWgradGemm},
-                                     {"jaxsparse_channel_moments_v1", kChannelMoments},
-                                     {"jaxsparse_channel_statistics_v1", kChannelStatistics}});
+                                     {"jaxsparse_channel_moments_v1", kChannelMoments}});
     return handlers;
   }();
   return all;

@@ -35,7 +35,6 @@ CUDA_TARGETS = (
     "jaxsparse_conv_pairs_v1",
     "jaxsparse_wgrad_gemm_v1",
     "jaxsparse_channel_moments_v1",
-    "jaxsparse_channel_statistics_v1",
 )
 
 Attribute = int | float | Sequence[int]

@@ -43,22 +43,54 @@ def test_segment_sum_adds_the_listed_rows(dtype, channels):
     np.testing.assert_array_equal(y.astype(F64), expected.astype(dtype).astype(F64))
 
 
+def channel_sums(b, count, *a_and_center):
+    channels, sums = b.shape[1], F64 if b.dtype == F64 else F32
+    results = [((channels,), sums)] * 2 + [((_workspace.moments(channels, np.dtype(sums).itemsize),), U8)]
+    return call("channel_moments", results, b, np.array([count], I32), *a_and_center)[:2]
+
+
+# Several rows a share and none, one share alone, a tile of 32 channels in part, packs of one number.
+SUMS = [(700, 650, 3), (9000, 8900, 24), (9, 5, 8), (40, 0, 16), (1, 1, 40), (3000, 2500, 96), (600, 550, 4256)]
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
-@pytest.mark.parametrize(("rows", "count", "channels"), [(700, 650, 3), (4000, 3900, 24), (9, 5, 8), (40, 0, 16)])
+@pytest.mark.parametrize(("rows", "count", "channels"), SUMS)
 def test_channel_sums_are_those_of_the_real_rows(dtype, rows, count, channels):
     rng = np.random.default_rng(rows)
     a, b = (small_integers(rng, (rows, channels), dtype) for _ in range(2))
-    sums = F64 if dtype == F64 else F32
-    center = rng.integers(-3, 3, channels).astype(sums)
-    results = [((channels,), sums)] * 2 + [((_workspace.moments(channels, np.dtype(sums).itemsize),), U8)]
+    center = rng.integers(-3, 3, channels).astype(F64 if dtype == F64 else F32)
     a[count:] = b[count:] = np.nan
-    counts, real = np.array([count], I32), slice(count)
+    real = slice(count)
     with wide(dtype):
-        total, product, _ = call("channel_moments", results, a, b, center, counts)
-        mean, squares, _ = call("channel_statistics", results, a + dtype(100), counts)
+        total, product = channel_sums(b, count, a, center)
+        mean, squares = channel_sums(a + dtype(100), count)
     np.testing.assert_array_equal(total, b[real].astype(F64).sum(0))
     np.testing.assert_array_equal(product, ((a[real].astype(F64) - center) * b[real].astype(F64)).sum(0))
     shifted = (a + dtype(100))[real].astype(F64)
     expected = shifted.mean(0) if count else np.zeros(channels)
     np.testing.assert_allclose(mean, expected, rtol=1e-6)
     np.testing.assert_allclose(squares, ((shifted - expected) ** 2).sum(0), rtol=2e-6, atol=1e-9)
+
+
+def test_statistics_do_not_cancel_where_the_mean_is_large():
+    rng = np.random.default_rng(0)
+    means = np.array([0, 1e2, 1e4, -1e4, 1e5, 0, 0, 0])
+    x = (rng.normal(size=(20000, 8)) + means).astype(F32)
+    x[0, 5] = 1e4  # one row far from all others: the first of a share, and not
+    x[777, 6] = 1e4
+    x[:, 7] = 3e4
+    mean, squares = channel_sums(x, 20000)
+    wide_x = x.astype(F64)
+    np.testing.assert_allclose(mean, wide_x.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(squares, ((wide_x - wide_x.mean(0)) ** 2).sum(0), rtol=1e-4)
+    assert squares[7] == 0
+
+
+@pytest.mark.parametrize("channels", [5, 64])
+def test_channel_sums_have_equal_bits_at_every_capacity(channels):
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(9000, channels)).astype(F16) for _ in range(2))
+    center = rng.normal(size=channels).astype(F32)
+    for of in (lambda n: channel_sums(b[:n], 5001, a[:n], center), lambda n: channel_sums(a[:n], 5001)):
+        for small, large in zip(of(5001), of(9000), strict=True):
+            np.testing.assert_array_equal(small, large)

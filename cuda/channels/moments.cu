@@ -1,197 +1,233 @@
-// Two kernels each: the sums of each share of the rows, then those of all shares, in a fixed order. A thread has 16 bytes of
-// a row at a time, and four rows on their way.
-//
-// On an H200, over the 49 norms of SparseResUNet42 on two scans in float16: statistics 16 us a norm, moments 14. About 4 and 8
-// of that are memory's; the rest is the latency of two short kernels. XLA's column sums and what was fused with them took
-// 5.0 ms a step, these and XLA's passes beside them take 3.5.
+// One cooperative kernel: the sums of each share of the rows, and after a barrier of the grid those of all shares, in a
+// fixed order. A thread has 16 bytes of a row at a time, and several rows on their way.
 //
 // The statistics are taken in one pass over x: a share sums differences from its first row, which is about as far from
-// the mean as any, and shares are put together by Chan's formula, so nothing cancels where the mean is large.
+// the mean as any, and shares are put together by Chan's formula around the mean of the first, so nothing cancels where the
+// mean is large.
+//
+// Not built: statistics in the epilogue of the convolution. They would save one read of y, 4 us a norm, and the sums of its
+// blocks want a kernel of their own. Means and squares of a block's columns, by Chan's formula from pairs of rows up, came to
+// 320 instructions a warp at 32 columns, 500 at 64, 630 at 96, 710 at 128, after the last product, where only other blocks
+// hide them: at 183,262 rows 4 to 8 us of issue slots for reads of 3 to 8 us, at 29,000 rows of 256 channels 3 for 3.5.
 #include "cuda/channels/moments.h"
 
-#include "cuda/common/device.cuh"
+#include <cstring>
+
+#include "cuda/common/grid.cuh"
 #include "cuda/common/numbers.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kReduceThreads = 512;
-constexpr int kAtOnce = 4;  // rows that a thread reads together
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 
+// V numbers of a row, as words: taking one out waits for them, having them does not.
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T v[V];
-};
+struct Pack {
+  std::conditional_t<V == 1, T, uint4> words;
 
-struct Share {
-  int32_t begin, end;
-
-  __device__ Share(int32_t rows, int32_t number)
-      : begin(static_cast<int32_t>(int64_t{rows} * number / kMomentShares)),
-        end(static_cast<int32_t>(int64_t{rows} * (number + 1) / kMomentShares)) {}
-  __device__ int32_t size() const { return end - begin; }
-};
-
-// partial[share]: the sum of b and that of (a - center) * b; or, of_one, the mean of b and the sum of (b - mean)^2.
-template <typename T, int V, bool of_one>
-__global__ void __launch_bounds__(kThreads, 2) partial_kernel(MomentsArgs m) {
-  using A = Accumulator<T>;
-  __shared__ A sums[2 * V][kThreads];
-  const int32_t packs = m.channels / V, tiles = static_cast<int32_t>(div_up(packs, kThreads));
-  const int32_t number = static_cast<int32_t>(blockIdx.x) / tiles;
-  const int32_t first_pack = static_cast<int32_t>(blockIdx.x) % tiles * kThreads;
-  const int32_t across = min(packs - first_pack, kThreads), down = kThreads / across;  // packs and rows at a time
-  const int32_t pack = first_pack + static_cast<int32_t>(threadIdx.x) % across;
-  const int32_t y = static_cast<int32_t>(threadIdx.x) / across;
-  const Share share(real_rows(m.count, m.rows), number);
-  const auto at = [&](const void* base, int32_t row) {
-    return static_cast<const Pack<T, V>*>(base)[int64_t{row} * packs + pack];
-  };
-
-  // Rows `row`, `row` + down, ... of the share, which the next call of `add` takes.
-  Pack<T, V> a[kAtOnce], b[kAtOnce];
-  const auto read = [&](int32_t row) {
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (row + j * down >= share.end) continue;
-      b[j] = at(m.b, row + j * down);
-      if constexpr (!of_one) a[j] = at(m.a, row + j * down);
-    }
-  };
-  int32_t row = y < down ? share.begin + y : share.end;
-  read(row);
-  A sum[V], product[V], center[V];
-  const Pack<T, V> first = of_one && share.size() > 0 ? at(m.b, share.begin) : Pack<T, V>{};
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    sum[i] = product[i] = 0;
-    center[i] = of_one ? widen(first.v[i]) : static_cast<const A*>(m.center)[pack * V + i];
+  __device__ Accumulator<T> operator[](int i) const {
+    T numbers[V];
+    memcpy(numbers, &words, sizeof(numbers));
+    return widen(numbers[i]);
   }
-  while (row < share.end) {
+};
+
+// How many rows each share has: they are dealt out to the shares in turn, kDown at a time.
+template <int kDown>
+struct ShareSizes {
+  int32_t turns, last, of_last;
+
+  __device__ ShareSizes(int32_t rows, int32_t shares)
+      : turns(rows / kDown / shares), last(rows / kDown % shares), of_last(rows % kDown) {}
+  __device__ int32_t operator[](int32_t share) const {
+    return (turns + (share < last)) * kDown + (share == last ? of_last : 0);
+  }
+};
+
+// Of two sums of differences from `center`: the mean, and the sum of squared differences from it.
+template <typename A>
+__device__ void finish_statistics(A center, int32_t rows, A* first, A* second) {
+  if (rows == 0) return;
+  const A mean = *first / rows;
+  *second = max(*second - *first * mean, A{0});
+  *first = center + mean;
+}
+
+// From N pairs a lane: in warp w < N, lane by lane, the sums over all warps of the w-th.
+template <int N, typename A>
+__device__ void sum_warps(A* first, A* second) {
+  __shared__ A sums[2 * N][kWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();  // earlier sums may still be read
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (row + j * down >= share.end) continue;
+  for (int i = 0; i < N; ++i) {
+    sums[2 * i][warp][lane] = first[i];
+    sums[2 * i + 1][warp][lane] = second[i];
+  }
+  __syncthreads();
+  if (warp >= N) return;
+  *first = *second = 0;
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const A difference = widen(of_one ? b[j].v[i] : a[j].v[i]) - center[i];
-        const A other = of_one ? difference : widen(b[j].v[i]);
-        sum[i] += other;
-        product[i] += difference * other;
+  for (int w = 0; w < kWarps; ++w) {
+    *first += sums[2 * warp][w][lane];
+    *second += sums[2 * warp + 1][w][lane];
+  }
+}
+
+// Halves what a lane has, v[0 .. 2n): it gives one half to the lane `step` away and adds the half that it gets.
+template <typename A>
+__device__ void halve(A* v, int n, int step) {
+  const bool upper = threadIdx.x & step;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const A given = __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + n], step);
+    v[i] = (upper ? v[i + n] : v[i]) + given;
+  }
+}
+
+// A block has kLeft * 32 channels: a pack for each lane, or for several, which at the end divide it and have kLeft left.
+template <typename T, int V, int kLeft, bool of_one>
+__global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32_t shares, uint32_t tiles) {
+  using A = Accumulator<T>;
+  constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs and rows at a time
+  constexpr int kAtOnce = of_one ? 8 : 4;                                 // of those rows
+  const uint32_t t = threadIdx.x, warp = t / kWarp;
+  const int32_t packs = m.channels / V, step = static_cast<int32_t>(shares * kDown);
+  A* const partial = static_cast<A*>(m.workspace);  // [share, 2, channels]
+
+  for (uint32_t unit = blockIdx.x; unit < shares * tiles; unit += gridDim.x) {
+    const int32_t share = static_cast<int32_t>(unit / tiles), first_row = share * kDown;
+    const int32_t pack = static_cast<int32_t>(unit % tiles * kAcross + t % kAcross);
+    const int64_t stride = int64_t{step} * packs;
+    int32_t row = first_row + static_cast<int32_t>(t / kAcross), end = pack < packs ? m.rows : 0;
+    int64_t place = int64_t{row} * packs + pack;
+    Pack<T, V> a[kAtOnce], b[kAtOnce], center_of_one{};
+    const auto read = [&](int j, int ahead) {
+      const int64_t at = place + ahead * stride;
+      if (row + ahead * step >= end) return;
+      b[j] = static_cast<const Pack<T, V>*>(m.b)[at];
+      if constexpr (!of_one) a[j] = static_cast<const Pack<T, V>*>(m.a)[at];
+    };
+    // The first rows are asked for while the number of real ones is.
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) read(j, j);
+    if (of_one && first_row < end) center_of_one = static_cast<const Pack<T, V>*>(m.b)[int64_t{first_row} * packs + pack];
+    A first[V], second[V], center[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      first[i] = second[i] = center[i] = 0;
+      if (of_one) {
+        center[i] = center_of_one[i];
+      } else if (pack < packs) {
+        center[i] = static_cast<const A*>(m.center)[pack * V + i];
       }
     }
-    row += kAtOnce * down;
-    read(row);
-  }
-
+    const auto add = [&](int j) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    sums[i][threadIdx.x] = sum[i];
-    sums[V + i][threadIdx.x] = product[i];
-  }
-  int half = 1;
-  while (2 * half < down) half *= 2;
-  for (; half > 0; half /= 2) {
-    __syncthreads();
-    if (y >= half || y + half >= down) continue;
+      for (int i = 0; i < V; ++i) {
+        const A difference = (of_one ? b[j][i] : a[j][i]) - center[i];
+        const A other = of_one ? difference : b[j][i];
+        first[i] += other;
+        second[i] += difference * other;
+      }
+    };
+    const int32_t rows = real_rows(m.count, m.rows);
+    end = min(end, rows);
+    for (; row + (kAtOnce - 1) * step < end; row += kAtOnce * step, place += kAtOnce * stride) {
 #pragma unroll
-    for (int i = 0; i < 2 * V; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half * across];
-  }
-  if (y != 0) return;
-  A* const to = static_cast<A*>(m.workspace) + int64_t{number} * 2 * m.channels + pack * V;
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    A s = sums[i][threadIdx.x], p = sums[V + i][threadIdx.x];
-    if (of_one && share.size() > 0) {
-      const A of_mean = s / share.size();
-      p = max(p - s * of_mean, A{0});
-      s = center[i] + of_mean;
+      for (int j = 0; j < kAtOnce; ++j) {
+        add(j);
+        read(j, j + kAtOnce);
+      }
     }
-    to[i] = s;
-    to[m.channels + i] = p;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (row + j * step < end) add(j);
+    }
+
+#pragma unroll
+    for (int n = V / 2; n >= kLeft; n /= 2) {
+      constexpr int kLanes = kWarp / V;  // a channel
+      halve(first, n, n * kLanes);
+      halve(second, n, n * kLanes);
+#pragma unroll
+      for (int i = 0; i < n; ++i) center[i] = t & n * kLanes ? center[i + n] : center[i];
+    }
+    sum_warps<kLeft>(first, second);
+    if (warp >= kLeft || pack >= packs) continue;
+#pragma unroll
+    for (int i = 1; i < kLeft; ++i) center[0] = warp == i ? center[i] : center[0];
+    if (of_one) finish_statistics(center[0], ShareSizes<kDown>(rows, shares)[share], first, second);
+    A* const to = partial + int64_t{share} * 2 * m.channels + pack * V + t % kWarp / kAcross * kLeft + warp;
+    to[0] = *first;
+    to[m.channels] = *second;
+  }
+  cooperative_groups::this_grid().sync();
+
+  constexpr int kColumns = 8;  // few channels a block, so that many take part
+  constexpr int kSharesAtOnce = kThreads / kColumns, kTurns = static_cast<int>(div_up(kMomentBlocks, kSharesAtOnce));
+  for (int32_t begin = static_cast<int32_t>(blockIdx.x) * kColumns; begin < m.channels; begin += gridDim.x * kColumns) {
+    const int32_t channel = begin + t % kColumns;
+    const A* const from = partial + min(channel, m.channels - 1);
+    const A center = of_one ? from[0] : A{0};
+    A firsts[kTurns], seconds[kTurns];
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {  // all on their way at once
+      const uint32_t share = t / kColumns + i * kSharesAtOnce;
+      firsts[i] = share < shares ? from[int64_t{share} * 2 * m.channels] : A{0};
+      seconds[i] = share < shares ? from[(int64_t{share} * 2 + 1) * m.channels] : A{0};
+    }
+    const int32_t rows = real_rows(m.count, m.rows);
+    const ShareSizes<kDown> sizes(rows, shares);
+    A first = 0, second = 0;
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const uint32_t share = t / kColumns + i * kSharesAtOnce;
+      const A size = share < shares ? sizes[share] : 0, difference = firsts[i] - center;
+      first += of_one ? size * difference : firsts[i];
+      second += of_one ? seconds[i] + size * difference * difference : seconds[i];
+    }
+#pragma unroll
+    for (int lanes = kColumns; lanes < kWarp; lanes *= 2) {
+      first += __shfl_xor_sync(kAllLanes, first, lanes);
+      second += __shfl_xor_sync(kAllLanes, second, lanes);
+    }
+    sum_warps<1>(&first, &second);
+    if (t >= kColumns || channel >= m.channels) continue;
+    if (of_one) finish_statistics(center, rows, &first, &second);
+    static_cast<A*>(m.first)[channel] = first;
+    static_cast<A*>(m.second)[channel] = second;
   }
 }
 
-constexpr int kReduceWarps = kReduceThreads / kWarp;
-constexpr int kSharesOfWarp = static_cast<int>(div_up(kMomentShares, kReduceWarps));
-
-// The sum over the lanes of one channel, which are the same lane of each warp.
-template <typename A>
-__device__ A sum_warps(A value, A (&sums)[kReduceWarps][kWarp]) {
-  const int lane = threadIdx.x % kWarp;
-  __syncthreads();  // an earlier sum may still be read
-  sums[threadIdx.x / kWarp][lane] = value;
-  __syncthreads();
-  A all = 0;
-#pragma unroll
-  for (int w = 0; w < kReduceWarps; ++w) all += sums[w][lane];
-  return all;
-}
-
-// A channel a lane; a warp has every so manieth share, and all of them on their way at once.
-template <typename A, bool of_one>
-__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(MomentsArgs m) {
-  __shared__ A sums[kReduceWarps][kWarp];
-  const int32_t channel = static_cast<int32_t>(blockIdx.x * kWarp + threadIdx.x % kWarp), rows = real_rows(m.count, m.rows);
-  A first[kSharesOfWarp], second[kSharesOfWarp];
-#pragma unroll
-  for (int i = 0; i < kSharesOfWarp; ++i) {
-    const int32_t share = static_cast<int32_t>(threadIdx.x) / kWarp + i * kReduceWarps;
-    const bool exists = channel < m.channels && share < kMomentShares;
-    const A* const from = static_cast<const A*>(m.workspace) + int64_t{share} * 2 * m.channels + channel;
-    first[i] = exists ? from[0] : A{0};
-    second[i] = exists ? from[m.channels] : A{0};
-  }
-  const auto size = [&](int i) {
-    const int32_t share = static_cast<int32_t>(threadIdx.x) / kWarp + i * kReduceWarps;
-    return share < kMomentShares ? static_cast<A>(Share(rows, share).size()) : A{0};
-  };
-  A sum = 0, product = 0;
-#pragma unroll
-  for (int i = 0; i < kSharesOfWarp; ++i) sum += of_one ? size(i) * first[i] : first[i];
-  sum = sum_warps(sum, sums);
-  if (of_one) sum /= max(rows, 1);
-#pragma unroll
-  for (int i = 0; i < kSharesOfWarp; ++i) {
-    product += second[i] + (of_one ? size(i) * (first[i] - sum) * (first[i] - sum) : A{0});
-  }
-  product = sum_warps(product, sums);
-  if (threadIdx.x >= kWarp || channel >= m.channels) return;
-  static_cast<A*>(m.sum)[channel] = sum;
-  static_cast<A*>(m.product)[channel] = product;
-}
-
-template <typename T, bool of_one>
+template <typename T, int V, int kLeft>
 cudaError_t run(const MomentsArgs& m, cudaStream_t stream) {
-  constexpr int kPack = 16 / sizeof(T);
-  const auto partial = [&](auto v) {
-    constexpr int V = decltype(v)::value;
-    const int64_t blocks = kMomentShares * div_up(m.channels / V, kThreads);
-    return launch(partial_kernel<T, V, of_one>, blocks, {kThreads}, stream, m);
-  };
-  JAXSPARSE_TRY(m.channels % kPack == 0 ? partial(std::integral_constant<int, kPack>{})
-                                        : partial(std::integral_constant<int, 1>{}));
-  return launch(reduce_kernel<Accumulator<T>, of_one>, div_up(m.channels, kWarp), {kReduceThreads}, stream, m);
+  const int64_t tiles = div_up(m.channels, kWarp * kLeft), shares = moment_shares(tiles);
+  const auto kernel = m.a == nullptr ? moments_kernel<T, V, kLeft, true> : moments_kernel<T, V, kLeft, false>;
+  return launch_grid<kThreads>(kernel, shares * tiles, stream, m, shares, tiles);
 }
 
-template <bool of_one>
+// A block takes up to 256 bytes of a row, next to each other.
+template <typename T>
 cudaError_t run_as(const MomentsArgs& m, cudaStream_t stream) {
-  switch (m.dtype) {
-    case Dtype::kF16: return run<__half, of_one>(m, stream);
-    case Dtype::kBF16: return run<__nv_bfloat16, of_one>(m, stream);
-    case Dtype::kF32: return run<float, of_one>(m, stream);
-    case Dtype::kF64: return run<double, of_one>(m, stream);
-  }
-  return cudaErrorInvalidValue;
+  constexpr int V = 16 / sizeof(T), kMost = V / 2;
+  if (m.channels % V != 0) return run<T, 1, 1>(m, stream);
+  if (kMost >= 4 && m.channels > 2 * kWarp) return run<T, V, kMost>(m, stream);
+  if (kMost >= 2 && m.channels > kWarp) return run<T, V, (kMost < 2 ? 1 : 2)>(m, stream);
+  return run<T, V, 1>(m, stream);
 }
 
 }  // namespace
 
-cudaError_t channel_moments(const MomentsArgs& m, cudaStream_t stream) { return run_as<false>(m, stream); }
-
-cudaError_t channel_statistics(const StatisticsArgs& a, cudaStream_t stream) {
-  return run_as<true>({a.dtype, nullptr, a.x, nullptr, a.count, a.rows, a.channels, a.mean, a.squares, a.workspace},
-                      stream);
+cudaError_t channel_moments(const MomentsArgs& m, cudaStream_t stream) {
+  switch (m.dtype) {
+    case Dtype::kF16: return run_as<__half>(m, stream);
+    case Dtype::kBF16: return run_as<__nv_bfloat16>(m, stream);
+    case Dtype::kF32: return run_as<float>(m, stream);
+    case Dtype::kF64: return run_as<double>(m, stream);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace jaxsparse::cuda

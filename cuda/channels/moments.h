@@ -7,38 +7,28 @@
 
 namespace jaxsparse::cuda {
 
-// The rows are divided into so many shares, whatever the device: they decide how sums are split. Two blocks for each
-// multiprocessor of an H100.
-constexpr int kMomentShares = 264;
+// A block has a tile of channels and a share of the rows. How many shares there are depends on the channels alone, not on
+// the device: it decides how sums are split. In all a block for each multiprocessor of an H100.
+constexpr int kMomentBlocks = 132;
+
+constexpr int64_t moment_shares(int64_t tiles) { return tiles < kMomentBlocks ? kMomentBlocks / tiles : 1; }
 
 struct MomentsArgs {
   Dtype dtype;           // of a and b; accumulators are float32, and float64 for float64
-  const void* a;         // [rows, channels]
+  const void* a;         // [rows, channels], or null
   const void* b;         // [rows, channels]
-  const void* center;    // [channels], accumulators
+  const void* center;    // [channels], accumulators; null as a is
   const int32_t* count;  // [1]
   int32_t rows, channels;
-  void* sum;        // [channels], accumulators: of b
-  void* product;    // [channels], accumulators: of (a - center) * b
+  void* first;      // [channels], accumulators: the sum of b; without a its mean, 0 without real rows
+  void* second;     // [channels], accumulators: the sum of (a - center) * b; without a that of (b - mean)^2
   void* workspace;  // moments_workspace(...)
 };
 
 cudaError_t channel_moments(const MomentsArgs& args, cudaStream_t stream);
 
-struct StatisticsArgs {
-  Dtype dtype;           // of x
-  const void* x;         // [rows, channels]
-  const int32_t* count;  // [1]
-  int32_t rows, channels;
-  void* mean;       // [channels], accumulators; 0 without real rows
-  void* squares;    // [channels], accumulators: the sum of (x - mean)^2
-  void* workspace;  // moments_workspace(...)
-};
-
-cudaError_t channel_statistics(const StatisticsArgs& args, cudaStream_t stream);
-
 constexpr int64_t moments_workspace(int64_t channels, Dtype dtype) {
-  return 2 * kMomentShares * channels * accumulator_bytes(dtype);
+  return 2 * moment_shares(div_up(channels, 128)) * channels * accumulator_bytes(dtype);
 }
 
 }  // namespace jaxsparse::cuda

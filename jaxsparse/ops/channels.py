@@ -45,34 +45,30 @@ def _affine_reference(x, scale, shift, center, counts, *, out_dtype):
     return [jnp.where(real, y, 0).astype(out_dtype)]
 
 
-def _sums_call(target, reference):
-    """The lowering of two sums: custom calls on CUDA alone, where plain JAX is slow."""
+# Custom calls on CUDA alone, where plain JAX is slow.
 
-    def lower(platform, *operands):
-        if platform != "cuda":
-            return reference(*operands)
-        x = operands[0]
-        dtype, channels = accumulation_dtype(x.dtype), x.shape[1]
-        sums = jax.ShapeDtypeStruct((channels,), dtype)
-        workspace = _workspace.struct(platform, _workspace.moments(channels, dtype.itemsize))
-        return _ffi.call(target, [sums, sums, workspace], *operands)[:2]
 
-    return lower
+def _moments_call(platform, a, b, center, counts):
+    return _sums(b, counts, a, center) if platform == "cuda" else _moments_reference(a, b, center, counts)
+
+
+def _statistics_call(platform, x, counts):
+    return _sums(x, counts) if platform == "cuda" else _statistics_reference(x, counts)
+
+
+def _sums(b, counts, *a_and_center):
+    dtype, channels = accumulation_dtype(b.dtype), b.shape[1]
+    sums = jax.ShapeDtypeStruct((channels,), dtype)
+    workspace = _workspace.struct("cuda", _workspace.moments(channels, dtype.itemsize))
+    return _ffi.call("jaxsparse_channel_moments_v1", [sums, sums, workspace], b, counts, *a_and_center)[:2]
 
 
 def _two_sums(x, *_, implementation):
     return [((x.shape[1],), accumulation_dtype(x.dtype))] * 2
 
 
-_moments = Op(
-    "channel_moments", _two_sums, _sums_call("jaxsparse_channel_moments_v1", _moments_reference), _moments_reference
-)
-_statistics = Op(
-    "channel_statistics",
-    _two_sums,
-    _sums_call("jaxsparse_channel_statistics_v1", _statistics_reference),
-    _statistics_reference,
-)
+_moments = Op("channel_moments", _two_sums, _moments_call, _moments_reference)
+_statistics = Op("channel_statistics", _two_sums, _statistics_call, _statistics_reference)
 _affine = Op(
     "channel_affine",
     lambda x, *_, out_dtype, implementation: [(x.shape, out_dtype)],
