@@ -5,10 +5,20 @@
 // the mean as any, and shares are put together by Chan's formula around the mean of the first, so nothing cancels where the
 // mean is large.
 //
-// Not built: statistics in the epilogue of the convolution. They would save one read of y, 4 us a norm, and the sums of its
-// blocks want a kernel of their own. Means and squares of a block's columns, by Chan's formula from pairs of rows up, came to
-// 320 instructions a warp at 32 columns, 500 at 64, 630 at 96, 710 at 128, after the last product, where only other blocks
-// hide them: at 183,262 rows 4 to 8 us of issue slots for reads of 3 to 8 us, at 29,000 rows of 256 channels 3 for 3.5.
+// Measured on an H200, float16, in us; before, in two kernels of 264 shares each:
+//
+//     rows x channels    12,000 x 32   63,000 x 128   183,262 x 64   183,262 x 96   183,262 x 256
+//     statistics         4.1 (12.9)    6.6 (15.0)     7.4 (16.6)     9.0 (18.7)     25.7 (36.9)
+//     moments            3.7 (6.9)     8.1 (10.8)     9.6 (13.6)     20.1 (24.2)    45.2 (49.9)
+//
+// About 3.6 of it are the launch, the barrier and latencies; what does not fit L2 is bound by memory. There, last column, 64
+// bytes of a row a block took 28 and 53 us, and 256 were no better than 128. With branches in the loop each load was waited
+// for before the next addition: 53 us in place of the 28.
+//
+// Not built: statistics in the epilogue of the convolution. They would save the reading of y, 0.5 to 5 us, and not the rest,
+// since the sums of its blocks want a kernel of their own. By the SASS, means and squares of a block's columns, by Chan's
+// formula from pairs of rows up, are 320 instructions a warp at 32 columns, 500 at 64, 630 at 96, 710 at 128, after the
+// last product, where only other blocks hide them: at 183,262 rows 4 to 8 us of issue slots, at 29,000 of 256 channels 3.
 #include "cuda/channels/moments.h"
 
 #include <cstring>
@@ -148,11 +158,10 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
 
 #pragma unroll
     for (int n = V / 2; n >= kLeft; n /= 2) {
-      constexpr int kLanes = kWarp / V;  // a channel
-      halve(first, n, n * kLanes);
-      halve(second, n, n * kLanes);
+      halve(first, n, n * kWarp / V);
+      halve(second, n, n * kWarp / V);
 #pragma unroll
-      for (int i = 0; i < n; ++i) center[i] = t & n * kLanes ? center[i + n] : center[i];
+      for (int i = 0; i < n; ++i) center[i] = t & n * kWarp / V ? center[i + n] : center[i];
     }
     sum_warps<kLeft>(first, second);
     if (warp >= kLeft || pack >= packs) continue;
@@ -208,14 +217,12 @@ cudaError_t run(const MomentsArgs& m, cudaStream_t stream) {
   return launch_grid<kThreads>(kernel, shares * tiles, stream, m, shares, tiles);
 }
 
-// A block takes up to 256 bytes of a row, next to each other.
+// A block takes 128 bytes of a row, or more.
 template <typename T>
 cudaError_t run_as(const MomentsArgs& m, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T), kMost = V / 2;
+  constexpr int V = 16 / sizeof(T), kLeft = V == 8 ? 2 : 1;
   if (m.channels % V != 0) return run<T, 1, 1>(m, stream);
-  if (kMost >= 4 && m.channels > 2 * kWarp) return run<T, V, kMost>(m, stream);
-  if (kMost >= 2 && m.channels > kWarp) return run<T, V, (kMost < 2 ? 1 : 2)>(m, stream);
-  return run<T, V, 1>(m, stream);
+  return m.channels > kWarp ? run<T, V, kLeft>(m, stream) : run<T, V, 1>(m, stream);
 }
 
 }  // namespace

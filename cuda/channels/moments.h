@@ -28,7 +28,7 @@ struct MomentsArgs {
 cudaError_t channel_moments(const MomentsArgs& args, cudaStream_t stream);
 
 constexpr int64_t moments_workspace(int64_t channels, Dtype dtype) {
-  return 2 * moment_shares(div_up(channels, 128)) * channels * accumulator_bytes(dtype);
+  return 2 * moment_shares(div_up(channels, 64)) * channels * accumulator_bytes(dtype);
 }
 
 }  // namespace jaxsparse::cuda

@@ -81,4 +81,4 @@ def invert_index(positions: int) -> int:
 
 def moments(channels: int, sum_bytes: int) -> int:
     """`moments_workspace` in cuda/channels/moments.h; sums take `sum_bytes` each, 4 or 8."""
-    return 2 * max(1, 132 // _ceil_div(channels, 128)) * channels * sum_bytes
+    return 2 * max(1, 132 // _ceil_div(channels, 64)) * channels * sum_bytes
