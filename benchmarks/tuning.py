@@ -113,6 +113,9 @@ def tuned_workloads(args):
         print(f"{name}: inputs {time.perf_counter() - start:.1f} s", flush=True)
         result = tune(workload, program.model, ring)
         print(result, flush=True)
+        if args.out:
+            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+            result.save(pathlib.Path(args.out) / f"tuned_{name}.json")
         found.append((name, program, ring, result))
     return found
 

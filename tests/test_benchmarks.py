@@ -72,14 +72,14 @@ def test_error_counts_in_units_of_the_bound():
         true = jnp.asarray([[1.0, 2.0**-20], [100.0, 0.0]])
         magnitude = jnp.asarray([[1.0, 1.0], [100.0, 0.0]])
         found = jnp.asarray(true, jnp.float16)
-        assert float(layer_cases._error(found, true, magnitude)) == 0
+        assert float(layer_cases._error(found, true, magnitude, 8.0)) == 0
         off = found.at[0, 0].add(2.0**-10)  # one ulp, of which the sum's rounding takes a little
-        assert 0.99 < float(layer_cases._error(off, true, magnitude)) < 1
-        assert float(layer_cases._error(off.at[0, 0].add(2.0**-10), true, magnitude)) > 1.9
+        assert 0.99 < float(layer_cases._error(off, true, magnitude, 8.0)) < 1
+        assert float(layer_cases._error(off.at[0, 0].add(2.0**-10), true, magnitude, 8.0)) > 1.9
         padded = jnp.concatenate([found, jnp.zeros((1, 2), jnp.float16)])
-        assert float(layer_cases._error(padded, true, magnitude)) == 0
-        assert float(layer_cases._error(padded.at[2, 1].set(1e-7), true, magnitude)) == np.inf
-        assert float(layer_cases._error(found.at[1, 1].set(jnp.nan), true, magnitude)) == np.inf
+        assert float(layer_cases._error(padded, true, magnitude, 8.0)) == 0
+        assert float(layer_cases._error(padded.at[2, 1].set(1e-7), true, magnitude, 8.0)) == np.inf
+        assert float(layer_cases._error(found.at[1, 1].set(jnp.nan), true, magnitude, 8.0)) == np.inf
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the calls of the CPU are named here")
