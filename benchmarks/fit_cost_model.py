@@ -16,6 +16,7 @@ import random
 
 import report
 
+from jaxsparse.ops.conv import Tile
 from jaxsparse.tuning import cost
 
 RATES = ("step_us", "step_bytes", "memory_bytes", "chain_us", "lone", "block_us", "launch_us")
@@ -24,7 +25,7 @@ RATES = ("step_us", "step_bytes", "memory_bytes", "chain_us", "lone", "block_us"
 def predicted(layer, tile, gpu):
     """Microseconds."""
     kernel_map = cost.Map(layer["rows"], layer["taps"], layer["neighbours"])
-    sizes = tile, kernel_map, layer["c_in"], layer["c_out"], "float16"
+    sizes = Tile(*tile), kernel_map, layer["c_in"], layer["c_out"], "float16"
     return cost.wgrad_us(*sizes, gpu) if layer["op"] == "wgrad" else cost.conv_us(*sizes, layer["sorts"], gpu)
 
 

@@ -36,7 +36,8 @@ from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case, pyramid
 from reference import ONE
 
 from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
-from jaxsparse.ops.conv.choices import scheduled_widths
+from jaxsparse.ops.conv.choices import has_clusters, scheduled_widths
+from jaxsparse.tuning.result import show
 
 # cuBLAS as it comes, and each kernel by itself: layers are too short for CUDA graphs to matter.
 COMPILER = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0, "xla_gpu_graph_min_graph_size": 10**6}
@@ -65,12 +66,12 @@ def configs(layer, name, dtype):
     is_float = DTYPES[dtype] == jnp.float32
     if name == "wgrad":
         tiles = fitting(FLOAT_WGRAD_TILES if is_float else WGRAD_TILES, rows=c_in, cols=c_out)
-        return [("x".join(map(str, t)), ConvConfig(wgrad=t), "auto") for t in tiles] + plain
+        return [(show(t), ConvConfig(wgrad=t), "auto") for t in tiles] + plain
     is_narrow = scheduled_widths(jnp.dtype(DTYPES[dtype]), c_in, c_out)[0] % 8 != 0
     built = FLOAT_TILES if is_float else NARROW_TILES if is_narrow else FORWARD_TILES
-    tiles = fitting(built, cols=c_out)
+    tiles = [t for t in fitting(built, cols=c_out) if t.splits == 1 or has_clusters("cuda")]
     return [
-        ("x".join(map(str, t)) + (", sorted" if sort else ""), ConvConfig(forward=t, dgrad=t, sort=sort), "auto")
+        (show(t) + (", sorted" if sort else ""), ConvConfig(forward=t, dgrad=t, sort=sort), "auto")
         for t in tiles
         for sort in (True, False)
     ] + plain

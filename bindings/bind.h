@@ -36,7 +36,8 @@ auto with_tile(Binding binding) {
   return std::move(binding)
       .template Attr<int64_t>("tile_rows")
       .template Attr<int64_t>("tile_cols")
-      .template Attr<int64_t>("stages");
+      .template Attr<int64_t>("stages")
+      .template Attr<int64_t>("splits");
 }
 
 // Defines the handlers of the custom calls that CPU and CUDA share, from the functions of their names in scope, and

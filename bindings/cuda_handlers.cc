@@ -217,14 +217,21 @@ ffi::Error conv_schedule(cudaStream_t stream, In table, In masks, In out_counts,
   return launch_error(call, cuda::schedule(args, stream));
 }
 
-cuda::Tile tile_of(int64_t rows, int64_t cols, int64_t stages) { return {narrow(rows), narrow(cols), narrow(stages)}; }
+cuda::Tile tile_of(int64_t rows, int64_t cols, int64_t stages, int64_t splits) {
+  return {narrow(rows), narrow(cols), narrow(stages), narrow(splits)};
+}
 
-// A tile that was not built is the only argument that the launchers refuse.
+// The launchers refuse a tile that was not built, and one of several splits where there are no clusters; nothing else.
 ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& tile) {
+  if (status == cudaErrorNotSupported && tile.splits > 1) {
+    return ffi::Error::InvalidArgument(std::string(call) + ": a tile of " + std::to_string(tile.splits) +
+                                       " splits needs a GPU of sm_90, and kernels built for it; take one without");
+  }
   if (status != cudaErrorInvalidValue) return launch_error(call, status);
   return ffi::Error::InvalidArgument(std::string(call) + ": no kernel was built for tile_rows " +
                                      std::to_string(tile.rows) + ", tile_cols " + std::to_string(tile.cols) +
-                                     ", stages " + std::to_string(tile.stages) + " and these channels");
+                                     ", stages " + std::to_string(tile.stages) + ", splits " +
+                                     std::to_string(tile.splits) + " and these channels");
 }
 
 // Without the arrays of a schedule.
@@ -251,10 +258,10 @@ void set_schedule(cuda::ConvGemmArgs* args, In order, In tile_masks, In tile_tab
 }
 
 ffi::Error conv_gemm(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, Out y, int64_t tile_rows,
-                     int64_t tile_cols, int64_t stages, int64_t exact) {
+                     int64_t tile_cols, int64_t stages, int64_t splits, int64_t exact) {
   Gemm s;
   if (ffi::Error error = check_conv_gemm(x, w, order, tile_masks, tile_table, y, &s); error.failure()) return error;
-  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
+  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages, splits);
   cuda::ConvGemmArgs args = conv_gemm_args(s, x, w, y, tile);
   args.exact = exact != 0;
   set_schedule(&args, order, tile_masks, tile_table);
@@ -279,23 +286,24 @@ cuda::FusedConvArgs conv_fused_args(const FusedConv& s, In x, In w, In out_count
 }
 
 ffi::Error conv_fused(cudaStream_t stream, In x, In w, In order, In tile_masks, In tile_table, In out_counts, Out y,
-                      ffi::RemainingArgs rest, int64_t tile_rows, int64_t tile_cols, int64_t stages, int64_t given,
-                      int64_t activation, double epsilon) {
+                      ffi::RemainingArgs rest, int64_t tile_rows, int64_t tile_cols, int64_t stages, int64_t splits,
+                      int64_t given, int64_t activation, double epsilon) {
   FusedConv s;
   ffi::Error error =
       check_conv_fused(x, w, order, tile_masks, tile_table, out_counts, y, rest, given, activation, &s);
   if (error.failure()) return error;
-  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
+  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages, splits);
   cuda::FusedConvArgs args = conv_fused_args(s, x, w, out_counts, y, tile, activation, epsilon);
   set_schedule(&args, order, tile_masks, tile_table);
   return gemm_error("jaxsparse_conv_fused_v1", cuda::conv_fused(args, stream), tile);
 }
 
 ffi::Error linear_fused(cudaStream_t stream, In x, In w, In counts, Out y, ffi::RemainingArgs rest, int64_t tile_rows,
-                        int64_t tile_cols, int64_t stages, int64_t given, int64_t activation, double epsilon) {
+                        int64_t tile_cols, int64_t stages, int64_t splits, int64_t given, int64_t activation,
+                        double epsilon) {
   FusedConv s;
   if (ffi::Error error = check_linear_fused(x, w, counts, y, rest, given, activation, &s); error.failure()) return error;
-  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages);
+  const cuda::Tile tile = tile_of(tile_rows, tile_cols, stages, splits);
   const cuda::FusedConvArgs args = conv_fused_args(s, x, w, counts, y, tile, activation, epsilon);
   return gemm_error("jaxsparse_linear_fused_v1", cuda::conv_fused(args, stream), tile);
 }
@@ -320,7 +328,7 @@ ffi::Error conv_pairs(cudaStream_t stream, In table, In masks, In out_counts, Ou
 }
 
 ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, Out dw, Out workspace, int64_t tile_rows,
-                      int64_t tile_cols, int64_t stages, int64_t exact, int64_t slots) {
+                      int64_t tile_cols, int64_t stages, int64_t splits, int64_t exact, int64_t slots) {
   constexpr const char* call = "jaxsparse_wgrad_gemm_v1";
   Gemm s;
   ffi::Error error = check_wgrad_gemm(x, g, pairs, tap_pairs, dw, workspace, slots, &s);
@@ -331,7 +339,7 @@ ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, O
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
   args.exact = exact != 0;
-  args.tile = tile_of(tile_rows, tile_cols, stages);
+  args.tile = tile_of(tile_rows, tile_cols, stages, splits);
   args.slots = narrow(slots);
   args.x = x.untyped_data();
   args.g = g.untyped_data();

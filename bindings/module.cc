@@ -21,7 +21,7 @@ py::dict capsules(const jaxsparse::Handlers& handlers) {
 template <int kNumber>
 py::list as_tuples(const jaxsparse::cuda::Tile (&tiles)[kNumber]) {
   py::list out;
-  for (const auto& tile : tiles) out.append(py::make_tuple(tile.rows, tile.cols, tile.stages));
+  for (const auto& tile : tiles) out.append(py::make_tuple(tile.rows, tile.cols, tile.stages, tile.splits));
   return out;
 }
 

@@ -20,7 +20,7 @@ import jaxsparse as js
 from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, channels, rows
-from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, fused, primitives
+from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, choices, fused, primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket
 from jaxsparse.tuning.record import record
@@ -319,10 +319,14 @@ def net_in_float32(net):
     return wide
 
 
+TILE = ("tile_rows", "tile_cols", "stages", "splits")
+
+
 @pytest.mark.parametrize("tile", [FORWARD_TILES[0], FORWARD_TILES[-1]])
 def test_choices_become_attributes_of_the_calls_of_tensor_cores(tile, monkeypatch):
     """A layer's own tiles, and the order of rows that all layers of a map share: one schedule, both ways."""
     monkeypatch.setattr(choice, "device_of", lambda platform: ("a GPU", True))
+    monkeypatch.setattr(choices, "has_clusters", lambda platform: True)
     x = random_tensor(0, rows=150, capacity=200, features=16, dtype=jnp.float16, low=-3, high=4)
     kernels = [random_kernel(s, Geometry.create(3, 3), 16, 16, jnp.float16) for s in range(2)]
 
@@ -340,9 +344,9 @@ def test_choices_become_attributes_of_the_calls_of_tensor_cores(tile, monkeypatc
         with TuningResult(Choices({key: tile, wgrad: WGRAD_TILES[-1], sort: sorts})):
             hlo = lowered.lower(kernels, x.feats)
         found = attributes(hlo.as_text(), "jaxsparse_conv_gemm_v1")
-        assert all((a["tile_rows"], a["tile_cols"], a["stages"]) == tuple(tile) for a in found)
+        assert all(tuple(a[name] for name in TILE) == tuple(tile) for a in found)
         found = attributes(hlo.as_text(), "jaxsparse_wgrad_gemm_v1")
-        assert all((a["tile_rows"], a["tile_cols"], a["stages"]) == tuple(WGRAD_TILES[-1]) for a in found)
+        assert all(tuple(a[name] for name in TILE) == tuple(WGRAD_TILES[-1]) for a in found)
         compiled = hlo.compile().as_text()
         schedules = [line for line in compiled.splitlines() if 'custom_call_target="jaxsparse_conv_schedule_v1' in line]
         assert len(schedules) == 1  # forward and backward, both layers
@@ -353,6 +357,7 @@ def test_choices_become_attributes_of_the_calls_of_tensor_cores(tile, monkeypatc
 def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
     """Tiles of forward, dgrad and wgrad, order of rows, builder: each candidate right against plain JAX."""
     monkeypatch.setattr(choice, "device_of", lambda platform: ("a GPU", True))
+    monkeypatch.setattr(choices, "has_clusters", lambda platform: True)
     monkeypatch.setattr(measure, "CALLS", {"cuda": 2})
     monkeypatch.setattr(measure, "ROUND_US", {"cuda": 0})
     monkeypatch.setattr(measure, "ROUNDS", 1)

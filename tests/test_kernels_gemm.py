@@ -9,7 +9,7 @@ from kernel_oracles import BF16, F16, F32, F64, I32, U8, U32, call, masks_of, ra
 
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _workspace
-from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES
+from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, Tile
 
 pytestmark = [
     pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
@@ -77,13 +77,14 @@ def test_schedule_has_rows_in_order_and_the_map_in_tiles(volume, rows, counts, s
     np.testing.assert_array_equal(tile_table[there], in_tiles[there])
 
 
-def tile_attributes(tile, exact):
-    return {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2], "exact": exact}
+def tile_attributes(tile):
+    rows, cols, stages, splits = Tile(*tile)
+    return {"tile_rows": rows, "tile_cols": cols, "stages": stages, "splits": splits}
 
 
 def conv_gemm(x, w, table, counts, out_dtype, tile, groups=(), exact=0):
     shape = (table.shape[1], w.shape[2])
-    attributes = tile_attributes(tile, exact)
+    attributes = tile_attributes(tile) | {"exact": exact}
     w = w.swapaxes(1, 2) if w.dtype == F32 else w
     return call("conv_gemm", [(shape, out_dtype)], x, w, *schedule(table, counts, groups), **attributes)[0]
 
@@ -114,7 +115,7 @@ def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots, exact=0):
     pairs, tap_pairs = list_pairs(table, counts)
     volume = len(table)
     shape = (volume, x.shape[1], g.shape[1])
-    attributes = tile_attributes(tile, exact) | {"slots": slots}
+    attributes = tile_attributes(tile) | {"exact": exact, "slots": slots}
     results = [(shape, out_dtype), ((_workspace.wgrad_gemm(slots, *shape[1:]),), U8)]
     return call("wgrad_gemm", results, x, g, pairs, tap_pairs, **attributes)[0]
 
@@ -159,7 +160,7 @@ def ended(tile, numbers, activation, epsilon, **arrays):
     names_given = [name for name in names if operands.get(name) is not None]
     attributes = {"given": sum(1 << names.index(name) for name in names_given)}
     attributes |= {"activation": activation, "epsilon": epsilon}
-    attributes |= {"tile_rows": tile[0], "tile_cols": tile[1], "stages": tile[2]}
+    attributes |= tile_attributes(tile)
     return attributes, [operands[name] for name in names_given]
 
 
@@ -236,6 +237,25 @@ def test_every_forward_tile_with_an_epilogue(tile):
         numbers, groups = channel_numbers(rng, c_out, names), Geometry.create(1, volume, 1).tap_groups
         activation = (tile.rows // 64 + tile.stages + case) % 5
         assert_fused(x, w, table, counts, tile, groups, numbers, residual, activation)
+
+
+SPLIT_TILES = [tile for tile in FORWARD_TILES if tile.splits > 1]
+
+
+@pytest.mark.parametrize("tile", SPLIT_TILES, ids=str)
+@pytest.mark.parametrize("c_in", [8, 40, 104])
+def test_splits_have_unlike_shares_of_channels_or_none(tile, c_in):
+    """A tile of no tap, one of one tap, and the rest; twice as many columns as a tile."""
+    rng = np.random.default_rng(c_in)
+    rows, c_out = 2 * tile.rows + 3, tile.cols + 8
+    x, w = small_integers(rng, (90, c_in), F16), small_integers(rng, (3, c_in, c_out), F16)
+    table = random_table(rng, 3, 90, rows, 0.5)
+    table[:, : tile.rows] = -1
+    table[1:, : 2 * tile.rows] = -1
+    expected = np.einsum("kmi,kio->mo", rows_under_taps(x, table), w.astype(F64))
+    np.testing.assert_array_equal(conv_gemm(x, w, table, [rows], F32, tile), expected)
+    residual, numbers = rng.normal(size=(rows, c_out)).astype(F16), channel_numbers(rng, c_out, NUMBERS)
+    assert_fused(x, w, table, [rows - 1], tile, (), numbers, residual, 1)
 
 
 @pytest.mark.parametrize("activation", range(5))
@@ -416,6 +436,7 @@ def test_every_float_wgrad_tile_is_right_to_the_last_rounding(tile, exact, kind)
     ("dtype", "tiles", "exact"),
     [
         (F16, [(128, 16, 4), (128, 32, 3), (64, 16, 4)], 0),
+        (F16, [(128, 128, 3, 2)] * 3, 0),
         (F32, [(64, 16, 4), (64, 32, 4), (128, 64, 3)], 0),
         (F32, [(64, 16, 4), (64, 48, 4), (128, 64, 3)], 1),
     ],
@@ -438,8 +459,17 @@ def test_scheduled_rows_do_not_depend_on_tile_mates_or_capacity(dtype, tiles, ex
 
 def test_a_tile_that_was_not_built_is_refused():
     x, w, table = np.zeros((8, 8), F16), np.zeros((3, 8, 8), F16), np.zeros((3, 8), I32)
-    with pytest.raises(Exception, match="conv_gemm_v1: no kernel was built for tile_rows 96, tile_cols 8, stages 2"):
+    with pytest.raises(Exception, match="conv_gemm_v1: no kernel was built for tile_rows 96, tile_cols 8, stages 2, "):
         conv_gemm(x, w, table, [8], F16, (96, 8, 2))
+    with pytest.raises(Exception, match=r"wgrad_gemm_v1: no kernel was built for .*, stages 4, splits 2"):
+        wgrad_gemm(x, x, table, [8], F16, (64, 16, 4, 2), 6)
+
+
+def test_a_tile_of_several_splits_is_refused_where_there_are_no_clusters():
+    x, w, table = np.zeros((8, 8), F16), np.zeros((3, 8, 8), F16), np.zeros((3, 8), I32)
+    refused = pytest.raises(Exception, match="conv_gemm_v1: a tile of 2 splits needs a GPU of sm_90")
+    with cuda_on_host.no_clusters(), refused:
+        conv_gemm(x, w, table, [8], F16, (128, 128, 3, 2))
 
 
 def test_errors_name_the_call_and_the_shapes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -21,10 +22,18 @@ from scenes import random_kernel, random_tensor
 import jaxsparse as js
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords
-from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, primitives
+from jaxsparse.ops.conv import (
+    FLOAT_TILES,
+    FLOAT_WGRAD_TILES,
+    FORWARD_TILES,
+    NARROW_TILES,
+    WGRAD_TILES,
+    Tile,
+    primitives,
+)
 from jaxsparse.ops.conv import choices as conv_choices
 from jaxsparse.tuning import TuningResult, choice, cost, measure, store
-from jaxsparse.tuning.key import FARTHEST, Choices, Key, row_bucket
+from jaxsparse.tuning.key import FARTHEST, Choices, Key, from_json, row_bucket, to_json
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choices of the CPU's kernels")
 
@@ -203,8 +212,8 @@ def test_export_for_another_platform_takes_the_table_of_its_default_device(monke
     x, kernel = random_tensor(0, rows=60, features=16, dtype=jnp.float16), jnp.ones((27, 16, 16), jnp.float16)
     device = choice.DEFAULT_DEVICES["cuda"]
     chosen = Key("conv", device, "float16", 16, 16, 27, "same", (1, 1, 1), row_bucket(x.capacity))
-    store.add_to_cache(device, Choices({chosen: (64, 16, 4)}))
-    monkeypatch.setattr(store, "shipped", lambda name: Choices({chosen: (64, 64, 4)} if name == device else {}))
+    store.add_to_cache(device, Choices({chosen: Tile(64, 16, 4)}))
+    monkeypatch.setattr(store, "shipped", lambda name: Choices({chosen: Tile(64, 64, 4)} if name == device else {}))
 
     def exported():
         leaves, tree = jax.tree.flatten((x, kernel))
@@ -212,7 +221,7 @@ def test_export_for_another_platform_takes_the_table_of_its_default_device(monke
         options = {"platforms": ["cuda"], "disabled_checks": js.DISABLE_JAX_EXPORT_CHECKS}
         return jax.export.export(f, **options)(*leaves).mlir_module()
 
-    for context in (js.tuning.policy(), TuningResult(Choices({chosen: (64, 32, 3)}))):
+    for context in (js.tuning.policy(), TuningResult(Choices({chosen: Tile(64, 32, 3)}))):
         with context:
             assert re.search(r"conv_gemm_v1.*tile_cols = 64 : i64, tile_rows = 64", exported())
     with js.tuning.policy(table=False):
@@ -378,7 +387,7 @@ def measured_layers():
     """(Map, C_in, C_out, {tile: us}) of what was measured on a GPU, the tiles that are built."""
     path = pathlib.Path(__file__).parents[1] / "benchmarks/results/conv_tiles_hopper.json"
     for entry in json.loads(path.read_text())["layers"]:
-        times = {tuple(tile): us for tile, us in entry["us"] if tuple(tile) in conv_choices.FORWARD_TILES}
+        times = {Tile(*tile): us for tile, us in entry["us"] if Tile(*tile) in conv_choices.FORWARD_TILES}
         yield cost.Map(entry["rows"], entry["taps"], entry["neighbours"]), entry["c_in"], entry["c_out"], times
 
 
@@ -389,6 +398,61 @@ def test_predictions_are_near_what_was_measured_and_choose_almost_the_best():
             assert 0.75 < guesses[tile] / us < 1.25, (m, c_in, c_out, tile)
         chosen = min(guesses, key=guesses.__getitem__)
         assert times[chosen] <= 1.06 * min(times.values()), (m, c_in, c_out, chosen)
+
+
+def test_splits_are_predicted_well_and_chosen_where_they_were_quickest():
+    path = pathlib.Path(__file__).parents[1] / "benchmarks/results/conv_splits_h200.json"
+    won = 0
+    for entry in json.loads(path.read_text())["layers"]:
+        m = cost.Map(entry["rows"], entry["taps"], entry["neighbours"])
+        times = {Tile(*tile): us for tile, us in entry["us"]}
+        guesses = {t: cost.conv_us(t, m, entry["c_in"], entry["c_out"], "float16", is_sorted=True) for t in times}
+        split = {t: us for t, us in times.items() if t.splits > 1}
+        assert all(0.75 < guesses[t] / us < 1.32 for t, us in split.items()), (entry, guesses)
+        chosen = min(guesses, key=guesses.__getitem__)
+        gain = min(us for t, us in times.items() if t.splits == 1) / min(split.values(), default=math.inf)
+        assert (chosen.splits > 1) == (gain > 1.05), (entry, chosen)
+        if chosen.splits > 1:
+            assert times[chosen] == min(times.values())
+            won += 1
+    assert won == 6
+
+
+def test_tiles_of_several_splits_are_for_devices_that_have_clusters(monkeypatch):
+    few = questions(3_000, 256, 256)[0]
+    assert all(tile.splits == 1 for tile in few.candidates)  # no GPU here, or one that may be another
+    monkeypatch.setattr(conv_choices, "has_clusters", lambda platform: True)
+    few, many = questions(3_000, 256, 256)[0], questions(90_000, 64, 64)[0]
+    assert few.candidates == many.candidates == FORWARD_TILES
+    assert few.heuristic().splits > 1
+    assert many.heuristic().splits == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "has"),
+    [
+        ("9.0", "80 90a-real", True),
+        ("8.0", "80 90a-real", False),
+        ("12.0", "80 90a-real", False),
+        ("9.0", "80", False),
+        ("12.0", "80 90a-real 120-real", True),
+        ("9.0", None, False),
+    ],
+)
+def test_a_device_has_clusters_if_code_for_it_was_built(capability, built, has, monkeypatch):
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device()])
+    monkeypatch.setattr(conv_choices._native, "cuda_architectures", built)
+    assert conv_choices.has_clusters("cuda") == has
+
+
+def test_a_tile_in_a_file_from_before_there_were_splits_has_one():
+    entry = json.loads(json.dumps(to_json(key(), (128, 64, 3))))
+    assert from_json(entry) == (key(), Tile(128, 64, 3, 1))
+    whole = TuningResult(Choices({key(): Tile(128, 128, 3, 4)}))
+    assert store.decode(store.encode(whole.choices))[0] == whole.choices
 
 
 def test_predictions_grow_with_the_work():

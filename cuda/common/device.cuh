@@ -18,18 +18,27 @@ namespace jaxsparse::cuda {
 struct Block {
   int threads;
   int64_t shared_bytes = 0;  // dynamic, see dynamic_shared()
+  int cluster = 1;           // blocks that run together, see cluster.cuh; divides the number of blocks
 };
 
-// Launches blocks of threads, at least one; returns this launch's own status, not an error that an earlier launch left
+// Launches blocks of threads, at least one cluster; returns this launch's own status, not an error that an earlier launch left
 // behind.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, Block block, cudaStream_t stream, Args... args) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
+  config.gridDim = dim3(static_cast<unsigned>(blocks > 0 ? blocks : block.cluster));
   config.blockDim = dim3(static_cast<unsigned>(block.threads));
   config.dynamicSmemBytes = static_cast<size_t>(block.shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  if (block.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(block.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
@@ -63,7 +72,7 @@ __device__ inline char* dynamic_shared() {
   extern __shared__ __align__(16) char bytes[];
   return bytes;
 #else  // the tests on the host
-  return cuda_on_host::dynamic_shared.data();
+  return cuda_on_host::dynamic_shared;
 #endif
 }
 

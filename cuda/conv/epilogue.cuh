@@ -82,11 +82,13 @@ struct Channel {
 template <class P>
 struct Ending {
   using T = typename P::T;
-  static constexpr int kCols = P::kCols;
+  static constexpr int kCols = P::kOwnCols;
   static_assert(sizeof(T) == 2);
-  // The residual in blocks of 64 columns, a row of each as one of A, where all of them fit into a stage.
+  // The residual in blocks of 64 columns, a row of each as one of A, where all of them fit into a stage; beside the sums
+  // of a cluster, into all stages.
   static constexpr int kBlockBytes = P::kGroups * kBytesA;
-  static constexpr bool kCopiesAhead = (kCols + 63) / 64 * kBlockBytes <= P::kStageBytes;
+  static constexpr int kFreeBytes = P::kSplits > 1 ? P::kStages * P::kStageBytes - P::kSumBytes : P::kStageBytes;
+  static constexpr bool kCopiesAhead = (kCols + 63) / 64 * kBlockBytes <= kFreeBytes;
 
   // Begins to copy the residual of the block; each lane for its own quad.
   __device__ static void copy_residual(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
@@ -107,7 +109,7 @@ struct Ending {
 
   // The sums as the result is to be.
   __device__ static void apply(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
-                               const float4* affine, const char* residual, float (&sums)[kCols / 2]) {
+                               const float4* affine, const char* residual, float* sums) {
     const int q = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kCols / 8; ++j) {
@@ -161,9 +163,9 @@ struct Ending {
   static constexpr float kLeakySlope = 0.01f, kGeluLinear = 1.5957691216f, kGeluCubic = kGeluLinear * 0.044715f;
   __device__ static float sigmoid(float v) { return __fdividef(1, 1 + __expf(-v)); }
   template <typename F>
-  __device__ static void each(float (&sums)[kCols / 2], F f) {
+  __device__ static void each(float* sums, F f) {
 #pragma unroll
-    for (float& sum : sums) sum = f(sum);
+    for (int i = 0; i < kCols / 2; ++i) sums[i] = f(sums[i]);
   }
 };
 

@@ -12,7 +12,7 @@ namespace jaxsparse::cuda {
 struct ConvGemmArgs {
   Dtype dtype, out_dtype;      // of x and w, not kF64; of y: the same, or float32
   bool exact;                  // float32 products in full, not rounded to TF32
-  Tile tile;                   // changes speed, never the result
+  Tile tile;                   // changes speed; its splits also in which order sums are added
   const void* x;               // [in_rows, in_channels], a multiple of 4
   const void* w;               // [taps, in_channels, out_channels], a multiple of 8; float32: [taps, out_channels, in_channels]
   const int32_t* order;        // of a schedule, see schedule.h

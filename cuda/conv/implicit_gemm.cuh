@@ -15,12 +15,15 @@
 // and a row's result does not depend, bit for bit, on the rows that share its tile, nor on the tile's size: a tap that only a
 // mate has adds zeros. Otherwise the tile's list of taps decides which products meet, and with them the last rounding.
 //
+// Where tiles are few, the kSplits blocks of a cluster share one: each has a part of the input channels, of all taps. At the
+// end they show each other their sums in shared memory, and each adds, finishes and stores those of kCols / kSplits columns.
+// Channels are shared, not taps or steps: every block has as much to do, and what was said of a row's bits stays true.
+//
 // Bound by L2: where tiles are many, the time is that of the bytes that blocks copy, at 5.3 TB/s on an H100: a row of x for
 // each pair and tile of columns, the weights of a tap for each tile of rows that has it, y. At deep levels, with fewer than
-// two blocks a multiprocessor, the tile with the most taps rules: 27 of them where the mean is 15. Tried against that, with
-// right results: blocks of a cluster that share long tiles (a cluster costs 15 ns to launch, so only the deepest level
-// gained, 5,890 sites, 256 to 256 channels: 67 to 40 us); even shares of all taps for each block that the device holds, with
-// partial sums between them (the same 67 to 40, elsewhere up to 40 % slower); and that with tiles of 256 rows (67 to 45).
+// two blocks a multiprocessor, the tile with the most taps rules: 27 of them where the mean is 15. Splits are for those. Tried
+// besides, with right results: even shares of all taps for each block that the device holds, with partial sums between them
+// (5,890 sites, 256 to 256 channels: 67 to 40 us, elsewhere up to 40 % slower); and that with tiles of 256 rows (67 to 45).
 //
 // Measured on an H100, finest level of a LiDAR scan (91,767 sites, 3.8 neighbours), 64 to 64 channels, 20.5 us:
 //
@@ -31,6 +34,20 @@
 //               less ahead
 //     42        A gathered into registers for wgmma: its operand wants two rows' halves side by side, so each load is
 //               waited for and moved
+//
+// Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps:
+//
+//     53.2, 42.9, 39.2   5,879 sites of 9.2 neighbours, 256 to 256 channels
+//     44.9, 38.3, 26.2   2,887 of 9.1, 256 to 256
+//     24.2, 22.2, 18.3   9,465 of 4.5, 128 to 128
+//     76.9, 68.8, 80.5   14,474 of 8.4, 256 to 256
+//     28.5, 25.5, 29.1   14,474 of 8.4, 128 to 128
+//     39.0, 38.0, 55.0   31,833 of 7.5, 128 to 128
+//
+// They lose where a tile has few steps: 2^3 stride 2, 5,879 outputs, 128 to 128, 8.8 us without and 9.7 with 2; or where blocks
+// fill the device already: 3^3 stride 2, 32,841 outputs, 64 to 128, 26.0 and 30.8. A block of a cluster costs about 4 us of its
+// multiprocessor besides its steps. Other tiles with splits won nowhere by more than 3 %: 64x32, 64x64, 128x64 and
+// 256x128 with 2, 64x64 and 128x64 with 4, 128x128 with 8.
 //
 // In float32 every step moves as many bytes for half the products, and tiles of 64 rows, which compute less in vain, were as
 // quick as 128: TF32 37.8 and 38.0 us (columns 64), at 32 channels 17.3 and 19.5, at 96 channels 62.4 and 64.6. Exact
@@ -51,6 +68,7 @@
 
 #include <cstring>
 
+#include "cuda/common/cluster.cuh"
 #include "cuda/conv/entries.cuh"
 #include "cuda/conv/epilogue.cuh"
 #include "cuda/conv/gemm.h"
@@ -59,7 +77,8 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kTapsAtOnce = 32;  // a word of a mask
+constexpr int kTapsAtOnce = 32;     // a word of a mask
+constexpr int kDepthTogether = 16;  // products that tensor cores add at a time
 
 template <typename T>
 __device__ uint32_t pack(float low, float high) {
@@ -85,17 +104,20 @@ __device__ inline void transpose_quad(uint32_t (&v)[4]) {
 }
 
 // Sizes of one kernel.
-template <typename Arithmetic, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_>
+template <typename Arithmetic, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_, int kSplits_ = 1>
 struct ImplicitGemm {
   using Product = cuda::Product<Arithmetic, kCols_, LayoutOfA::kRowMajor>;
   using T = typename Product::T;
   static_assert(kScheduleRows == kGroupRows, "a warpgroup for each tile of the schedule");
   static constexpr int kRows = kTileRows_, kCols = kCols_, kStages = kStages_;
   static constexpr int kPieceBytes = kPieceBytes_;  // of A, that a copy moves
+  static constexpr int kSplits = kSplits_, kOwnCols = kCols / kSplits;  // blocks of a tile; columns that one of them finishes
   static constexpr int kGroups = kRows / kGroupRows;
   static constexpr int kThreads = kWarpgroup * kGroups;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
+  static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // that blocks of a cluster show each other
+  static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
   static int shared_bytes(int taps) {
     return kStages * kStageBytes + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
   }
@@ -125,14 +147,40 @@ constexpr bool kHasEpilogue = std::is_same_v<Args, FusedConvArgs>;
 template <class P, class Args>
 constexpr int kBlocksAtLeast = (kHasEpilogue<Args> ? 512 : P::Product::kThreadsAtLeast) / P::kThreads;
 
+// Adds the sums of all blocks of a cluster, in the order of their ranks, and leaves those of the block's own columns in the
+// first of `sums`. The cluster has a barrier to wait for before the block ends.
+template <class P>
+__device__ void add_splits(float (&sums)[P::kCols / 2], char* shared, int rank) {
+  constexpr int kOwn = P::kOwnCols / 8;
+  float4* const shown = reinterpret_cast<float4*>(shared) + threadIdx.x;  // [kCols / 8, kThreads]
+#pragma unroll
+  for (int j = 0; j < P::kCols / 8; ++j) {
+    shown[j * P::kThreads] = make_float4(sums[j * 4], sums[j * 4 + 1], sums[j * 4 + 2], sums[j * 4 + 3]);
+  }
+  cluster_arrive();
+  cluster_wait();
+#pragma unroll
+  for (int j = 0; j < kOwn; ++j) {
+    float4 sum = load_from_block(shown + (rank * kOwn + j) * P::kThreads, 0);
+#pragma unroll
+    for (int from = 1; from < P::kSplits; ++from) {
+      const float4 v = load_from_block(shown + (rank * kOwn + j) * P::kThreads, from);
+      sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+    }
+    sums[j * 4] = sum.x, sums[j * 4 + 1] = sum.y, sums[j * 4 + 2] = sum.z, sums[j * 4 + 3] = sum.w;
+  }
+  cluster_arrive();
+}
+
 // Args: ConvGemmArgs, or FusedConvArgs for what has an epilogue.
 template <class P, class Args>
 __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
-  constexpr int kDepth = Product::kDepth;
+  constexpr int kDepth = Product::kDepth, kSplits = P::kSplits, kOwnCols = P::kOwnCols;
   constexpr bool kFused = kHasEpilogue<Args>;
+  if constexpr (kSplits > 1 && !kHasClusters) return;
   __shared__ int32_t taps[kTapsAtOnce];
   char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
   int32_t* const in_row_of = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // [listed taps, kRows]
@@ -140,10 +188,17 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
   const int32_t all_tiles = static_cast<int32_t>(div_up(a.out_rows, kScheduleRows));
-  const int32_t first_tile = static_cast<int32_t>(blockIdx.x / col_tiles) * kGroups;
-  const int32_t first_col = static_cast<int32_t>(blockIdx.x % col_tiles) * kCols;
+  const unsigned tile = blockIdx.x / kSplits;
+  const int32_t split = blockIdx.x % kSplits;  // the rank in the cluster
+  const int32_t first_tile = static_cast<int32_t>(tile / col_tiles) * kGroups;
+  const int32_t first_col = static_cast<int32_t>(tile % col_tiles) * kCols, own_col = first_col + split * kOwnCols;
+  const int32_t in_channels = a.in_channels;
+  const auto first_of = [&](int32_t rank) { return in_channels / kDepthTogether * rank / kSplits * kDepthTogether; };
+  const int32_t first_channel = kSplits == 1 ? 0 : first_of(split);
+  const int32_t end_channel = kSplits == 1 || split + 1 == kSplits ? in_channels : first_of(split + 1);
+  const int32_t channels = end_channel - first_channel;
   const T* x = static_cast<const T*>(a.x);
-  const T* w = static_cast<const T*>(a.w);
+  const T* w = static_cast<const T*>(a.w) + first_channel * (Product::kRowsOfBAreColumns ? 1 : a.out_channels);
   const bool is_scheduled = !kFused || a.order != nullptr;
 
   int32_t out_row[2];  // of the lane's sums
@@ -156,7 +211,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
   for (float& sum : sums) sum = 0;
 
-  [[maybe_unused]] int32_t residual_at = -1;  // its stage, once an epilogue has begun
+  [[maybe_unused]] int32_t residual_at = -1;  // in the stages, once an epilogue has begun
+  [[maybe_unused]] bool has_products = false;  // in all blocks of a cluster alike
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
@@ -174,6 +230,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       mask = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
     }
     if (mask == 0) continue;
+    has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = __popc(mask);
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
@@ -200,7 +257,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     commit_copies();
     [[maybe_unused]] Channel channel;
     if constexpr (kFused) {
-      if (is_last) channel.ask<kCols>(a, first_col);
+      if (is_last) channel.ask<kOwnCols>(a, own_col);
     }
     wait_for_copies<0>();
     __syncthreads();
@@ -209,12 +266,12 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     // kOfRowB-th piece of one row of B.
     constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA, kRowsA = kThreads / kPiecesA;
     constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
-    const int32_t channels = a.in_channels;
     const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
     const int a_byte = a_piece * P::kPieceBytes;
     const uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
     const T* const b_from = w + first_col + b_piece * 8;
-    Place place_a(a_piece * kInPieceA, channels, kDepth), place_b(b_row, channels, kDepth);
+    const int32_t divisor = kSplits == 1 ? channels : max(channels, 8);
+    Place place_a(a_piece * kInPieceA, divisor, kDepth), place_b(b_row, divisor, kDepth);
     const int32_t steps = static_cast<int32_t>(div_up(tap_count * channels, kDepth));
     int copied = 0, to_stage = 0;
     const auto copy_step = [&] {
@@ -226,13 +283,13 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           rows[i] = place_a.tap < tap_count ? in_row_of[place_a.tap * kRows + a_row + i * kRowsA] : -1;
         }
         const T* array = x;
-        int32_t channel = place_a.channel, of_array = channels;
+        int32_t channel = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
           of_array = a.first_channels;
           if (channel >= of_array) {
             array = static_cast<const T*>(a.second);
             channel -= of_array;
-            of_array = channels - of_array;
+            of_array = in_channels - of_array;
           }
         }
         const char* from = reinterpret_cast<const char*>(array + channel);
@@ -245,17 +302,17 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         if constexpr (Product::kRowsOfBAreColumns) {
           const bool tap_exists = place_a.tap < tap_count;
           const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
-          const T* weights = w + (int64_t{tap} * a.out_channels + first_col + a_row) * channels + place_a.channel;
+          const T* weights = w + (int64_t{tap} * a.out_channels + first_col + a_row) * in_channels + place_a.channel;
 #pragma unroll
           for (int col = 0; col < kCols; col += kRowsA) {
             if (kCols % kRowsA != 0 && a_row + col >= kCols) break;
             const bool exists = tap_exists && first_col + a_row + col < a.out_channels;
-            copy_piece<16>(to + a_to + col * 128, weights + col * channels, exists);
+            copy_piece<16>(to + a_to + col * 128, weights + col * in_channels, exists);
           }
         } else {
           const bool row_exists = place_b.tap < tap_count;
           const T* weights = b_from;
-          if (row_exists) weights += (int64_t{taps[place_b.tap]} * channels + place_b.channel) * a.out_channels;
+          if (row_exists) weights += (int64_t{taps[place_b.tap]} * in_channels + place_b.channel) * a.out_channels;
 #pragma unroll
           for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
             if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
@@ -274,7 +331,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) copy_step();
     if constexpr (kFused) {
-      if (is_last) channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
+      if (is_last) channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
+      if (is_last && kSplits > 1) residual_at = P::kSumBytes;
     }
     int stage = 0;
 #pragma unroll 1
@@ -285,10 +343,10 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       __syncthreads();
       const char* from = stages + stage * P::kStageBytes;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
-      if constexpr (kFused) {  // the first step that leaves a stage free
+      if constexpr (kFused && kSplits == 1) {  // the first step that leaves a stage free
         if (is_last && step == max(steps - kStages + 1, 0)) {
           residual_at = to_stage * P::kStageBytes;
-          Ending<P>::copy_residual(a, out_row, first_col, stages + residual_at);
+          Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
         }
       }
       copy_step();
@@ -310,16 +368,27 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     } else {
       if (residual_at < 0) {  // no row has a tap of the last word
         Channel channel;
-        channel.ask<kCols>(a, first_col);
-        channel.put<kCols>(a.epilogue, out_row, affine_of_columns<kCols>());
-        residual_at = 0;
-        Ending<P>::copy_residual(a, out_row, first_col, stages);
+        channel.ask<kOwnCols>(a, own_col);
+        channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
+        residual_at = P::kSumBytes;
+        if constexpr (kSplits == 1) {
+          Ending<P>::copy_residual(a, out_row, own_col, stages);
+          commit_copies();
+          wait_for_copies<0>();
+          __syncthreads();
+        }
+      }
+      if constexpr (kSplits > 1) {  // the residual comes while the cluster adds
+        Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
         commit_copies();
+        if (has_products) add_splits<P>(sums, stages, split);
         wait_for_copies<0>();
         __syncthreads();
       }
-      Ending<P>::apply(a, out_row, first_col, affine_of_columns<kCols>(), stages + residual_at, sums);
+      Ending<P>::apply(a, out_row, own_col, affine_of_columns<kOwnCols>(), stages + residual_at, sums);
     }
+  } else if constexpr (kSplits > 1) {
+    if (has_products) add_splits<P>(sums, stages, split);
   }
 
   // Sums to y: a lane has columns 2q, 2q + 1 of each eight, of rows g and g + 8.
@@ -330,61 +399,72 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     const int32_t row = is_padding ? unmarked(out_row[r]) : out_row[r];
     if (is_padding) {
 #pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) sums[j * 4 + 2 * r] = sums[j * 4 + 2 * r + 1] = 0;
+      for (int j = 0; j < kOwnCols / 8; ++j) sums[j * 4 + 2 * r] = sums[j * 4 + 2 * r + 1] = 0;
     }
     if (sizeof(T) == 2 && (kFused || a.out_dtype == a.dtype)) {
-      T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + first_col;
+      T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + own_col;
 #pragma unroll
-      for (int j = 0; j + 4 <= kCols / 8; j += 4) {
+      for (int j = 0; j + 4 <= kOwnCols / 8; j += 4) {
         uint32_t v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[i] = pack<T>(sums[(j + i) * 4 + 2 * r], sums[(j + i) * 4 + 2 * r + 1]);
         transpose_quad(v);
-        if (row >= 0 && first_col + (j + q) * 8 < a.out_channels) {
+        if (row >= 0 && own_col + (j + q) * 8 < a.out_channels) {
           *reinterpret_cast<uint4*>(to + (j + q) * 8) = make_uint4(v[0], v[1], v[2], v[3]);
         }
       }
 #pragma unroll
-      for (int j = kCols / 32 * 4; j < kCols / 8; ++j) {
-        if (row >= 0 && first_col + j * 8 < a.out_channels) {
+      for (int j = kOwnCols / 32 * 4; j < kOwnCols / 8; ++j) {
+        if (row >= 0 && own_col + j * 8 < a.out_channels) {
           *reinterpret_cast<uint32_t*>(to + j * 8 + q * 2) = pack<T>(sums[j * 4 + 2 * r], sums[j * 4 + 2 * r + 1]);
         }
       }
     } else {
-      float* to = static_cast<float*>(a.y) + int64_t{row} * a.out_channels + first_col;
+      float* to = static_cast<float*>(a.y) + int64_t{row} * a.out_channels + own_col;
 #pragma unroll
-      for (int j = 0; j < kCols / 8; ++j) {
-        if (row >= 0 && first_col + j * 8 < a.out_channels) {
+      for (int j = 0; j < kOwnCols / 8; ++j) {
+        if (row >= 0 && own_col + j * 8 < a.out_channels) {
           *reinterpret_cast<float2*>(to + j * 8 + q * 2) = make_float2(sums[j * 4 + 2 * r], sums[j * 4 + 2 * r + 1]);
         }
       }
     }
   }
+  if (kSplits > 1 && has_products) cluster_wait();  // until the others have read
 }
 
 template <class P, class Args>
 cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
   const auto kernel = implicit_gemm_kernel<P, Args>;
-  const int64_t blocks = div_up(a.out_rows, P::kRows) * div_up(a.out_channels, P::kCols);
+  const int64_t tiles = div_up(a.out_rows, P::kRows) * div_up(a.out_channels, P::kCols);
   const int shared_bytes = P::shared_bytes(a.taps);
+  if constexpr (P::kSplits > 1) {
+    bool has = false;
+    JAXSPARSE_TRY(has_clusters(kernel, &has));
+    if (!has) return cudaErrorNotSupported;
+  }
   JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  return launch(kernel, blocks, {P::kThreads, shared_bytes}, stream, a);
+  return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
 }
 
 // The kernel of a tile, for operands of 16 bits.
 template <typename T, class Args>
 cudaError_t implicit_gemm(const Args& a, cudaStream_t stream) {
-#define JAXSPARSE_TRY_TILE(piece_bytes, rows, cols, stages) \
-  if (a.tile == Tile{rows, cols, stages}) return launch_implicit_gemm<ImplicitGemm<T, rows, cols, stages, piece_bytes>>(a, stream);
-#define JAXSPARSE_TRY_WHOLE(rows, cols, stages) JAXSPARSE_TRY_TILE(16, rows, cols, stages)
-#define JAXSPARSE_TRY_NARROW(rows, cols, stages) JAXSPARSE_TRY_TILE(8, rows, cols, stages)
+#define JAXSPARSE_TRY_TILE(piece_bytes, rows, cols, stages, splits)                                       \
+  if (a.tile == Tile{rows, cols, stages, splits}) {                                                      \
+    return launch_implicit_gemm<ImplicitGemm<T, rows, cols, stages, piece_bytes, splits>>(a, stream);    \
+  }
+#define JAXSPARSE_TRY_WHOLE(rows, cols, stages) JAXSPARSE_TRY_TILE(16, rows, cols, stages, 1)
+#define JAXSPARSE_TRY_SPLIT(rows, cols, stages, splits) JAXSPARSE_TRY_TILE(16, rows, cols, stages, splits)
+#define JAXSPARSE_TRY_NARROW(rows, cols, stages) JAXSPARSE_TRY_TILE(8, rows, cols, stages, 1)
   if (a.in_channels % 8 == 0) {
     JAXSPARSE_FORWARD_TILES(JAXSPARSE_TRY_WHOLE)
+    JAXSPARSE_SPLIT_TILES(JAXSPARSE_TRY_SPLIT)
   } else {
     JAXSPARSE_NARROW_TILES(JAXSPARSE_TRY_NARROW)
   }
 #undef JAXSPARSE_TRY_TILE
 #undef JAXSPARSE_TRY_WHOLE
+#undef JAXSPARSE_TRY_SPLIT
 #undef JAXSPARSE_TRY_NARROW
   return cudaErrorInvalidValue;
 }

@@ -1,7 +1,7 @@
 // The search space of the scheduled products: each row is built, and Python reads the same rows to choose from.
 //
 // A tile is what a block computes: `rows` by `cols` of the result, copies `stages` - 1 steps ahead. Adding a point is
-// adding a row.
+// adding a row. Where `splits` is more than 1, so many blocks of a cluster share the input channels.
 #pragma once
 
 namespace jaxsparse::cuda {
@@ -27,7 +27,12 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(256, 96, 3)                    \
   X(256, 128, 3)
 
-// The same, for input channels that are a multiple of 4 but not of 8: the first layer of a network.
+// X(rows, cols, stages, splits): the same on sm_90, for layers with fewer tiles than a device holds blocks.
+#define JAXSPARSE_SPLIT_TILES(X) \
+  X(128, 128, 3, 2)              \
+  X(128, 128, 3, 4)
+
+// The same as forward, for input channels that are a multiple of 4 but not of 8: the first layer of a network.
 #define JAXSPARSE_NARROW_TILES(X) \
   X(128, 16, 4)                   \
   X(128, 32, 3)                   \
@@ -66,15 +71,15 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(128, 128, 3)
 
 struct Tile {
-  int rows, cols, stages;
+  int rows, cols, stages, splits = 1;
 };
 
 constexpr bool operator==(const Tile& a, const Tile& b) {
-  return a.rows == b.rows && a.cols == b.cols && a.stages == b.stages;
+  return a.rows == b.rows && a.cols == b.cols && a.stages == b.stages && a.splits == b.splits;
 }
 
-#define JAXSPARSE_TILE(rows, cols, stages) {rows, cols, stages},
-constexpr Tile kForwardTiles[] = {JAXSPARSE_FORWARD_TILES(JAXSPARSE_TILE)};
+#define JAXSPARSE_TILE(...) {__VA_ARGS__},
+constexpr Tile kForwardTiles[] = {JAXSPARSE_FORWARD_TILES(JAXSPARSE_TILE) JAXSPARSE_SPLIT_TILES(JAXSPARSE_TILE)};
 constexpr Tile kNarrowTiles[] = {JAXSPARSE_NARROW_TILES(JAXSPARSE_TILE)};
 constexpr Tile kWgradTiles[] = {JAXSPARSE_WGRAD_TILES(JAXSPARSE_TILE)};
 constexpr Tile kFloatTiles[] = {JAXSPARSE_FLOAT_TILES(JAXSPARSE_TILE)};

@@ -4,7 +4,8 @@ Every prediction is built from the same terms: products over the matrix rate and
 is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
 again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
 never faster than the longest of them. The rates of forward tiles were fitted to single layers measured on
-a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. The
+a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. Those
+of tiles with splits, `conv_splits_h200.json`, are 7 % off and were chosen where they were quickest by a twentieth. The
 steps of float32 and schedules were set by hand from the figures in `cuda/conv/`. Those of wgrad (whose least was the
 measured least in 26 of 27 cases) and of look-ups follow from the same terms. Other GPUs take these rates too, since a
 choice depends on their ratios.
@@ -75,6 +76,7 @@ class Gpu:
       chain_us: of a step of a block that waits for itself alone, a fifth more by the stages: a deeper ring divides it.
       lone: how much more a step takes where no second block fits on the multiprocessor.
       block_us: of a block's beginning and end.
+      split_us: what a block of a cluster takes besides, which starts, waits for the others' sums, and ends with them.
       launch_us: of a kernel.
       shared_bytes, registers: of a multiprocessor.
     """
@@ -86,6 +88,7 @@ class Gpu:
     chain_us: float = 0.59
     lone: float = 0.39
     block_us: float = 0.27
+    split_us: float = 4.0
     launch_us: float = 2.75
     shared_bytes: int = 227 * 1024
     registers: int = 65536
@@ -100,7 +103,7 @@ class Gpu:
         return max(products_us, self.step_us + copied / self.step_bytes)
 
     def blocks_us(
-        self, blocks: float, resident: int, steps: float, most_steps: float, step: float, stages: int
+        self, blocks: float, resident: int, steps: float, most_steps: float, step: float, stages: int, splits: int = 1
     ) -> float:
         """Blocks of `steps` steps on average, the longest of `most_steps` first.
 
@@ -109,8 +112,9 @@ class Gpu:
         """
         if resident == 1:
             step *= 1 + self.lone
-        even = max(blocks / self.multiprocessors, 1.0) * (steps * step + self.block_us)
-        longest = most_steps * max(step, self.chain_us * (1 + 0.2 / (stages - 1))) + self.block_us
+        block_us = self.block_us + (self.split_us if splits > 1 else 0)
+        even = max(blocks / self.multiprocessors, 1.0) * (steps * step + block_us)
+        longest = most_steps * max(step, self.chain_us * (1 + 0.2 / (stages - 1))) + block_us
         return (even**4 + longest**4) ** 0.25 + self.launch_us
 
 
@@ -124,7 +128,7 @@ BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted: bool, gpu: Gpu = H100) -> float:
     """An implicit product over a schedule, `cuda/conv/implicit_gemm.cuh`."""
-    rows, cols, stages = tile
+    rows, cols, stages, splits = tile
     itemsize = BYTES[dtype]
     taps = kernel_map.executed(rows, is_sorted)
     products_us = rows * cols * STEP_BYTES / itemsize / PRODUCTS[dtype]
@@ -132,12 +136,12 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
         step = gpu.step(products_us, STEP_BYTES * (rows + cols))  # an absent row costs a copy too, of zeros
     else:
         step = max(products_us, FLOAT_ROW_US * rows + FLOAT_COL_US * cols)
-    blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols)
+    blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols) * splits
     shared = stages * STEP_BYTES * (rows + cols) + min(kernel_map.taps, 32) * rows * 4 + 1024
     resident = gpu.resident(2 * rows, cols, shared)
-    depth = c_in * itemsize / STEP_BYTES  # steps a tap
+    depth = c_in * itemsize / STEP_BYTES / splits  # steps a tap
     most = kernel_map.taps if kernel_map.taps > 9 or not is_sorted else taps
-    compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, stages)
+    compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, stages, splits)
     least_bytes = kernel_map.rows * (c_in + c_out) * itemsize + kernel_map.taps * c_in * c_out * itemsize
     return max(compute, least_bytes / gpu.memory_bytes + gpu.launch_us)
 
@@ -175,7 +179,7 @@ def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
 
 def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
     """A gradient of weights over pairs, `cuda/conv/wgrad_gemm.cuh`: partial sums of slots, then their sum."""
-    rows, cols, stages = tile
+    rows, cols, stages, _ = tile
     slots = wgrad_slots(kernel_map.taps, c_in, c_out, gpu)
     pieces = math.ceil(c_in / rows) * math.ceil(c_out / cols)
     in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)

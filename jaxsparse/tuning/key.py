@@ -100,6 +100,12 @@ def to_json(key: Key, choice: Choice) -> dict[str, Any]:
     return {**key._asdict(), "choice": choice}
 
 
+def tile_from_json(numbers: list[Any]) -> tuple[int, ...]:
+    """A tile; where files have three numbers, from before there were splits, its splits are 1."""
+    tile = tuple(map(int, numbers))
+    return (*tile, 1) if len(tile) == 3 else tile
+
+
 def from_json(entry: Mapping[str, Any]) -> tuple[Key, Choice]:
     """The inverse of `to_json`.
 
@@ -114,7 +120,7 @@ def from_json(entry: Mapping[str, Any]) -> tuple[Key, Choice]:
     if not all(isinstance(getattr(key, n), int) for n in ("c_in", "c_out", "taps", "rows")):
         raise TypeError(f"a key's numbers must be integers: {entry}")
     if isinstance(choice, list):
-        choice = tuple(map(int, choice))
+        choice = tile_from_json(choice)
     elif not isinstance(choice, bool | int | str):
         raise TypeError(f"a choice must be an integer, a boolean, a name or a list of integers: {entry}")
     return key, choice

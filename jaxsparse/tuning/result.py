@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsparse.tuning import choice, store
-from jaxsparse.tuning.key import Choice, Choices, Key
+from jaxsparse.tuning.key import Choice, Choices, Key, tile_from_json
 
 _entered = threading.local()
 
@@ -146,14 +146,14 @@ class TuningResult:
 
 
 def show(value: Choice | None) -> str:
-    """A choice in few characters: 128x64/3 is a tile of 128 rows, 64 columns and 3 stages."""
+    """A choice in few characters: 64x32/3 is a tile of 64 rows, 32 columns and 3 stages, 64x32/3x2 one of 2 splits."""
     match value:
         case None:
             return "-"
         case True | False:
             return "yes" if value else "no"
-        case (rows, cols, stages):
-            return f"{rows}x{cols}/{stages}"
+        case (rows, cols, stages, splits):
+            return f"{rows}x{cols}/{stages}" + (f"x{splits}" if splits > 1 else "")
     return str(value)
 
 
@@ -176,8 +176,10 @@ def _stack() -> list:
 
 
 def _group_from_json(entry: Mapping[str, Any]) -> Group:
-    def plain(value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    def plain(name: str, value: Any) -> Any:
+        if name == "rejected":
+            return tuple(value)
+        return tile_from_json(value) if isinstance(value, list) else value
 
-    decisions = tuple(Decision(**{n: plain(v) for n, v in d.items()}) for d in entry["decisions"])
+    decisions = tuple(Decision(**{n: plain(n, v) for n, v in d.items()}) for d in entry["decisions"])
     return Group(**{**entry, "decisions": decisions})

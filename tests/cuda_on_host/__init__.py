@@ -4,6 +4,7 @@
 registers each handler as a CPU target named `<target>_on_host`.
 """
 
+import contextlib
 import ctypes
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 
 import jax
 import numpy as np
+import pytest
 
 from jaxsparse import _ffi
 
@@ -56,6 +58,18 @@ def load(folder: pathlib.Path) -> None:
         function = ctypes.CFUNCTYPE(ctypes.c_void_p)(library.handler_function(i))
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform="cpu")
     _libraries.append(library)
+
+
+@contextlib.contextmanager
+def no_clusters():
+    """On the host, as on a device without clusters."""
+    if is_gpu():
+        pytest.skip("a GPU has clusters or has none")
+    _libraries[0].have_clusters(0)
+    try:
+        yield
+    finally:
+        _libraries[0].have_clusters(1)
 
 
 def _taps_of(masks, volume):

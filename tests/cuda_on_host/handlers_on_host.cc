@@ -19,5 +19,6 @@ int handler_count() { return static_cast<int>(jaxsparse::cuda_handlers().size())
 const char* handler_name(int i) { return jaxsparse::cuda_handlers()[i].first; }
 void* handler_function(int i) { return reinterpret_cast<void*>(jaxsparse::cuda_handlers()[i].second); }
 void run_backwards(int backwards) { cuda_on_host_backwards = backwards != 0; }
+void have_clusters(int have) { cuda_on_host_has_clusters = have != 0; }
 
 }  // extern "C"

@@ -6,8 +6,12 @@ The lowering answers them, the tuner times them, `explain` prints them: all ask 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
+import jax
+
+from jaxsparse import _native
 from jaxsparse.ops.conv.config import (
     FLOAT_TILES,
     FLOAT_WGRAD_TILES,
@@ -15,6 +19,7 @@ from jaxsparse.ops.conv.config import (
     NARROW_TILES,
     PLAIN_TILE_ROWS,
     WGRAD_TILES,
+    Tile,
 )
 from jaxsparse.tuning import choice, cost
 from jaxsparse.tuning.choice import Question
@@ -75,6 +80,24 @@ def _key(op: str, device: str, p: Problem, dtype: str = "", widths: tuple[int, i
     return Key(op, device, dtype, *widths, p.taps, towards, p.spec.grid, row_bucket(p.rows))
 
 
+def has_clusters(platform: str) -> bool:
+    """Whether the device of this process runs tiles of several splits: of sm_90 or newer, and they were built for it.
+
+    A program that is exported where there is no such device takes none: it may run on another.
+    """
+    try:
+        capability = getattr(jax.local_devices(backend=platform)[0], "compute_capability", "0.0")
+    except RuntimeError:
+        return False
+    built = re.findall(r"(\d+)\d", _native.cuda_architectures or "")
+    major = str(capability).split(".")[0]
+    return int(major) >= 9 and major in built
+
+
+def _forward_tiles(platform: str) -> tuple[Tile, ...]:
+    return FORWARD_TILES if has_clusters(platform) else tuple(tile for tile in FORWARD_TILES if tile.splits == 1)
+
+
 def conv(platform: str, p: Problem) -> Question:
     """The tile of forward and dgrad, whose `rows` outputs read `x_rows` inputs; on the CPU the rows of a task."""
     device, is_here = choice.device_of(platform)
@@ -84,18 +107,19 @@ def conv(platform: str, p: Problem) -> Question:
         predict = cost.cpu_conv_us
         return Question(key, PLAIN_TILE_ROWS, lambda rows, n: predict(rows, at(n), *widths, dtype), is_here, p)
     sorts = bool(sort(platform, p).heuristic())
-    tiles: tuple = FLOAT_TILES if _is_float(p) else FORWARD_TILES if widths[0] % 8 == 0 else NARROW_TILES
+    whole = _forward_tiles(platform) if widths[0] % 8 == 0 else NARROW_TILES
+    tiles: tuple = FLOAT_TILES if _is_float(p) else whole
     return Question(key, tiles, lambda tile, n: cost.conv_us(tile, at(n), *widths, dtype, sorts), is_here, p)
 
 
 def sort(platform: str, p: Problem) -> Question:
     """Whether a schedule sorts rows with like taps together: asked alike by all layers of one map and direction."""
     device, is_here = choice.device_of(platform)
-    at = _map(p)
+    at, tiles = _map(p), _forward_tiles(platform)
     return Question(
         _key("sort", device, p),
         (False, True),
-        lambda sorts, n: cost.sort_us(sorts, at(n), direction(p.spec, p.of_reverse), p.spec.grid, FORWARD_TILES),
+        lambda sorts, n: cost.sort_us(sorts, at(n), direction(p.spec, p.of_reverse), p.spec.grid, tiles),
         is_here,
     )
 

@@ -15,11 +15,14 @@ class Tile(NamedTuple):
       rows: output rows (forward, dgrad) or input channels (wgrad).
       cols: output channels.
       stages: steps of operands in shared memory; all but one are on their way while one is multiplied.
+      splits: blocks of a cluster that share the sum over input channels. More than 1 is for layers of few rows, on
+        sm_90 alone.
     """
 
     rows: int
     cols: int
     stages: int
+    splits: int = 1
 
 
 FORWARD_TILES = tuple(Tile(*t) for t in _native.forward_tiles)

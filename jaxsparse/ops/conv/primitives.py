@@ -174,8 +174,7 @@ def _to_tf32(w):
 
 def tile_attributes(tile) -> dict[str, int]:
     """A tile as the custom calls of scheduled kernels take it."""
-    rows, cols, stages = tile
-    return {"tile_rows": rows, "tile_cols": cols, "stages": stages}
+    return {"tile_rows": tile.rows, "tile_cols": tile.cols, "stages": tile.stages, "splits": tile.splits}
 
 
 def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):

@@ -1,8 +1,8 @@
 // CUDA's names on a plain C++ compiler, so that tests run the kernels' own source where there is no GPU.
 //
 // Blocks run one after the other; the threads of a block are coroutines that run in turn from barrier to barrier, the
-// lanes of a warp from one warp collective to the next. The blocks of a cooperative launch have an operating system's
-// thread each, for their shared memory, and run in turn from one barrier of the grid to the next. What this shows:
+// lanes of a warp from one warp collective to the next. The blocks of a cooperative launch or of a cluster have an operating
+// system's thread each, for their shared memory, and run in turn from one of their barriers to the next. What this shows:
 // indexing, bounds, the protocol of barriers and asynchronous copies (copies land as late as CUDA allows), and, by running
 // threads and blocks backwards (cuda_on_host_backwards), results that depend on an order CUDA does not promise. What it
 // cannot show: speed, and the exact order in which tensor cores add.
@@ -33,7 +33,12 @@
 using std::max;
 using std::min;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801
+};
 inline const char* cudaGetErrorString(cudaError_t) { return "an error on the host"; }
 using cudaStream_t = struct StreamOnHost*;
 
@@ -57,11 +62,14 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative, cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int cooperative;
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -88,6 +96,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, s
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline bool cuda_on_host_backwards = false;
+inline bool cuda_on_host_has_clusters = true;
 
 namespace cuda_on_host {
 
@@ -98,7 +107,7 @@ namespace cuda_on_host {
 
 inline std::mutex one_launch_at_a_time;
 
-// Whose turn it is among the blocks of a cooperative launch.
+// Whose turn it is among the blocks that run together: those of a cooperative launch, or of a cluster.
 struct Turns {
   std::mutex mutex;
   std::condition_variable changed;
@@ -124,6 +133,7 @@ struct Thread {
   bool done = false;
   int barrier = 0;       // line of the barrier it waits at
   bool in_warp = false;  // a barrier of its warp's, not of the block's
+  bool has_arrived = false;  // at a barrier of its cluster
   std::vector<std::vector<std::function<void()>>> copies{1};  // asynchronous ones by group, the last still open
 };
 
@@ -140,7 +150,30 @@ struct Warp {
   int collectives = 0;
 };
 inline thread_local std::vector<Warp> warps(1024 / kLanes);
-inline thread_local std::vector<char> dynamic_shared;
+inline thread_local char* dynamic_shared = nullptr;
+
+// Dynamic shared memory of blocks that run together, at like addresses modulo 1024. Undefined before a block and after it.
+class SharedOfBlocks {
+ public:
+  void resize(int blocks, size_t bytes) {
+    bytes_ = (bytes + 1023) / 1024 * 1024;
+    memory_.assign(blocks * bytes_ + 1024, kUndefined);
+  }
+  char* of(int rank) { return memory_.data() + (-reinterpret_cast<uintptr_t>(memory_.data()) & 1023) + rank * bytes_; }
+  void forget(int rank) { std::memset(of(rank), kUndefined, bytes_); }
+  // The same place in another block's.
+  const char* elsewhere(const void* own, int rank) {
+    const size_t offset = static_cast<const char*>(own) - dynamic_shared;
+    if (offset >= bytes_) die("an address that is not in dynamic shared memory");
+    return of(rank) + offset;
+  }
+
+ private:
+  static constexpr char kUndefined = static_cast<char>(0xa5);
+  std::vector<char> memory_;
+  size_t bytes_ = 0;
+};
+inline SharedOfBlocks shared_of_blocks;
 
 // Contexts start a thread on its own stack; from then on setjmp and longjmp switch, without a system call.
 [[gnu::noinline]] inline void wait() {
@@ -195,7 +228,7 @@ inline int run_warp(int first, int count, int* line) {
 
 inline void run_block(int count) {
   for (int t = 0; t < count; ++t) {
-    threads[t].done = false;
+    threads[t].done = threads[t].has_arrived = false;
     threads[t].copies.resize(1);
     threads[t].copies.back().clear();
   }
@@ -216,9 +249,9 @@ inline void run_block(int count) {
   }
 }
 
-// Runs the blocks of a cooperative launch; each has its turn up to every barrier of the grid and to its end.
-inline void run_blocks_in_turn(dim3 grid, dim3 block) {
-  turns.blocks = static_cast<int>(grid.x);
+// Runs `number` blocks together; each has its turn up to every barrier that they share and to its end.
+inline void run_blocks_in_turn(dim3 grid, dim3 block, unsigned first, unsigned number) {
+  turns.blocks = static_cast<int>(number);
   turns.at = 0;
   std::vector<std::thread> all;
   for (int turn = 0; turn < turns.blocks; ++turn) {
@@ -226,9 +259,12 @@ inline void run_blocks_in_turn(dim3 grid, dim3 block) {
       gridDim = grid;
       blockDim = block;
       own_turn = turn;
-      blockIdx.x = cuda_on_host_backwards ? turns.blocks - 1 - turn : turn;
+      const int rank = cuda_on_host_backwards ? turns.blocks - 1 - turn : turn;
+      blockIdx.x = first + rank;
+      dynamic_shared = shared_of_blocks.of(rank);
       turns.wait_for(turn);
       run_block(static_cast<int>(block.x));
+      shared_of_blocks.forget(rank);
       turns.pass_on();
     });
   }
@@ -316,16 +352,21 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::lock_guard<std::mutex> lock(cuda_on_host::one_launch_at_a_time);
   blockDim = config->blockDim;
   gridDim = config->gridDim;
-  cuda_on_host::dynamic_shared.assign(config->dynamicSmemBytes, static_cast<char>(0xa5));
   cuda_on_host::body = [&] { kernel(args...); };
-  if (config->numAttrs > 0) {
-    if (config->dynamicSmemBytes > 0) cuda_on_host::die("a cooperative launch with dynamic shared memory");
-    cuda_on_host::run_blocks_in_turn(config->gridDim, config->blockDim);
-    return cudaSuccess;
-  }
-  for (unsigned b = 0; b < gridDim.x; ++b) {
-    blockIdx.x = cuda_on_host_backwards ? gridDim.x - 1 - b : b;
-    cuda_on_host::run_block(static_cast<int>(blockDim.x));
+  const bool together = config->numAttrs > 0;
+  const bool is_cluster = together && config->attrs->id == cudaLaunchAttributeClusterDimension;
+  const unsigned number = is_cluster ? config->attrs->val.clusterDim.x : together ? gridDim.x : 1;
+  if (gridDim.x % number != 0) cuda_on_host::die("a grid of broken clusters");
+  cuda_on_host::shared_of_blocks.resize(static_cast<int>(number), config->dynamicSmemBytes);
+  cuda_on_host::dynamic_shared = cuda_on_host::shared_of_blocks.of(0);
+  for (unsigned b = 0; b < gridDim.x; b += number) {
+    const unsigned first = cuda_on_host_backwards ? gridDim.x - number - b : b;
+    if (together) {
+      cuda_on_host::run_blocks_in_turn(config->gridDim, config->blockDim, first, number);
+    } else {
+      blockIdx.x = first;
+      cuda_on_host::run_block(static_cast<int>(blockDim.x));
+    }
   }
   return cudaSuccess;
 }
