@@ -154,9 +154,9 @@ def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
     return LAY_OUT_US + ENTRY_BYTES * entries / gpu.memory_bytes
 
 
-# Set by hand from the figures in `cuda/conv/schedule.cu`, which they meet within a fifth.
-SORT_US, SORT_ROW_US, SORTED_ENTRY_BYTES = 8.0, 1.2e-4, 24
-LAY_OUT_US, ENTRY_BYTES = 1.8, 5
+# Set by hand from the figures in `cuda/conv/schedule.cu`, which they meet within a tenth.
+SORT_US, SORT_ROW_US, SORTED_ENTRY_BYTES = 8.4, 4.6e-5, 8.5
+LAY_OUT_US, ENTRY_BYTES = 1.8, 4.2
 LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what runs on a map in common networks
 FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 16, "reverse": 96}, 256  # doubled from grid to grid
 
