@@ -45,7 +45,7 @@
 //     39.0, 38.0, 55.0   31,833 of 7.5, 128 to 128
 //
 // They lose where a tile has few steps: 2^3 stride 2, 5,879 outputs, 128 to 128, 8.8 us without and 9.7 with 2; or where blocks
-// fill the device already: 3^3 stride 2, 32,841 outputs, 64 to 128, 26.0 and 30.8. A block of a cluster costs about 4 us of its
+// fill the device already: 3^3 stride 2, 32,841 outputs, 64 to 128, 26.0 and 30.8. All of it fits 4 us that a block costs its
 // multiprocessor besides its steps. Other tiles with splits won nowhere by more than 3 %: 64x32, 64x64, 128x64 and
 // 256x128 with 2, 64x64 and 128x64 with 4, 128x128 with 8.
 //
