@@ -146,7 +146,7 @@ template <int kThreads, typename V>
 __device__ V block_exclusive_scan(V value, V* total) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp);
-  __shared__ V sums[kWarps];
+  alignas(16) __shared__ V sums[kWarps];  // read 16 bytes at a time: not with a piece of what lies before it
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   V before = value;  // inclusive within the warp
   for (int step = 1; step < kWarp; step *= 2) {
