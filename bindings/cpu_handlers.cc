@@ -7,7 +7,9 @@
 #include <string>
 
 #include "bindings/bind.h"
-#include "bindings/checks.h"
+#include "bindings/checks_conv.h"
+#include "bindings/checks_coords.h"
+#include "bindings/checks_rows.h"
 #include "bindings/cpu/conv.h"
 #include "bindings/cpu/coords.h"
 #include "bindings/cpu/kernel_map.h"

@@ -5,7 +5,9 @@
 #include <string>
 
 #include "bindings/bind.h"
-#include "bindings/checks.h"
+#include "bindings/checks_conv.h"
+#include "bindings/checks_coords.h"
+#include "bindings/checks_rows.h"
 #include "bindings/handlers.h"
 #include "cuda/channels/moments.h"
 #include "cuda/conv/conv.h"

@@ -141,6 +141,17 @@ __device__ V warp_sum(V value) {
   return value;
 }
 
+// Sum over the lanes of a warp up to this one, itself included. All lanes call it.
+template <typename V>
+__device__ V warp_inclusive_scan(V value) {
+  const int lane = threadIdx.x % kWarp;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const V below = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value += below;
+  }
+  return value;
+}
+
 // Sum of `value` over the threads before this one; *total is the sum over the block. All threads of the block call it.
 template <int kThreads, typename V>
 __device__ V block_exclusive_scan(V value, V* total) {
@@ -148,11 +159,7 @@ __device__ V block_exclusive_scan(V value, V* total) {
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp);
   alignas(16) __shared__ V sums[kWarps];  // read 16 bytes at a time: not with a piece of what lies before it
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  V before = value;  // inclusive within the warp
-  for (int step = 1; step < kWarp; step *= 2) {
-    const V below = __shfl_up_sync(kAllLanes, before, step);
-    if (lane >= step) before += below;
-  }
+  const V before = warp_inclusive_scan(value);
   __syncthreads();  // a caller's earlier scan may still be read
   if (lane == kWarp - 1) sums[warp] = before;
   __syncthreads();

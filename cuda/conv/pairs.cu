@@ -43,11 +43,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs_kernel(PairsArgs a,
       before[warp][lane] = __popc(transposed(is_real ? a.masks[int64_t{m} * a.mask_words + word] : 0));
       __syncthreads();
       const int32_t count = before[lane][warp], earlier = next[warp];  // of the tap that is the warp's number
-      int32_t upto = count;
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
-        if (lane >= step) upto += below;
-      }
+      const int32_t upto = warp_inclusive_scan(count);
       before[lane][warp] = earlier + upto - count;
       if (lane == kWarp - 1) next[warp] = earlier + upto;
       __syncthreads();

@@ -23,8 +23,7 @@ constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing a
 __device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots) {
   int64_t pairs = 0;
   for (int32_t k = threadIdx.x % kWarp; k < taps; k += kWarp) pairs += tap_pairs[k];
-  for (int step = 1; step < kWarp; step *= 2) pairs += __shfl_xor_sync(kAllLanes, pairs, step);
-  const int64_t even = div_up(div_up(pairs, slots - taps), kPairsMultiple) * kPairsMultiple;
+  const int64_t even = div_up(div_up(warp_sum(pairs), slots - taps), kPairsMultiple) * kPairsMultiple;
   return even > kMinPairsInSlot ? static_cast<int32_t>(even) : kMinPairsInSlot;
 }
 
@@ -35,11 +34,7 @@ __device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slo
   int32_t first = 0;
   for (int32_t base = 0; base < taps; base += kWarp) {
     const int32_t k = base + lane, own = k < taps ? (tap_pairs[k] + in_slot - 1) / in_slot : 0;
-    int32_t upto = own;
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int32_t below = __shfl_up_sync(kAllLanes, upto, step);
-      if (lane >= step) upto += below;
-    }
+    const int32_t upto = warp_inclusive_scan(own);
     if (k < taps) visit(k, first + upto - own, own);
     first += __shfl_sync(kAllLanes, upto, kWarp - 1);
   }

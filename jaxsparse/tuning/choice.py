@@ -101,12 +101,18 @@ def policy(*, on_cache_miss: str = "heuristic", cache: bool = True, table: bool 
         yield
 
 
+def device_here(platform: str) -> jax.Device | None:
+    """The device of this process that a program for this platform runs on, if it has one."""
+    try:
+        return jax.local_devices(backend=platform)[0]
+    except RuntimeError:
+        return None
+
+
 def device_of(platform: str) -> tuple[str, bool]:
     """The kind of device that a program for this platform runs on, and whether this process has one."""
-    try:
-        return jax.local_devices(backend=platform)[0].device_kind, True
-    except RuntimeError:
-        return DEFAULT_DEVICES[platform], False
+    device = device_here(platform)
+    return (DEFAULT_DEVICES[platform], False) if device is None else (device.device_kind, True)
 
 
 def answer(question: Question, explicit: Choice | None = None) -> Answer:

@@ -9,8 +9,6 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
-
 from jaxsparse import _native
 from jaxsparse.ops.conv.config import (
     FLOAT_TILES,
@@ -85,10 +83,7 @@ def has_clusters(platform: str) -> bool:
 
     A program that is exported where there is no such device takes none: it may run on another.
     """
-    try:
-        capability = getattr(jax.local_devices(backend=platform)[0], "compute_capability", "0.0")
-    except RuntimeError:
-        return False
+    capability = getattr(choice.device_here(platform), "compute_capability", "0.0")
     built = re.findall(r"(\d+)\d", _native.cuda_architectures or "")
     major = str(capability).split(".")[0]
     return int(major) >= 9 and major in built

@@ -1,0 +1,80 @@
+// Checks of the calls on rows of features, see checks.h.
+#pragma once
+
+#include <optional>
+
+#include "bindings/checks.h"
+
+namespace jaxsparse {
+
+// --- 12 invert_index ---
+
+struct InvertIndex {
+  int64_t positions = kUnbound, values = 0, workspace = kUnbound;
+};
+
+inline ffi::Error check_invert_index(In index, Out order, Out offsets, Out workspace, InvertIndex* s) {
+  Checks checks("jaxsparse_invert_index_v1");
+  int64_t ends = kUnbound;
+  checks.operand("index", index, ffi::S32, {&s->positions});
+  checks.operand("order", order, ffi::S32, {&s->positions});
+  checks.operand("offsets", offsets, ffi::S32, {&ends});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(ends >= 1, "offsets must have one entry more than there are values");
+  s->values = ends - 1;
+  return checks.error();
+}
+
+// --- 13 segment_sum ---
+
+struct SegmentSum {
+  ffi::DataType dtype = ffi::DataType::INVALID;
+  int64_t positions = kUnbound, values = kUnbound, channels = kUnbound;
+};
+
+inline ffi::Error check_segment_sum(In x, In order, In offsets, Out y, SegmentSum* s) {
+  Checks checks("jaxsparse_segment_sum_v1");
+  int64_t ends = kUnbound;
+  s->dtype = x.element_type();
+  checks.operand("x", x, s->dtype, {&s->positions, &s->channels});
+  checks.operand("order", order, ffi::S32, {&s->positions});
+  checks.operand("y", y, s->dtype, {&s->values, &s->channels});
+  if (checks.ok()) ends = s->values + 1;
+  checks.operand("offsets", offsets, ffi::S32, {&ends});
+  checks.require(is_feature_dtype(s->dtype), "x must be float16, bfloat16, float32 or float64");
+  checks.require(s->channels >= 1, "x must have at least one channel");
+  return checks.error();
+}
+
+// --- 14 channel_moments ---
+
+struct Channels {
+  ffi::DataType dtype = ffi::DataType::INVALID;
+  int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
+  std::optional<In> a, center;  // both or neither
+};
+
+inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,
+                                        Channels* s) {
+  Checks checks("jaxsparse_channel_moments_v1");
+  int64_t one = 1;
+  s->dtype = b.element_type();
+  const ffi::DataType sums = s->dtype == ffi::F64 ? ffi::F64 : ffi::F32;
+  checks.operand("b", b, s->dtype, {&s->rows, &s->channels});
+  checks.operand("count", count, ffi::S32, {&one});
+  checks.operand("first", first, sums, {&s->channels});
+  checks.operand("second", second, sums, {&s->channels});
+  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks.require(is_feature_dtype(s->dtype), "b must be float16, bfloat16, float32 or float64");
+  checks.require(s->channels >= 1, "b must have at least one channel");
+  checks.require(rest.size() == 0 || rest.size() == 2, "a and center must be given together");
+  if (checks.ok() && rest.size() == 2) {
+    s->a = rest.get<In>(0).value();
+    s->center = rest.get<In>(1).value();
+    checks.operand("a", *s->a, s->dtype, {&s->rows, &s->channels});
+    checks.operand("center", *s->center, sums, {&s->channels});
+  }
+  return checks.error();
+}
+
+}  // namespace jaxsparse
