@@ -66,6 +66,7 @@
 // its shortcuts, of one tap and without a map, in place of XLA's products and norms made no difference by themselves.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 
 #include "cuda/common/cluster.cuh"
@@ -78,6 +79,7 @@
 namespace jaxsparse::cuda {
 
 constexpr int kTapsAtOnce = 32;     // a word of a mask
+constexpr int kFewTaps = 9;
 constexpr int kDepthTogether = 16;  // products that tensor cores add at a time
 
 template <typename T>
@@ -172,9 +174,18 @@ __device__ void add_splits(float (&sums)[P::kCols / 2], char* shared, int rank) 
   cluster_arrive();
 }
 
+// Which tile a block, or cluster, has. Tiles with many taps come first. Blocks go to multiprocessors in turn, `at_once` of
+// them in a round, and two that share one share its rate: so the longest tiles are to meet the shortest, or none.
+__device__ inline unsigned tile_of(unsigned block, unsigned tiles, unsigned at_once) {
+  if (tiles <= at_once || block >= 2 * at_once) return block;
+  const unsigned meeting = min(tiles - at_once, at_once);
+  if (block >= at_once) return at_once + meeting - 1 - (block - at_once);
+  return block < meeting ? at_once - meeting + block : block - meeting;
+}
+
 // Args: ConvGemmArgs, or FusedConvArgs for what has an epilogue.
 template <class P, class Args>
-__global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a) {
+__global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a, unsigned at_once) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
@@ -188,7 +199,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
   const int32_t all_tiles = static_cast<int32_t>(div_up(a.out_rows, kScheduleRows));
-  const unsigned tile = blockIdx.x / kSplits;
+  const unsigned tile = tile_of(blockIdx.x / kSplits, gridDim.x / kSplits, at_once);
   const int32_t split = blockIdx.x % kSplits;  // the rank in the cluster
   const int32_t first_tile = static_cast<int32_t>(tile / col_tiles) * kGroups;
   const int32_t first_col = static_cast<int32_t>(tile % col_tiles) * kCols, own_col = first_col + split * kOwnCols;
@@ -216,44 +227,43 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
-    // The taps that any row has, and the rows of x under them.
-    uint32_t own_mask = 0, mask = 0;
+    // The taps that any row has, and the rows of x under them: where taps are few, read before it is known which there are.
+    uint32_t masks[kGroups], mask = 0;  // of tiles of the schedule
+    const auto copy_entries = [&](uint32_t rest) {  // a warpgroup copies its tile's
+      constexpr int kPieces = kScheduleRows / 4, kTapsAtATime = kWarpgroup / kPieces;
+      if (first_tile + group >= all_tiles) return;
+      const int32_t at = (t % kPieces) * 4;
+      const int32_t* from = a.tile_table + (int64_t{first_tile + group} * a.taps + word * kTapsAtOnce) * kScheduleRows + at;
+      for (int i = 0; rest != 0; ++i, rest &= rest - 1) {
+        if (i % kTapsAtATime != t % kWarpgroup / kPieces) continue;
+        const int bit = __ffs(static_cast<int>(rest)) - 1;
+        copy_piece<16>(reinterpret_cast<char*>(in_row_of + bit * kRows + group * kScheduleRows + at),
+                       from + bit * kScheduleRows, true);
+      }
+    };
+    const bool is_early = a.taps <= kFewTaps;
     if (is_scheduled) {
+      if (is_early) copy_entries((1u << a.taps) - 1);
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        if (first_tile + i >= all_tiles) continue;
-        const uint32_t tile_mask = a.tile_masks[int64_t{first_tile + i} * a.mask_words + word];
-        if (i == group) own_mask = tile_mask;
-        mask |= tile_mask;
+        masks[i] = first_tile + i < all_tiles ? a.tile_masks[int64_t{first_tile + i} * a.mask_words + word] : 0;
       }
-    } else if constexpr (kFused) {
-      mask = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
+    } else {
+      uint32_t any = 0;
+      if constexpr (kFused) any = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
+#pragma unroll
+      for (uint32_t& of_tile : masks) of_tile = any;
+      const int32_t m = first_tile * kScheduleRows + t;
+      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
     }
+#pragma unroll
+    for (uint32_t of_tile : masks) mask |= of_tile;
     if (mask == 0) continue;
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = __popc(mask);
-    if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
-    if (!is_scheduled) {
-      const int32_t m = first_tile * kScheduleRows + t;
-      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
-    } else {
-      constexpr int kPieces = kScheduleRows / 4, kTapsOfGroup = kWarpgroup / kPieces;  // a warpgroup copies its tile's entries
-      const int piece = t % kPieces;
-      const int32_t* from =
-          a.tile_table + (int64_t{first_tile + group} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece * 4;
-      int32_t* to = in_row_of + group * kScheduleRows + piece * 4;
-      uint32_t rest = mask;
-      for (int i = 0; i < tap_count; ++i, rest &= rest - 1, to += kRows) {
-        if (i % kTapsOfGroup != t % kWarpgroup / kPieces) continue;
-        const int bit = __ffs(static_cast<int>(rest)) - 1;
-        if (own_mask >> bit & 1) {
-          copy_piece<16>(reinterpret_cast<char*>(to), from + bit * kScheduleRows, true);
-        } else {
-          *reinterpret_cast<int4*>(to) = make_int4(-1, -1, -1, -1);
-        }
-      }
-    }
+    if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = t;
+    if (is_scheduled && !is_early) copy_entries(mask);
     commit_copies();
     [[maybe_unused]] Channel channel;
     if constexpr (kFused) {
@@ -278,9 +288,12 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       if (copied < steps) {
         char* to = stages + to_stage * P::kStageBytes;
         int32_t rows[kRows / kRowsA];
+        const bool tap_exists = place_a.tap < tap_count;
+        const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
 #pragma unroll
         for (int i = 0; i < kRows / kRowsA; ++i) {
-          rows[i] = place_a.tap < tap_count ? in_row_of[place_a.tap * kRows + a_row + i * kRowsA] : -1;
+          const bool has_tap = tap_exists && (masks[i * kRowsA / kScheduleRows] >> tap & 1);
+          rows[i] = has_tap ? in_row_of[tap * kRows + a_row + i * kRowsA] : -1;
         }
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
@@ -300,9 +313,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         }
         to += kGroups * kBytesA;
         if constexpr (Product::kRowsOfBAreColumns) {
-          const bool tap_exists = place_a.tap < tap_count;
-          const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
-          const T* weights = w + (int64_t{tap} * a.out_channels + first_col + a_row) * in_channels + place_a.channel;
+          const int32_t col = (word * kTapsAtOnce + tap) * a.out_channels + first_col + a_row;
+          const T* weights = w + int64_t{col} * in_channels + place_a.channel;
 #pragma unroll
           for (int col = 0; col < kCols; col += kRowsA) {
             if (kCols % kRowsA != 0 && a_row + col >= kCols) break;
@@ -312,7 +324,10 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         } else {
           const bool row_exists = place_b.tap < tap_count;
           const T* weights = b_from;
-          if (row_exists) weights += (int64_t{taps[place_b.tap]} * in_channels + place_b.channel) * a.out_channels;
+          if (row_exists) {
+            const int32_t row = (word * kTapsAtOnce + taps[place_b.tap]) * in_channels + place_b.channel;
+            weights += int64_t{row} * a.out_channels;
+          }
 #pragma unroll
           for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
             if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
@@ -443,7 +458,10 @@ cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
     if (!has) return cudaErrorNotSupported;
   }
   JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
+  int processors = 132;
+  if (shared_bytes > 113 * 1024 || std::getenv("NO_MEET")) processors = 1 << 30;
+  return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a,
+                static_cast<unsigned>(processors / P::kSplits));
 }
 
 // The kernel of a tile, for operands of 16 bits.
