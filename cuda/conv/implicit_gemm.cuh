@@ -66,7 +66,6 @@
 // its shortcuts, of one tap and without a map, in place of XLA's products and norms made no difference by themselves.
 #pragma once
 
-#include <cstdlib>
 #include <cstring>
 
 #include "cuda/common/cluster.cuh"
@@ -79,7 +78,6 @@
 namespace jaxsparse::cuda {
 
 constexpr int kTapsAtOnce = 32;     // a word of a mask
-constexpr int kFewTaps = 9;
 constexpr int kDepthTogether = 16;  // products that tensor cores add at a time
 
 template <typename T>
@@ -118,6 +116,10 @@ struct ImplicitGemm {
   static constexpr int kThreads = kWarpgroup * kGroups;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
+  // Where no second block fits the multiprocessor, which could multiply meanwhile, a step's product begins before the last ends;
+  // its stage is then free a step later.
+  static constexpr bool kOverlaps = kStages * kStageBytes > 112 * 1024;
+  static constexpr int kAhead = kStages - (kOverlaps ? 2 : 1);  // steps that copies are ahead
   static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // that blocks of a cluster show each other
   static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
   static int shared_bytes(int taps) {
@@ -141,6 +143,9 @@ struct Place {
     }
   }
 };
+
+// A product of numbers that are not negative, in one instruction where signs would take three.
+__device__ inline uint64_t wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 
 template <class Args>
 constexpr bool kHasEpilogue = std::is_same_v<Args, FusedConvArgs>;
@@ -174,18 +179,9 @@ __device__ void add_splits(float (&sums)[P::kCols / 2], char* shared, int rank) 
   cluster_arrive();
 }
 
-// Which tile a block, or cluster, has. Tiles with many taps come first. Blocks go to multiprocessors in turn, `at_once` of
-// them in a round, and two that share one share its rate: so the longest tiles are to meet the shortest, or none.
-__device__ inline unsigned tile_of(unsigned block, unsigned tiles, unsigned at_once) {
-  if (tiles <= at_once || block >= 2 * at_once) return block;
-  const unsigned meeting = min(tiles - at_once, at_once);
-  if (block >= at_once) return at_once + meeting - 1 - (block - at_once);
-  return block < meeting ? at_once - meeting + block : block - meeting;
-}
-
 // Args: ConvGemmArgs, or FusedConvArgs for what has an epilogue.
 template <class P, class Args>
-__global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a, unsigned at_once) {
+__global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a) {
   using T = typename P::T;
   using Product = typename P::Product;
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
@@ -199,7 +195,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
   const int32_t all_tiles = static_cast<int32_t>(div_up(a.out_rows, kScheduleRows));
-  const unsigned tile = tile_of(blockIdx.x / kSplits, gridDim.x / kSplits, at_once);
+  const unsigned tile = blockIdx.x / kSplits;
   const int32_t split = blockIdx.x % kSplits;  // the rank in the cluster
   const int32_t first_tile = static_cast<int32_t>(tile / col_tiles) * kGroups;
   const int32_t first_col = static_cast<int32_t>(tile % col_tiles) * kCols, own_col = first_col + split * kOwnCols;
@@ -227,43 +223,57 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
-    // The taps that any row has, and the rows of x under them: where taps are few, read before it is known which there are.
-    uint32_t masks[kGroups], mask = 0;  // of tiles of the schedule
-    const auto copy_entries = [&](uint32_t rest) {  // a warpgroup copies its tile's
-      constexpr int kPieces = kScheduleRows / 4, kTapsAtATime = kWarpgroup / kPieces;
-      if (first_tile + group >= all_tiles) return;
-      const int32_t at = (t % kPieces) * 4;
-      const int32_t* from = a.tile_table + (int64_t{first_tile + group} * a.taps + word * kTapsAtOnce) * kScheduleRows + at;
-      for (int i = 0; rest != 0; ++i, rest &= rest - 1) {
-        if (i % kTapsAtATime != t % kWarpgroup / kPieces) continue;
-        const int bit = __ffs(static_cast<int>(rest)) - 1;
-        copy_piece<16>(reinterpret_cast<char*>(in_row_of + bit * kRows + group * kScheduleRows + at),
-                       from + bit * kScheduleRows, true);
-      }
-    };
-    const bool is_early = a.taps <= kFewTaps;
+    // The taps that any row has, and the rows of x under them. Where taps are few, each thread's piece of the entries is on its
+    // way before it is known which taps there are.
+    uint32_t own_mask = 0, mask = 0;
+    constexpr int kPiecesOfTap = kRows / 4, kTapsAtATime = kThreads / kPiecesOfTap;
+    const int entry_tap = t / kPiecesOfTap, entry_piece = t % kPiecesOfTap;
+    const int entry_group = entry_piece / (kScheduleRows / 4);
+    const int32_t* entries = nullptr;
+    int4 early;
+    const bool is_early = is_scheduled && a.taps <= kTapsAtATime;
     if (is_scheduled) {
-      if (is_early) copy_entries((1u << a.taps) - 1);
+      entries = a.tile_table + (int64_t{first_tile + entry_group} * a.taps + word * kTapsAtOnce) * kScheduleRows +
+                entry_piece % (kScheduleRows / 4) * 4;
+      if (is_early && entry_tap < a.taps && first_tile + entry_group < all_tiles) {
+        early = *reinterpret_cast<const int4*>(entries + entry_tap * kScheduleRows);
+      }
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        masks[i] = first_tile + i < all_tiles ? a.tile_masks[int64_t{first_tile + i} * a.mask_words + word] : 0;
+        if (first_tile + i >= all_tiles) continue;
+        const uint32_t tile_mask = a.tile_masks[int64_t{first_tile + i} * a.mask_words + word];
+        if (i == entry_group) own_mask = tile_mask;
+        mask |= tile_mask;
       }
-    } else {
-      uint32_t any = 0;
-      if constexpr (kFused) any = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
-#pragma unroll
-      for (uint32_t& of_tile : masks) of_tile = any;
-      const int32_t m = first_tile * kScheduleRows + t;
-      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
+    } else if constexpr (kFused) {
+      mask = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
     }
-#pragma unroll
-    for (uint32_t of_tile : masks) mask |= of_tile;
     if (mask == 0) continue;
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = __popc(mask);
-    if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = t;
-    if (is_scheduled && !is_early) copy_entries(mask);
+    if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
+    if (!is_scheduled) {
+      const int32_t m = first_tile * kScheduleRows + t;
+      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
+    } else {
+      int4* to = reinterpret_cast<int4*>(in_row_of) + entry_piece;
+      if (is_early) {
+        const uint32_t bit = 1u << entry_tap;
+        if (mask & bit) to[__popc(mask & (bit - 1)) * kPiecesOfTap] = own_mask & bit ? early : make_int4(-1, -1, -1, -1);
+      } else {
+        uint32_t rest = mask;
+        for (int i = 0; i < tap_count; ++i, rest &= rest - 1, to += kPiecesOfTap) {
+          if (i % kTapsAtATime != entry_tap) continue;
+          const int bit = __ffs(static_cast<int>(rest)) - 1;
+          if (own_mask >> bit & 1) {
+            copy_piece<16>(reinterpret_cast<char*>(to), entries + bit * kScheduleRows, true);
+          } else {
+            *to = make_int4(-1, -1, -1, -1);
+          }
+        }
+      }
+    }
     commit_copies();
     [[maybe_unused]] Channel channel;
     if constexpr (kFused) {
@@ -288,12 +298,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       if (copied < steps) {
         char* to = stages + to_stage * P::kStageBytes;
         int32_t rows[kRows / kRowsA];
-        const bool tap_exists = place_a.tap < tap_count;
-        const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
 #pragma unroll
         for (int i = 0; i < kRows / kRowsA; ++i) {
-          const bool has_tap = tap_exists && (masks[i * kRowsA / kScheduleRows] >> tap & 1);
-          rows[i] = has_tap ? in_row_of[tap * kRows + a_row + i * kRowsA] : -1;
+          rows[i] = place_a.tap < tap_count ? in_row_of[place_a.tap * kRows + a_row + i * kRowsA] : -1;
         }
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
@@ -306,15 +313,16 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           }
         }
         const char* from = reinterpret_cast<const char*>(array + channel);
-        const int32_t row_bytes = of_array * static_cast<int>(sizeof(T));
+        const uint32_t row_bytes = of_array * static_cast<unsigned>(sizeof(T));
 #pragma unroll
         for (int i = 0; i < kRows / kRowsA; ++i) {
-          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + int64_t{rows[i]} * row_bytes, rows[i] >= 0);
+          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i] >= 0);
         }
         to += kGroups * kBytesA;
         if constexpr (Product::kRowsOfBAreColumns) {
-          const int32_t col = (word * kTapsAtOnce + tap) * a.out_channels + first_col + a_row;
-          const T* weights = w + int64_t{col} * in_channels + place_a.channel;
+          const bool tap_exists = place_a.tap < tap_count;
+          const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
+          const T* weights = w + wide(tap * a.out_channels + first_col + a_row, in_channels) + place_a.channel;
 #pragma unroll
           for (int col = 0; col < kCols; col += kRowsA) {
             if (kCols % kRowsA != 0 && a_row + col >= kCols) break;
@@ -324,10 +332,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         } else {
           const bool row_exists = place_b.tap < tap_count;
           const T* weights = b_from;
-          if (row_exists) {
-            const int32_t row = (word * kTapsAtOnce + taps[place_b.tap]) * in_channels + place_b.channel;
-            weights += int64_t{row} * a.out_channels;
-          }
+          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels);
 #pragma unroll
           for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
             if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
@@ -344,7 +349,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     };
 
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) copy_step();
+    for (int i = 0; i < P::kAhead; ++i) copy_step();
     if constexpr (kFused) {
       if (is_last) channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
       if (is_last && kSplits > 1) residual_at = P::kSumBytes;
@@ -352,19 +357,20 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     int stage = 0;
 #pragma unroll 1
     for (int32_t step = 0; step < steps; ++step) {
-      Product::wait();  // of the step before: after the barrier its stage is free
-      wait_for_copies<kStages - 2>();
+      if constexpr (!P::kOverlaps) Product::wait();  // of the step before: after the barrier its stage is free
+      wait_for_copies<P::kAhead - 1>();
       Product::see_copies();
       __syncthreads();
       const char* from = stages + stage * P::kStageBytes;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
       if constexpr (kFused && kSplits == 1) {  // the first step that leaves a stage free
-        if (is_last && step == max(steps - kStages + 1, 0)) {
+        if (is_last && step == max(steps - P::kAhead, 0)) {
           residual_at = to_stage * P::kStageBytes;
           Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
         }
       }
       copy_step();
+      if constexpr (P::kOverlaps) Product::wait_for_last();
       stage = next_stage<kStages>(stage);
     }
     Product::wait();
@@ -458,10 +464,7 @@ cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
     if (!has) return cudaErrorNotSupported;
   }
   JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  int processors = 132;
-  if (shared_bytes > 113 * 1024 || std::getenv("NO_MEET")) processors = 1 << 30;
-  return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a,
-                static_cast<unsigned>(processors / P::kSplits));
+  return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
 }
 
 // The kernel of a tile, for operands of 16 bits.

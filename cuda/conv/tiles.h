@@ -18,20 +18,21 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(64, 64, 4)                     \
   X(64, 64, 6)                     \
   X(64, 64, 8)                     \
-  X(64, 128, 4)                    \
   X(128, 16, 4)                    \
   X(128, 32, 3)                    \
   X(128, 48, 3)                    \
   X(128, 64, 3)                    \
   X(128, 64, 4)                    \
-  X(128, 64, 8)                    \
   X(128, 96, 3)                    \
   X(128, 128, 3)                   \
   X(128, 128, 4)                   \
   X(128, 128, 6)                   \
   X(256, 64, 3)                    \
+  X(256, 64, 4)                    \
   X(256, 96, 3)                    \
-  X(256, 128, 3)
+  X(256, 96, 4)                    \
+  X(256, 128, 3)                   \
+  X(256, 128, 4)
 
 // X(rows, cols, stages, splits): the same on sm_90, for layers with fewer tiles than a device holds blocks.
 #define JAXSPARSE_SPLIT_TILES(X) \
