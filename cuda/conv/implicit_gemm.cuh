@@ -144,9 +144,6 @@ struct Place {
   }
 };
 
-// A product of numbers that are not negative, in one instruction where signs would take three.
-__device__ inline uint64_t wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
-
 template <class Args>
 constexpr bool kHasEpilogue = std::is_same_v<Args, FusedConvArgs>;
 

@@ -174,7 +174,9 @@ def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
     They decide how sums are split, so they depend on nothing that a choice or a capacity may change.
     """
     pieces = math.ceil(c_in / 128) * math.ceil(c_out / 128)
-    return max(2 * taps, 2 * gpu.multiprocessors // pieces)
+    import os
+    f = int(os.environ.get("WG", "2"))
+    return max(2 * taps, f * gpu.multiprocessors // pieces)
 
 
 def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
