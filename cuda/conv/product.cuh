@@ -55,9 +55,9 @@ struct HalfOperands {
   }
 };
 
-// multiply begins a step; wait ends it, and with it the reading of shared memory, and wait_for_last the step before it; see_copies comes between the arrival of
-// copies and the barrier before multiply. finish, called by the whole block when nothing is on its way, moves the sums to
-// their lanes, through shared memory of the warpgroup's own: kFinishBytes.
+// multiply begins a step; wait ends it, and with it the reading of shared memory, wait_for_last the step before it; see_copies
+// comes between the arrival of copies and the barrier before multiply. finish, called by the whole block when nothing is on its
+// way, moves the sums to their lanes, through shared memory of the warpgroup's own: kFinishBytes.
 // A product that is over when multiply returns, and one that tensor cores go on with.
 struct Synchronous {
   __device__ static void wait() {}
