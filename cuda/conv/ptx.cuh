@@ -30,9 +30,6 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// The product of two numbers that are not negative: one instruction, where signs would take three.
-__device__ inline uint64_t wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
-
 // max(v, 0), and NaN for NaN.
 __device__ inline float relu(float v) {
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
