@@ -23,16 +23,16 @@
 #include <algorithm>
 
 #include "cuda/coords/blocks.cuh"
+#include "cuda/coords/padding.cuh"
 #include "cuda/coords/tree.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
+// Rows from `found` to `end` become padding; all threads call it.
 template <int D>
-__device__ void write_end(const CoarseSitesArgs& a, int32_t found) {
-  for (int64_t row = found + global_thread(); row < a.capacity; row += all_threads()) {
-    write_padding<D>(a.sites + row * (1 + D));
-  }
+__device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t end) {
+  fill_padding<D>(a.sites, found, end);
   if (global_thread() == 0) {
     *a.kept = min(found, a.capacity);
     *a.found = found;
@@ -41,48 +41,88 @@ __device__ void write_end(const CoarseSitesArgs& a, int32_t found) {
 
 // --- shifted ---
 
-// Sites have keys, and so have these, which are nearer to 0: none is made.
+// Coarse sites of up to kRows neighbours in the list of fine ones, a thread's: where a warp's 32 are done it has the
+// next 32. Sites have keys, and so have these, which are nearer to 0: none is made.
+template <int D>
+struct ShiftedTile {
+  static constexpr int kAtOnce = D < 4 ? 4 : 2, kRows = kAtOnce * kGridThreads;
+
+  Site<D> site[kAtOnce];
+  unsigned heads[kAtOnce];  // lanes of the warp whose row begins a coarse site
+
+  __device__ int32_t of_warp() const {
+    int32_t sum = 0;
+    for (int i = 0; i < kAtOnce; ++i) sum += __popc(heads[i]);
+    return sum;
+  }
+
+  __device__ void read(const CoarseSitesArgs& a, int shift, Range tile) {
+    const int each = (tile.end - tile.begin + kGridThreads - 1) / kGridThreads;  // sets of 32 rows of a warp
+    const int32_t first = tile.begin + threadIdx.x / kWarp * each * kWarp + threadIdx.x % kWarp;
+    Site<D> below[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t row = min(first + i * kWarp, tile.end - 1);
+      site[i] = Site<D>(a.coords, row);
+      below[i] = Site<D>(a.coords, max(row - 1, 0));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t row = first + i * kWarp;
+      bool differs = row == 0 || below[i].batch != site[i].batch, is_within = i < each && row < tile.end;
+      for (int d = 0; d < D; ++d) {
+        site[i].coord[d] >>= shift;
+        differs = differs || below[i].coord[d] >> shift != site[i].coord[d];
+        is_within = is_within && (!a.bounded || (site[i].coord[d] >= 0 && site[i].coord[d] < a.bounds[d]));
+      }
+      heads[i] = __ballot_sync(kAllLanes, differs && is_within);
+    }
+  }
+};
+
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSitesArgs a, int shift, int32_t* heads_of) {
   const Grid grid = cooperative_groups::this_grid();
   const int32_t n = real_rows(a.count, a.rows);
-  const auto coarse_site = [&](int64_t row) {
-    Site<D> site(a.coords, row);
-    for (int d = 0; d < D; ++d) site.coord[d] >>= shift;
-    return site;
-  };
-  const Range own = share(n, kGridThreads, gridDim.x);
-  const auto is_head = [&](int32_t i, const Site<D>& site) {  // whether a row begins a coarse site
-    const Site<D> below = coarse_site(max(i - 1, 0));
-    bool differs = i == 0 || below.batch != site.batch, is_within = true;
-    for (int d = 0; d < D; ++d) {
-      differs = differs || below.coord[d] != site.coord[d];
-      is_within = is_within && (!a.bounded || (site.coord[d] >= 0 && site.coord[d] < a.bounds[d]));
-    }
-    return differs && is_within;
-  };
-  int32_t heads = 0;
-  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += is_head(i, coarse_site(i));
+  const Range own = share(n, kWarp, gridDim.x);
+  ShiftedTile<D> tile;
+  const auto tile_at = [&](int32_t begin) { return Range{begin, min(begin + tile.kRows, own.end)}; };
+  const int lane = threadIdx.x % kWarp;
+  int32_t heads = 0, last = own.begin;
+  for (int32_t begin = own.begin; begin < own.end; begin += tile.kRows) {
+    tile.read(a, shift, tile_at(begin));
+    heads += lane == 0 ? tile.of_warp() : 0;
+    last = begin;
+  }
   heads = block_sum(heads);
   if (threadIdx.x == 0) heads_of[blockIdx.x] = heads;
-  grid.sync();
+  // No more coarse sites than fine ones: what lies beyond is padding.
+  sync_while(grid, [&] { fill_padding<D>(a.sites, n, a.capacity); });
 
+  // From the last tile, which is here, to the first: what was read last is most likely to be in the cache.
   const BlockSums rows = sum_blocks(heads_of);
-  int32_t next = rows.before;
-  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-    const int32_t i = begin + threadIdx.x;
-    const Site<D> site = coarse_site(min(i, own.end - 1));
-    const bool head = i < own.end && is_head(i, site);
+  int32_t next = rows.before + heads;
+  for (int32_t begin = last; begin >= own.begin && begin < own.end; begin -= tile.kRows) {
+    if (begin != last) tile.read(a, shift, tile_at(begin));
     int32_t total;
-    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(head), &total);
-    next += total;
-    if (head && row < a.capacity) site.write(a.sites, row);
+    const int32_t before = block_exclusive_scan<kGridThreads>(lane == 0 ? tile.of_warp() : 0, &total);
+    next -= total;
+    int32_t row = next + __shfl_sync(kAllLanes, before, 0);
+#pragma unroll
+    for (int i = 0; i < tile.kAtOnce; ++i) {
+      const int32_t own_row = row + __popc(tile.heads[i] & ((1u << lane) - 1));
+      row += __popc(tile.heads[i]);
+      if ((tile.heads[i] >> lane & 1) != 0 && own_row < a.capacity) tile.site[i].write(a.sites, own_row);
+    }
   }
-  write_end<D>(a, rows.all);
+  write_end<D>(a, rows.all, min(n, a.capacity));
   if (global_thread() == 0) *a.outside = 0;
 }
 
 // --- general ---
+
+constexpr int kListThreads = 256;
+constexpr int kListSlots = 1024;
 
 // A block of coarse sites, and those of it that some rows reach.
 struct alignas(16) Entry {
@@ -141,17 +181,23 @@ __device__ void block_max(uint32_t (&values)[N]) {
 
 template <int D>
 __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a, Scratch s) {
+  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
+  int64_t row = global_thread();
+  Site<D> site = site_at(row);  // on its way together with the count
   clear_tree(s.tree);
-  if (global_thread() == 0) *s.number = *a.outside = 0;
+  if (row == 0) *s.number = *a.outside = 0;
   const int32_t rows = real_rows(a.count, a.rows);
   uint32_t highest[1 + D] = {};
-  for (int64_t row = global_thread(); row < rows; row += all_threads()) {
-    const Site<D> site(a.coords, row);
-    if (!has_key(site)) continue;
-    highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
-    for (int d = 0; d < D; ++d) {
-      highest[1 + d] = max(highest[1 + d], static_cast<uint32_t>(site.coord[d] ^ site.coord[d] >> 31));  // -1 is as near as 0
+  while (row < rows) {
+    if (has_key(site)) {
+      highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
+      for (int d = 0; d < D; ++d) {
+        const int32_t from_0 = site.coord[d] ^ site.coord[d] >> 31;  // -1 is as near as 0
+        highest[1 + d] = max(highest[1 + d], static_cast<uint32_t>(from_0));
+      }
     }
+    row += all_threads();
+    site = site_at(row);
   }
   block_max(highest);
   for (int i = 0; i < 1 + D; ++i) s.highest[i * kMostBlocks + blockIdx.x] = highest[i];
@@ -164,13 +210,9 @@ struct BlockCodes {
   int batch_bits;
   int low_bits[D];  // of a block's number on each axis, below the sign's; for coordinates, so with those in a block
 
-  // From the results of extent_kernel in so many blocks. All threads of the block call it.
-  __device__ BlockCodes(const CoarseAxes<D>& axes, const uint32_t* highest_of, int blocks) {
+  // `highest`: the results of extent_kernel in one of its blocks. All threads of the block call it.
+  __device__ BlockCodes(const CoarseAxes<D>& axes, uint32_t (&highest)[1 + D]) {
     __shared__ int bits_of[1 + D];
-    uint32_t highest[1 + D] = {};
-    for (int block = threadIdx.x; block < blocks; block += blockDim.x) {
-      for (int i = 0; i < 1 + D; ++i) highest[i] = max(highest[i], highest_of[i * kMostBlocks + block]);
-    }
     block_max(highest);
     if (threadIdx.x <= D) {
       uint64_t most = highest[0], stride = 1;
@@ -315,9 +357,6 @@ __device__ uint64_t reached_by(const CoarseSitesArgs& a, const CoarseAxes<D>& ax
   return has_key ? uint64_t{1} << bit : 0;
 }
 
-constexpr int kListThreads = 256;
-constexpr int kListSlots = 1024;
-
 // The blocks that the rows of a block of threads reach: a hash map in shared memory.
 struct BlockList {
   uint64_t block[kListSlots];  // kNoKey in an empty slot
@@ -363,9 +402,13 @@ __global__ void __launch_bounds__(kListThreads, 4)
   __shared__ BlockList list;
   __shared__ int32_t first_entry;
   const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
-  Site<D> site = site_at(global_thread());  // on its way while the codes are found out
-  const BlockCodes<D> codes(axes, s.highest, extent_blocks);
+  Site<D> site = site_at(global_thread());  // on its way together with the count and the extent
   const int32_t rows = real_rows(a.count, a.rows);
+  uint32_t highest[1 + D] = {};
+  for (int block = threadIdx.x; block < extent_blocks; block += kListThreads) {
+    for (int i = 0; i < 1 + D; ++i) highest[i] = max(highest[i], s.highest[i * kMostBlocks + block]);
+  }
+  const BlockCodes<D> codes(axes, highest);
   const TreeShape shape(codes.bits());
   if (global_thread() == 0) *s.bits = codes.bits();
   const uint32_t each = share_size(shape.top_nodes, kWarp, tree_blocks);
@@ -395,22 +438,23 @@ __global__ void __launch_bounds__(kListThreads, 4)
         }
       }
       goes_on = __syncthreads_count(step < steps) > 0;
-      if (threadIdx.x == 0) first_entry = atomicAdd(s.number, list.number);
-      __syncthreads();
+      // Marks take as long, and the last warp seldom has any.
+      if (threadIdx.x == kListThreads - 1) first_entry = atomicAdd(s.number, list.number);
       for (int32_t next = 0; next < list.number; next += kListThreads) {
         const int32_t i = next + threadIdx.x;
         const bool exists = i < list.number;
-        int32_t node = 0;
-        int digit = 0;
+        uint64_t block = 0, sites = 0, code = 0;
         if (exists) {
           const int32_t slot = list.slot_of[i];
-          const uint64_t high = list.sites[1][slot], low = list.sites[0][slot], code = codes.code(list.block[slot]);
-          s.entries[first_entry + i] = {list.block[slot], high << 32 | low};
-          s.codes[first_entry + i] = code;
-          node = shape.top_node(code);
-          digit = shape.digit(code, 0);
+          block = list.block[slot];
+          sites = static_cast<uint64_t>(list.sites[1][slot]) << 32 | list.sites[0][slot];
+          code = codes.code(block);
         }
-        mark_children<kListThreads>(s.tree, 0, each, exists, node, digit);
+        mark_children<kListThreads>(s.tree, 0, each, exists, shape.top_node(code), shape.digit(code, 0));
+        if (exists) {
+          s.entries[first_entry + i] = {block, sites};
+          s.codes[first_entry + i] = code;
+        }
       }
       __syncthreads();  // the list is no longer read
     } while (goes_on);
@@ -422,15 +466,14 @@ __global__ void __launch_bounds__(kListThreads, 4)
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 1) tree_kernel(CoarseSitesArgs a, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
-  const Leaves leaves = grow_tree(
-      grid, s.tree, *s.number, TreeShape(*s.bits), [&](int32_t i) { return s.codes[i]; },
-      [&](int32_t i) { return s.entries[i].block; }, [&](int32_t i) { return s.entries[i].sites; });
-  count_sites(s.tree, leaves);
-  grid.sync();
-  const int32_t found = for_sites(s.tree, leaves, [&](int32_t row, uint64_t block, int bit) {
-    if (row < a.capacity) block_site<D>(block, bit).write(a.sites, row);
+  const Leaves leaves = grow_tree(grid, s.tree, *s.number, TreeShape(*s.bits), [&](int32_t i) {
+    return Listed{s.codes[i], s.entries[i].block, s.entries[i].sites};
   });
-  write_end<D>(a, found);
+  for_sites(
+      grid, s.tree, leaves, [&](int32_t found) { write_end<D>(a, found, a.capacity); },
+      [&](int32_t row, uint64_t block, int bit) {
+        if (row < a.capacity) block_site<D>(block, bit).write(a.sites, row);
+      });
 }
 
 template <int D>
@@ -453,11 +496,11 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   const int64_t blocks = div_up(a.rows, kGridThreads);
   constexpr int64_t least = 64;  // few sites too have the tree's top to clear and to number
   const int extent_blocks = static_cast<int>(std::min<int64_t>(std::max(blocks, least), kMostBlocks));
-  int tree_blocks = 0;
+  int list_blocks = 0, tree_blocks = 0;
+  JAXSPARSE_TRY(blocks_at_once<kListThreads>(list_kernel<D>, div_up(a.rows, kListThreads), &list_blocks));
   JAXSPARSE_TRY(blocks_at_once(tree_kernel<D>, std::max(blocks, least), &tree_blocks));
   JAXSPARSE_TRY(launch(extent_kernel<D>, extent_blocks, {kGridThreads}, stream, a, s));
-  JAXSPARSE_TRY(launch(list_kernel<D>, striding_blocks(a.rows, kListThreads), {kListThreads}, stream, a, axes, s,
-                       extent_blocks, tree_blocks));
+  JAXSPARSE_TRY(launch(list_kernel<D>, list_blocks, {kListThreads}, stream, a, axes, s, extent_blocks, tree_blocks));
   return launch_grid(tree_kernel<D>, tree_blocks, stream, a, s);
 }
 
