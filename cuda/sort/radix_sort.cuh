@@ -42,9 +42,16 @@ inline cudaError_t take_sort_buffers(Workspace& workspace, int64_t n, cudaStream
 }
 
 struct SortShared {
-  Ranks<kSortWarps, kDigits> ranks;
+  union {
+    Ranks<kSortWarps, kDigits> ranks;
+    struct {
+      uint64_t keys[kSortTile];
+      uint32_t values[kSortTile];
+    } tile;  // by digit
+  };
   uint32_t arrived[kSortChunks * kDigits / 2];  // keys moved to each chunk by the digits of the next pass, 16 bits each
   int32_t next[kDigits];                        // where this block's next key of each digit goes
+  int32_t ahead[kDigits];                       // how far ahead of its place in the tile
 };
 constexpr int kTilesCounted = 65535 / kSortTile;  // `arrived` has room for so many
 
@@ -130,17 +137,51 @@ __device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint
   }
   __syncthreads();
   shared.ranks.sum_up(kSortWarps, shared.next, in_tile);
+  const bool by_digit = each > 1;  // few keys have no neighbours of their digit
+  if (by_digit) {
+    const int t = threadIdx.x;
+    const int32_t low = *in_tile & 0xffff, high = *in_tile >> 16;  // keys of two digits
+    int32_t total;
+    const int32_t before = block_exclusive_scan<kSortThreads>(low + high, &total);
+    if (t < kDigits / 2) {
+      shared.ahead[2 * t] = shared.next[2 * t] - before;
+      shared.ahead[2 * t + 1] = shared.next[2 * t + 1] - before - low;
+    }
+  }
   __syncthreads();
+  const auto put = [&](uint64_t key, uint32_t value, int32_t place) {
+    b.other_keys[place] = key;
+    b.other_values[place] = value;
+    if (!counts_next) return;
+    const uint32_t count = static_cast<uint32_t>(place) / chunk_keys * kDigits + digit_of(key, 1);
+    atomicAdd(&shared.arrived[count / 2], 1u << count % 2 * 16);
+  };
 #pragma unroll
   for (int i = 0; i < kSortPerThread; ++i) {
     if (first + i * kWarp >= end) continue;
     const int digit = digit_of(keys[i], 0);
     places[i] += shared.next[digit] + shared.ranks.before[warp][digit];
-    b.other_keys[places[i]] = keys[i];
-    b.other_values[places[i]] = values[i];
-    if (!counts_next) continue;
-    const uint32_t count = static_cast<uint32_t>(places[i]) / chunk_keys * kDigits + digit_of(keys[i], 1);
-    atomicAdd(&shared.arrived[count / 2], 1u << count % 2 * 16);
+    if (by_digit) {
+      places[i] -= shared.ahead[digit];
+    } else {
+      put(keys[i], values[i], places[i]);
+    }
+  }
+  __syncthreads();
+  if (!by_digit) return;
+#pragma unroll
+  for (int i = 0; i < kSortPerThread; ++i) {
+    if (first + i * kWarp >= end) continue;
+    shared.tile.keys[places[i]] = keys[i];
+    shared.tile.values[places[i]] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSortPerThread; ++i) {
+    const int32_t at = threadIdx.x + i * kSortThreads;
+    if (at >= tile.end - tile.begin) continue;
+    const uint64_t key = shared.tile.keys[at];
+    put(key, shared.tile.values[at], shared.ahead[digit_of(key, 0)] + at);
   }
   __syncthreads();
 }
