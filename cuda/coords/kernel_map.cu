@@ -287,9 +287,9 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
   int64_t output = global_thread();
   Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
-  __syncwarp();  // keeps that read above the branches that wait for the counts
+  const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
+  __syncwarp();  // keeps those reads above the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // of a plane
   while (output < out_rows) {
     const Window<D> window(shape, site);
@@ -384,8 +384,8 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, BlockSlot* index) {
   __shared__ TileMasks masks;
   __shared__ Half halves[2 * kMostUnderWindow][kWarp];
+  const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Half* const under = &halves[0][lane];
   const uint32_t pieces = pieces_of(out_rows, a.mask_words);

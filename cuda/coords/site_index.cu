@@ -24,6 +24,9 @@ template <typename Slot>
 __global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
   const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
   for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot].clear();
+  if constexpr (std::is_same_v<Slot, BlockSlot>) {
+    if (global_thread() == 0) index->slots = slots;
+  }
 }
 
 template <int D>
@@ -67,9 +70,9 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
   const int lane = threadIdx.x % kWarp;
   int64_t row = global_thread();
   Site<D> site = site_at(row), below = site_at(row - 1), ahead = site_at(row + kWarp);
+  HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
   __syncwarp();  // keeps those reads above the branches that wait for the count
   const int32_t rows = real_rows(a.count, a.rows);
-  HashMap<BlockSlot> map(index, BlockSlot::number(rows));
   while (row - lane < rows) {
     const InBlock in = in_block(site);
     const uint64_t block = row < rows ? in.block : kNoKey;
@@ -91,8 +94,7 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
     }
     if (block != kNoKey && begins) {
       if (block == last_block) mask |= rest;
-      BlockSlot* const slot = map.insert_if_absent(block);
-      slot->sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(row), 0);
+      map.insert_if_absent(block)->hold(mask, static_cast<int32_t>(row));
     }
     row += all_threads();
     site = site_at(row);

@@ -19,13 +19,17 @@ struct alignas(16) SiteSlot {
 
 // A block of sites.
 struct alignas(32) BlockSlot {
-  uint64_t key;  // see blocks.cuh
-  uint64_t unused;
-  uint4 sites;  // a mask of which of its 64 exist, the row of the first that does, unused: read and written at once
+  uint64_t key;    // see blocks.cuh
+  uint64_t slots;  // in the first one, how many there are
+  uint4 sites;     // a mask of which of its 64 exist, the row of the first that does, unused: read and written at once
 
   __device__ void clear() { key = kNoKey; }
   static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
-  // There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
+  __device__ void hold(uint64_t mask, int32_t first_row) {
+    sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(first_row), 0);
+  }
+
+  // How many for so many sites. There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
   // leave a fifth empty.
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };
