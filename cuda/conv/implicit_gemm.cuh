@@ -355,10 +355,14 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           const T* weights = b_from;
           if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels);
 #pragma unroll
-          for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
-            if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
-            const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
-            copy_piece<16>(to + Product::place_in_b(b_row, b_piece + piece), weights + piece * 8, exists);
+          for (int own = 0; own < Product::kRowBytesB / 16; own += kOfRowB) {
+            char* const b_to = to + Product::place_in_b(b_row, b_piece + own);
+#pragma unroll
+            for (int piece = own; piece < kPiecesB; piece += 8) {  // in each block of 64 columns
+              if (b_piece + piece >= kPiecesB) break;
+              const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
+              copy_piece<16>(b_to + piece / 8 * Product::kBlockBytesB, weights + piece * 8, exists);
+            }
           }
           place_b.advance(channels);
         }

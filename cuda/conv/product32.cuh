@@ -119,9 +119,9 @@ struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true>, Asyn
   static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     wgmma_fence();
-    const uint64_t da = wgmma_descriptor<128>(shared_address(a), 0), db = wgmma_descriptor<128>(shared_address(b), 0);
+    const WgmmaOperand<128, 0> in_a(a), in_b(b);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) Wgmma<float, kCols, false>::multiply(sums, da + s * (32 >> 4), db + s * (32 >> 4));
+    for (int s = 0; s < 4; ++s) Wgmma<float, kCols, false>::multiply(sums, in_a.after(s * 32), in_b.after(s * 32));
     wgmma_commit();
   }
   __device__ static void finish(float (&)[kCols / 2], char*) {}

@@ -12,15 +12,18 @@ __device__ inline uint32_t shared_address(const void* p) { return static_cast<ui
 // Begins to copy kBytes (4, 8 or 16), or to write zeros; `from` need not be valid then.
 template <int kBytes>
 __device__ void copy_piece(char* to, const void* from, bool exists) {
-  if constexpr (kBytes == 16) {  // past the L1 cache
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(exists ? 16 : 0)
-                 : "memory");
+#define JAXSPARSE_COPY(cache)                                                                          \
+  asm volatile(                                                                                       \
+      "{ .reg .pred absent; setp.eq.u32 absent, %3, 0;\n"                                             \
+      "cp.async." cache ".shared.global [%0], [%1], %2, absent; }" ::"r"(shared_address(to)), "l"(from), \
+      "n"(kBytes), "r"(static_cast<int>(exists))                                                      \
+      : "memory")
+  if constexpr (kBytes == 16) {
+    JAXSPARSE_COPY("cg");  // past the L1 cache
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
-                 "r"(exists ? kBytes : 0)
-                 : "memory");
+    JAXSPARSE_COPY("ca");
   }
+#undef JAXSPARSE_COPY
 }
 
 // Copies since the last call are one group; a thread waits until at most kPending of its groups are on their way.
