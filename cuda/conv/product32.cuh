@@ -23,7 +23,7 @@ struct FloatOperands {
   static constexpr bool kRowsOfBAreColumns = kLayout == LayoutOfA::kRowMajor;
   static constexpr int kThreadsAtLeast = 0;
   static constexpr int kDepth = 32;  // of a step: 128 bytes of a row-major row
-  static constexpr int kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // 32 channels, depth-major
+  static constexpr int kRowBytesB = 128, kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // 32 channels, depth-major
   static constexpr int kBytesB = kRowsOfBAreColumns ? kCols * 128 : (kCols + 31) / 32 * kBlockBytesB;
 
   __device__ static uint32_t place_in_a(int depth, int piece) {
