@@ -129,7 +129,7 @@ struct ImplicitGemm {
   static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // that blocks of a cluster show each other
   static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
   static int shared_bytes(int taps) {
-    return kStages * kStageBytes + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
+    return kStages * kStageBytes + kTapsAtOnce * 4 + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
   }
 };
 
@@ -237,9 +237,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr int kDepth = Product::kDepth, kSplits = P::kSplits, kOwnCols = P::kOwnCols;
   constexpr bool kFused = kHasEpilogue<Args>;
   if constexpr (kSplits > 1 && !kHasClusters) return;
-  __shared__ int32_t taps[kTapsAtOnce];
-  char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
-  int32_t* const in_row_of = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // [listed taps, kRows]
+  char* const stages = dynamic_shared() + stay_here(-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
+  int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // a list
+  int32_t* const in_row_of = taps + kTapsAtOnce;                                        // [listed taps, kRows]
 
   const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     if (mask == 0) continue;
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
-    const int32_t tap_count = __popc(mask);
+    const int32_t tap_count = stay_here(__popc(mask));
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
     commit_copies();
     [[maybe_unused]] Channel channel;
@@ -309,8 +309,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
     const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
     const int a_byte = a_piece * P::kPieceBytes;
-    const uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
-    const T* const b_from = w + first_col + b_piece * 8;
+    const uint32_t a_to = stay_here(swizzled<128>(a_row, a_byte / 16) + a_byte % 16);
+    const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
     const int32_t divisor = kSplits == 1 ? channels : max(channels, 8);
     Place place_a(a_piece * kInPieceA, divisor, kDepth), place_b(b_row, divisor, kDepth);
     const int32_t steps = static_cast<int32_t>(div_up(tap_count * channels, kDepth));
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         const uint32_t row_bytes = of_array * static_cast<unsigned>(sizeof(T));
 #pragma unroll
         for (int i = 0; i < kRows / kRowsA; ++i) {
-          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i] >= 0);
+          copy_if_not_negative<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i]);
         }
         to += kGroups * kBytesA;
         if constexpr (Product::kRowsOfBAreColumns) {
@@ -352,8 +352,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           }
         } else {
           const bool row_exists = place_b.tap < tap_count;
-          const T* weights = b_from;
-          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels);
+          const char* weights = b_from;
+          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels * sizeof(T));
 #pragma unroll
           for (int own = 0; own < Product::kRowBytesB / 16; own += kOfRowB) {
             char* const b_to = to + Product::place_in_b(b_row, b_piece + own);
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
             for (int piece = own; piece < kPiecesB; piece += 8) {  // in each block of 64 columns
               if (b_piece + piece >= kPiecesB) break;
               const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
-              copy_piece<16>(b_to + piece / 8 * Product::kBlockBytesB, weights + piece * 8, exists);
+              copy_piece<16>(b_to + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);
             }
           }
           place_b.advance(channels);

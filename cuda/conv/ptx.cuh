@@ -9,22 +9,28 @@ namespace jaxsparse::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// Of 16 bytes, past the L1 cache.
+#define JAXSPARSE_COPY(absent_if, value)                                                                   \
+  if constexpr (kBytes == 16) {                                                                            \
+    asm volatile("{\n.reg .pred p;\nsetp." absent_if " p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" :: \
+                 "r"(shared_address(to)), "l"(from), "r"(value) : "memory");                               \
+  } else {                                                                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp." absent_if " p, %2, 0;\ncp.async.ca.shared.global [%0], [%1], %3, p;\n}" :: \
+                 "r"(shared_address(to)), "l"(from), "r"(value), "n"(kBytes) : "memory");                  \
+  }
+
 // Begins to copy kBytes (4, 8 or 16), or to write zeros; `from` need not be valid then.
 template <int kBytes>
 __device__ void copy_piece(char* to, const void* from, bool exists) {
-#define JAXSPARSE_COPY(cache)                                                                          \
-  asm volatile(                                                                                       \
-      "{ .reg .pred absent; setp.eq.u32 absent, %3, 0;\n"                                             \
-      "cp.async." cache ".shared.global [%0], [%1], %2, absent; }" ::"r"(shared_address(to)), "l"(from), \
-      "n"(kBytes), "r"(static_cast<int>(exists))                                                      \
-      : "memory")
-  if constexpr (kBytes == 16) {
-    JAXSPARSE_COPY("cg");  // past the L1 cache
-  } else {
-    JAXSPARSE_COPY("ca");
-  }
-#undef JAXSPARSE_COPY
+  JAXSPARSE_COPY("eq.u32", static_cast<uint32_t>(exists));
 }
+
+// Where `index` is negative it writes zeros. The compiler would make a number of what it compares.
+template <int kBytes>
+__device__ void copy_if_not_negative(char* to, const void* from, int32_t index) {
+  JAXSPARSE_COPY("lt.s32", index);
+}
+#undef JAXSPARSE_COPY
 
 // Copies since the last call are one group; a thread waits until at most kPending of its groups are on their way.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
