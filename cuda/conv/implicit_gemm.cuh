@@ -136,16 +136,19 @@ struct ImplicitGemm {
 // The place of a copying thread in the depth: a tap of the block's list, and a channel.
 struct Place {
   int32_t tap, channel;
-  int32_t step_taps, step_channels;  // what a step adds
+  int32_t step_taps, step_channels;  // what a step adds: one tap too many, and fewer than no channels
 
   __device__ Place(int32_t depth, int32_t channels, int32_t step)
-      : tap(depth / channels), channel(depth % channels), step_taps(step / channels), step_channels(step % channels) {}
+      : tap(depth / channels),
+        channel(depth % channels),
+        step_taps(step / channels + 1),
+        step_channels(step % channels - channels) {}
   __device__ void advance(int32_t channels) {
     tap += step_taps;
     channel += step_channels;
-    if (channel >= channels) {
-      channel -= channels;
-      ++tap;
+    if (channel < 0) {
+      channel += channels;
+      --tap;
     }
   }
 };
@@ -319,10 +322,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       if (copied < steps) {
         char* to = stages + to_stage * P::kStageBytes;
         int32_t rows[kRows / kRowsA];
+        const int32_t* const entries = in_row_of + place_a.tap * kRows + a_row;
 #pragma unroll
-        for (int i = 0; i < kRows / kRowsA; ++i) {
-          rows[i] = place_a.tap < tap_count ? in_row_of[place_a.tap * kRows + a_row + i * kRowsA] : -1;
-        }
+        for (int i = 0; i < kRows / kRowsA; ++i) rows[i] = place_a.tap < tap_count ? entries[i * kRowsA] : -1;
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
