@@ -225,7 +225,8 @@ class Sites:
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             made = Sites(coords, kept[0], problems, stride, self.capacities, self.batch_size, bounds, "morton")
-            made.memo("index", lambda: (index,))
+            if implementation != "xla":  # whose index is none
+                made.memo("index", lambda: (index,))
             return self.status, made
 
         reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)
