@@ -267,7 +267,7 @@ struct BlockCodes {
     if (threadIdx.x == 0) batch_bits = 32 - __clz(highest[0]);
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      if (threadIdx.x != 1 + d) continue;
+      if (static_cast<int>(threadIdx.x) != 1 + d) continue;
       const uint64_t most = highest[1 + d] + uint64_t{1} + axes.reach[d];
       const int bits = __clzll(axes.stride[d]) + 1 - __clzll(most);  // at least as many as most / stride has
       low_bits[d] = min(max(bits, 0), axis_bits(D) - 1);

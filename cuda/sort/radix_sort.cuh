@@ -7,6 +7,9 @@
 // phase nor a barrier to count or to sum up. No block ever waits for its neighbour, only all for all, so there is nothing to
 // get out of order.
 //
+// A block moves its share a tile at a time. Where that holds several keys a digit they are first put side by side in shared
+// memory, so that a warp writes runs of neighbours.
+//
 // Bound by latency, four dependent reads and a barrier a pass, up to some hundred thousand keys; by 24 bytes a key beyond.
 //
 // Why not CUB: its sort wants the number of keys and of bits from the host, so it follows the capacity and sorts 64
