@@ -23,11 +23,7 @@ __device__ Key key_of(const Site<D>& site) {
 
 template <typename Slot>
 __global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
-  for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot].clear();
-  if constexpr (std::is_same_v<Slot, BlockSlot>) {
-    if (global_thread() == 0) index->slots = slots;
-  }
+  clear_slots(index, Slot::number(real_rows(a.count, a.rows)));
 }
 
 template <int D>
