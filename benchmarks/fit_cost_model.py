@@ -1,10 +1,9 @@
 """Fits the rates of `jaxsparse/tuning/cost.py` to measured layers, and says how well they predict and choose.
 
-    python benchmarks/fit_cost_model.py benchmarks/results/conv_tiles_hopper.json [tuning_fit.json ...] [--steps 1500]
+    python benchmarks/fit_cost_model.py benchmarks/results/h200/layers_float16.json [...] [--steps 5000]
 
-The files are those of `benchmarks/tuning.py --part fit`. Without `--steps` the rates stay as they are. *error* is the
-root mean square of log(predicted / measured); *regret* how much longer than the best measured tile the model's choice
-took.
+The files are those of `benchmarks/layers.py`. Without `--steps` the rates stay as they are. *error* is the root mean
+square of log(predicted / measured); *regret* how much longer than the best measured tile the model's choice took.
 """
 
 import argparse
@@ -13,25 +12,61 @@ import json
 import math
 import pathlib
 import random
+import re
 
 import report
 
 from jaxsparse.ops.conv import Tile
 from jaxsparse.tuning import cost
+from jaxsparse.tuning.result import show
 
-RATES = ("step_us", "step_bytes", "memory_bytes", "chain_us", "lone", "block_us", "launch_us")
+RATES = [
+    "step_us",
+    "step_bytes",
+    "memory_bytes",
+    "chain_us",
+    "chain_bytes",
+    "lone",
+    "split_us",
+    "block_us",
+    "launch_us",
+]
+
+
+def measured_layers(path):
+    """What `layers.py` measured: a layer for each forward pass, sorted and not, and for each gradient of weights."""
+    for row in json.loads(path.read_text())["results"]:
+        name = re.match(r"\w+ ([\dx]+), (\d+) to (\d+), ", row["layer"])
+        taps, c_in, c_out = math.prod(map(int, name[1].split("x"))), int(name[2]), int(name[3])
+        for sorts in {"forward": (True, False), "wgrad": (None,)}.get(row["pass"], ()):
+            times = {}
+            for candidate in row["candidates"]:
+                tile = re.match(r"(\d+)x(\d+)/(\d+)(?:x(\d+))?(, sorted)?$", candidate["kernel"])
+                if tile and "us" in candidate and sorts in (None, tile[5] is not None):
+                    times[Tile(*map(int, tile.groups("1")[:4]))] = candidate["us"]
+            if times:
+                yield {
+                    "op": "wgrad" if sorts is None else "conv",
+                    "rows": row["sites"],
+                    "taps": taps,
+                    "neighbours": row["pairs"] / row["sites"],
+                    "c_in": c_in,
+                    "c_out": c_out,
+                    "sorts": sorts,
+                    "us": times,
+                }
 
 
 def predicted(layer, tile, gpu):
     """Microseconds."""
     kernel_map = cost.Map(layer["rows"], layer["taps"], layer["neighbours"])
-    sizes = Tile(*tile), kernel_map, layer["c_in"], layer["c_out"], "float16"
+    sizes = tile, kernel_map, layer["c_in"], layer["c_out"], "float16"
     return cost.wgrad_us(*sizes, gpu) if layer["op"] == "wgrad" else cost.conv_us(*sizes, layer["sorts"], gpu)
 
 
 def judge(layer, gpu):
     """Tiles with (measured, predicted) times, and the regret."""
-    times = {tuple(tile): (us, predicted(layer, tuple(tile), gpu)) for tile, us in layer["us"]}
+    times = {tile: (us, predicted(layer, tile, gpu)) for tile, us in layer["us"].items()}
     chosen = min(times, key=lambda tile: times[tile][1])
     return times, times[chosen][0] / min(us for us, _ in times.values()) - 1
 
@@ -65,7 +100,7 @@ def fit(layers, gpu, steps):
 COLUMNS = {
     "layer": lambda r: f"{r['op']}, {r['rows']:,} rows, {r['taps']} taps, {r['c_in']} to {r['c_out']}",
     "measured / predicted us": lambda r: ", ".join(
-        f"{'x'.join(map(str, tile))}: {us:.1f} / {guess:.1f}" for tile, (us, guess) in r["times"].items()
+        f"{show(tile)}: {us:.1f} / {guess:.1f}" for tile, (us, guess) in r["times"].items()
     ),
     "regret %": lambda r: 100 * r["regret"],
 }
@@ -77,7 +112,7 @@ def main():
     parser.add_argument("files", nargs="+", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=0)
     args = parser.parse_args()
-    layers = [layer for path in args.files for layer in json.loads(path.read_text())["layers"] if layer["us"]]
+    layers = [layer for path in args.files for layer in measured_layers(path)]
     gpu = fit(layers, cost.H100, args.steps)
     print(gpu)
     rows = []

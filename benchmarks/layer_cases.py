@@ -31,6 +31,7 @@ class Scene:
 SCENES = {
     "lidar": Scene("semkitti_00_000000"),
     "10 sweeps": Scene("nusc_10sweep", (0.1, 0.1, 0.2), ((THREE, TWO),) * 3 + (((1, 3, 1), (1, 2, 1)),)),
+    "key frame": Scene("nusc_key00", 0.1),
     "room": Scene("pcl_room_scan1", 0.02),
     "fragment": Scene("redwood_fragment", 0.02),
     "full cube": Scene(None),
@@ -75,6 +76,13 @@ ROWS = {
         *(Layer("lidar", 0, *widths) for widths in ((4, 32), (3, 16), (30, 50))),
         *_same("lidar", 0, 16, 48, 36),
         *_same("lidar", 3, 512),
+    ],
+    "few": [
+        *_same("key frame", 0, 32, 96),
+        *_same("key frame", 1, 64),
+        *_same("key frame", 2, 128),
+        *_same("key frame", 3, 256),
+        *_same("lidar", 4, 256),
     ],
     "strided": [
         *(Layer("lidar", level, c, c, TWO, "strided") for level, c in enumerate((32, 32, 64, 128))),

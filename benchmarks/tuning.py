@@ -1,19 +1,17 @@
 """What tuning is worth: whole networks by heuristic, shipped table, tuning, and the best single choice for all layers.
 
-    python benchmarks/tuning.py --data SCANS [--part networks transfer fit] [--workload seg-kitti ...] [--out FOLDER]
+    python benchmarks/tuning.py --data SCANS [--part networks transfer] [--workload seg-kitti ...] [--out FOLDER]
     python benchmarks/tuning.py --data SCANS --write-table jaxsparse/tuning/tables/nvidia_h200.json
 
 - networks: each workload of `networks.py` compiled in each way; GPU time of a step over a ring of turned scans.
   With `--write-table` the table is that of all workloads tuned here, and is written too; else it is the shipped one.
   "single" is the best of the tiles that serve every layer, the same for all, the order of rows as the heuristic has it.
 - transfer: SparseResUNet42 with the choices tuned for one scan, on others, beside tuning on those.
-- fit: times of every tile of every layer of a workload, as JSON: what the cost model's rates were fitted to.
 - Every way is measured three times, in turn; the median counts.
 """
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import statistics
@@ -33,7 +31,6 @@ from workloads import IN_FEATURES, LOSS_SCALE, SEG, WORKLOADS, Workload
 import jaxsparse as js
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES
 from jaxsparse.tuning import choice, store
-from jaxsparse.tuning import measure as layer_measure
 from jaxsparse.tuning import search as tuning_search
 from jaxsparse.tuning.key import Choices
 from jaxsparse.tuning.record import record
@@ -209,67 +206,16 @@ TRANSFER_COLUMNS = {
 }
 
 
-def fit_part(args):
-    """Every candidate of every layer of the first workload and its gradients, sorted and not."""
-    rows, start = [], time.perf_counter()
-    for name in args.workload:
-        workload = WORKLOADS[name]
-        program, _, ring = inputs_of(workload, args)
-        recorded = record(program.model, [(ring[0],)])
-        platform = tuning_search.this_platform()
-        tasks = [(task, work) for work in divide(recorded, platform, "training") for task in work.tasks.values()]
-        for task, work in tasks[:: args.every]:
-            kernel_map = recorded.maps[0][task.which][1]
-            expected = layer_measure.reference(task.layer, kernel_map, platform)
-            key = task.question.key
-            for sorts in (True, False) if key.op == "conv" else (None,):
-                if time.perf_counter() - start > args.seconds:
-                    return rows
-                others = work.heuristic | {k: sorts for k in work.heuristic if k.op == "sort" and sorts is not None}
-                timed = tuning_search.time_layer(
-                    task.layer, key, task.question.candidates, [kernel_map], Choices(others), platform, expected
-                )
-                p = task.layer.problem
-                rows.append(
-                    {
-                        "op": key.op,
-                        "direction": key.direction,
-                        "grid": key.grid,
-                        "capacity": p.rows,
-                        "rows": int(kernel_map[2 if p.of_reverse else 3].sum()),
-                        "taps": p.taps,
-                        "neighbours": task.neighbours,
-                        "c_in": p.c_in,
-                        "c_out": p.c_out,
-                        "sorts": sorts,
-                        "us": [[c, us.median] for c, us in timed.us.items()],
-                        "rejected": timed.rejected,
-                    }
-                )
-                print(
-                    rows[-1]["op"],
-                    p.c_in,
-                    p.c_out,
-                    p.taps,
-                    sorts,
-                    min(rows[-1]["us"], key=lambda r: r[1]),
-                    timed.rejected,
-                )
-    return rows
-
-
 def main():
     """Runs the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the scans")
-    parser.add_argument("--part", nargs="+", choices=["networks", "transfer", "fit"], default=["networks"])
+    parser.add_argument("--part", nargs="+", choices=["networks", "transfer"], default=["networks"])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtype", choices=list(LOSS_SCALE), default="float16")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
     parser.add_argument("--singles", type=int, default=0, help="how many single choices to try, about (default: none)")
-    parser.add_argument("--every", type=int, default=1, help="fit: take every so manieth layer")
-    parser.add_argument("--seconds", type=float, default=600, help="fit: stop after so long")
     parser.add_argument("--write-table", default=None, help="networks: the file for a table of all workloads")
     parser.add_argument("--out", default=None, help="folder for the results (default: only print)")
     args = parser.parse_args()
@@ -280,12 +226,6 @@ def main():
         report.write(
             args.out, "tuning_transfer", "SparseResUNet42 tuned on one scan, run on others", TRANSFER_COLUMNS, rows
         )
-    if "fit" in args.part:
-        rows = fit_part(args)
-        if args.out:
-            path = pathlib.Path(args.out) / "tuning_fit.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({**report.context(), "layers": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks' own parts: what is timed is checked, and times go where they belong. No scans are needed."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -15,11 +16,14 @@ import jaxsparse as js
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import breakdown
+import fit_cost_model
 import layer_cases
 import layers
 import measure
 import tuning
 import workloads
+
+from jaxsparse.tuning import cost
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +122,26 @@ def test_tuning_times_every_way_of_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "WORKLOADS", {"tiny": tiny})
     monkeypatch.setattr(tuning, "BUDGETS", {"inference": 2.0})
     arguments = ["tuning.py", "--data", str(tmp_path), "--dtype", "float32", "--steps", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--part", "networks", "fit", "--every", "100"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--part", "networks"])
     tuning.main()
-    assert json.loads((tmp_path / "tuning_fit.json").read_text())["layers"][0]["us"]
     (row,) = json.loads((tmp_path / "tuning.json").read_text())["results"]
     assert set(row["all_ms"]) == {"heuristic", "table", "tuned"}
     assert all(ms > 0 for ms in row["all_ms"].values())
     assert js.tuning.TuningResult.load(tmp_path / "tuned_tiny.json").choices
+
+
+def test_the_cost_model_is_near_what_was_measured_and_chooses_almost_the_best():
+    path = Path(fit_cost_model.__file__).parent / "results/h200/layers_float16.json"
+    layers = list(fit_cost_model.measured_layers(path))
+    judged = [fit_cost_model.judge(layer, cost.H100) for layer in layers]
+    logs = [math.log(guess / us) for times, _ in judged for us, guess in times.values()]
+    assert len(logs) > 500
+    assert math.sqrt(np.mean(np.square(logs))) < 0.25
+    assert np.mean([regret for _, regret in judged]) < 0.04
+    split = 0
+    for layer, (times, regret) in zip(layers, judged, strict=True):
+        if layer["op"] == "conv" and layer["sorts"] and any(tile.splits > 1 for tile in times):
+            chosen, best = (min(times, key=lambda tile: times[tile][i]) for i in (1, 0))
+            assert chosen.splits == best.splits or regret < 0.15
+            split += chosen.splits > 1
+    assert split >= 4

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -381,41 +379,6 @@ def test_no_tile_is_predicted_to_beat_the_floor(rows, channels):
         for question in questions(rows, c_in, c_out):
             for tile in question.candidates:
                 assert question.predict(tile, neighbours) > floor
-
-
-def measured_layers():
-    """(Map, C_in, C_out, {tile: us}) of what was measured on a GPU, the tiles that are built."""
-    path = pathlib.Path(__file__).parents[1] / "benchmarks/results/conv_tiles_hopper.json"
-    for entry in json.loads(path.read_text())["layers"]:
-        times = {Tile(*tile): us for tile, us in entry["us"] if Tile(*tile) in conv_choices.FORWARD_TILES}
-        yield cost.Map(entry["rows"], entry["taps"], entry["neighbours"]), entry["c_in"], entry["c_out"], times
-
-
-def test_predictions_are_near_what_was_measured_and_choose_almost_the_best():
-    for m, c_in, c_out, times in measured_layers():
-        guesses = {tile: cost.conv_us(tile, m, c_in, c_out, "float16", is_sorted=True) for tile in times}
-        for tile, us in times.items():
-            assert 0.75 < guesses[tile] / us < 1.25, (m, c_in, c_out, tile)
-        chosen = min(guesses, key=guesses.__getitem__)
-        assert times[chosen] <= 1.06 * min(times.values()), (m, c_in, c_out, chosen)
-
-
-def test_splits_are_predicted_well_and_chosen_where_they_were_quickest():
-    path = pathlib.Path(__file__).parents[1] / "benchmarks/results/conv_splits_h200.json"
-    won = 0
-    for entry in json.loads(path.read_text())["layers"]:
-        m = cost.Map(entry["rows"], entry["taps"], entry["neighbours"])
-        times = {Tile(*tile): us for tile, us in entry["us"]}
-        guesses = {t: cost.conv_us(t, m, entry["c_in"], entry["c_out"], "float16", is_sorted=True) for t in times}
-        split = {t: us for t, us in times.items() if t.splits > 1}
-        assert all(0.75 < guesses[t] / us < 1.32 for t, us in split.items()), (entry, guesses)
-        chosen = min(guesses, key=guesses.__getitem__)
-        gain = min(us for t, us in times.items() if t.splits == 1) / min(split.values(), default=math.inf)
-        assert (chosen.splits > 1) == (gain > 1.05), (entry, chosen)
-        if chosen.splits > 1:
-            assert times[chosen] == min(times.values())
-            won += 1
-    assert won == 6
 
 
 def test_tiles_of_several_splits_are_for_devices_that_have_clusters(monkeypatch):

@@ -19,11 +19,12 @@
 // end they show each other their sums in shared memory, and each adds, finishes and stores those of kCols / kSplits columns.
 // Channels are shared, not taps or steps: every block has as much to do, and what was said of a row's bits stays true.
 //
-// Bound by L2: where tiles are many, the time is that of the bytes that blocks copy, at 5.3 TB/s on an H100: a row of x for
-// each pair and tile of columns, the weights of a tap for each tile of rows that has it, y. At deep levels, with fewer than
-// two blocks a multiprocessor, the tile with the most taps rules: 27 of them where the mean is 15. Splits are for those. Tried
-// besides, with right results: even shares of all taps for each block that the device holds, with partial sums between them
-// (5,890 sites, 256 to 256 channels: 67 to 40 us, elsewhere up to 40 % slower); and that with tiles of 256 rows (67 to 45).
+// Bound by L2: where tiles are many, the time is that of the bytes that blocks copy, at 5.3 TB/s: a row of x for each pair and
+// tile of columns, the weights of a tap for each tile of rows that has it, y. At deep levels, with fewer than two blocks a
+// multiprocessor, the tile with the most taps rules: 27 of them where the mean is 15. Splits are for those. Tried besides,
+// with right results: even shares of all taps for each block that the device holds, with partial sums between them (5,890
+// sites, 256 to 256 channels: 67 to 40 us, elsewhere up to 40 % slower), that with tiles of 256 rows (67 to 45); and the
+// longest tiles put beside the shortest on a multiprocessor (within 1 %, blocks do not land in a fixed order).
 //
 // Measured on an H100, finest level of a LiDAR scan (91,767 sites, 3.8 neighbours), 64 to 64 channels, 20.5 us:
 //
@@ -35,7 +36,12 @@
 //     42        A gathered into registers for wgmma: its operand wants two rows' halves side by side, so each load is
 //               waited for and moved
 //
-// Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps:
+// Copies take most of a step's instructions, and those count: with 64-bit products for addresses (signed ones take three
+// instructions) 14,474 sites, 256 to 256, took 71.6 us in place of 65.7, and 31,833 sites, 128 to 128, 39.2 in place of 36.6.
+// With a look-up of the tap before that of the row, tiles of 64 columns took 7 % more. Products that overlap where a block is
+// alone on its multiprocessor: 76.4 to 72.9, and 39.3 to 37.4, with 128x128/4.
+//
+// Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps, before that:
 //
 //     53.2, 42.9, 39.2   5,879 sites of 9.2 neighbours, 256 to 256 channels
 //     44.9, 38.3, 26.2   2,887 of 9.1, 256 to 256
@@ -116,6 +122,10 @@ struct ImplicitGemm {
   static constexpr int kThreads = kWarpgroup * kGroups;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
+  // Where no second block fits the multiprocessor, which could multiply meanwhile, a step's product begins before the last
+  // ends; its stage is then free a step later.
+  static constexpr bool kOverlaps = kStages * kStageBytes > 112 * 1024;
+  static constexpr int kAhead = kStages - (kOverlaps ? 2 : 1);  // steps that copies are ahead
   static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // that blocks of a cluster show each other
   static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
   static int shared_bytes(int taps) {
@@ -138,6 +148,52 @@ struct Place {
       ++tap;
     }
   }
+};
+
+// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are no
+// more, they are on their way before it is known which taps there are: 0.3 us of 6.
+template <class P>
+class Entries {
+  static constexpr int kInTile = kScheduleRows / 4, kPieces = kInTile * P::kGroups, kTapsAtATime = P::kThreads / kPieces;
+
+ public:
+  template <class Args>
+  __device__ Entries(const Args& a, int32_t first_tile, int32_t all_tiles, int word)
+      : tap_(static_cast<int>(threadIdx.x) / kPieces),
+        piece_(static_cast<int>(threadIdx.x) % kPieces),
+        is_early_(a.taps <= kTapsAtATime) {
+    const int32_t tile = first_tile + group();
+    from_ = a.tile_table + (int64_t{tile} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece_ % kInTile * 4;
+    if (is_early_ && tap_ < a.taps && tile < all_tiles) early_ = *reinterpret_cast<const int4*>(from_ + tap_ * kScheduleRows);
+  }
+
+  // Which of the block's tiles the thread's are of.
+  __device__ int group() const { return piece_ / kInTile; }
+
+  // Lays those of the taps in `mask` into [taps, kRows], -1 where the thread's tile, of own_mask, lacks the tap.
+  __device__ void put(int32_t* in_row_of, uint32_t mask, uint32_t own_mask) const {
+    int4* to = reinterpret_cast<int4*>(in_row_of) + piece_;
+    if (is_early_) {
+      const uint32_t bit = 1u << tap_;
+      if (mask & bit) to[__popc(mask & (bit - 1)) * kPieces] = own_mask & bit ? early_ : make_int4(-1, -1, -1, -1);
+      return;
+    }
+    for (int i = 0; mask != 0; ++i, mask &= mask - 1, to += kPieces) {
+      if (i % kTapsAtATime != tap_) continue;
+      const int bit = __ffs(static_cast<int>(mask)) - 1;
+      if (own_mask >> bit & 1) {
+        copy_piece<16>(reinterpret_cast<char*>(to), from_ + bit * kScheduleRows, true);
+      } else {
+        *to = make_int4(-1, -1, -1, -1);
+      }
+    }
+  }
+
+ private:
+  int tap_, piece_;
+  bool is_early_;
+  const int32_t* from_;
+  int4 early_ = {};
 };
 
 template <class Args>
@@ -217,43 +273,28 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
     // The taps that any row has, and the rows of x under them.
-    uint32_t own_mask = 0, mask = 0;
+    uint32_t mask = 0;
     if (is_scheduled) {
+      const Entries<P> entries(a, first_tile, all_tiles, word);
+      uint32_t own_mask = 0;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         if (first_tile + i >= all_tiles) continue;
         const uint32_t tile_mask = a.tile_masks[int64_t{first_tile + i} * a.mask_words + word];
-        if (i == group) own_mask = tile_mask;
+        if (i == entries.group()) own_mask = tile_mask;
         mask |= tile_mask;
       }
+      entries.put(in_row_of, mask, own_mask);
     } else if constexpr (kFused) {
       mask = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
+      const int32_t m = first_tile * kScheduleRows + t;
+      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
     }
     if (mask == 0) continue;
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = __popc(mask);
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
-    if (!is_scheduled) {
-      const int32_t m = first_tile * kScheduleRows + t;
-      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
-    } else {
-      constexpr int kPieces = kScheduleRows / 4, kTapsOfGroup = kWarpgroup / kPieces;  // a warpgroup copies its tile's entries
-      const int piece = t % kPieces;
-      const int32_t* from =
-          a.tile_table + (int64_t{first_tile + group} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece * 4;
-      int32_t* to = in_row_of + group * kScheduleRows + piece * 4;
-      uint32_t rest = mask;
-      for (int i = 0; i < tap_count; ++i, rest &= rest - 1, to += kRows) {
-        if (i % kTapsOfGroup != t % kWarpgroup / kPieces) continue;
-        const int bit = __ffs(static_cast<int>(rest)) - 1;
-        if (own_mask >> bit & 1) {
-          copy_piece<16>(reinterpret_cast<char*>(to), from + bit * kScheduleRows, true);
-        } else {
-          *reinterpret_cast<int4*>(to) = make_int4(-1, -1, -1, -1);
-        }
-      }
-    }
     commit_copies();
     [[maybe_unused]] Channel channel;
     if constexpr (kFused) {
@@ -293,16 +334,16 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           }
         }
         const char* from = reinterpret_cast<const char*>(array + channel);
-        const int32_t row_bytes = of_array * static_cast<int>(sizeof(T));
+        const uint32_t row_bytes = of_array * static_cast<unsigned>(sizeof(T));
 #pragma unroll
         for (int i = 0; i < kRows / kRowsA; ++i) {
-          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + int64_t{rows[i]} * row_bytes, rows[i] >= 0);
+          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i] >= 0);
         }
         to += kGroups * kBytesA;
         if constexpr (Product::kRowsOfBAreColumns) {
           const bool tap_exists = place_a.tap < tap_count;
           const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
-          const T* weights = w + (int64_t{tap} * a.out_channels + first_col + a_row) * in_channels + place_a.channel;
+          const T* weights = w + wide(tap * a.out_channels + first_col + a_row, in_channels) + place_a.channel;
 #pragma unroll
           for (int col = 0; col < kCols; col += kRowsA) {
             if (kCols % kRowsA != 0 && a_row + col >= kCols) break;
@@ -312,7 +353,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         } else {
           const bool row_exists = place_b.tap < tap_count;
           const T* weights = b_from;
-          if (row_exists) weights += (int64_t{taps[place_b.tap]} * in_channels + place_b.channel) * a.out_channels;
+          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels);
 #pragma unroll
           for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
             if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
@@ -329,7 +370,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     };
 
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) copy_step();
+    for (int i = 0; i < P::kAhead; ++i) copy_step();
     if constexpr (kFused) {
       if (is_last) channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
       if (is_last && kSplits > 1) residual_at = P::kSumBytes;
@@ -337,19 +378,20 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     int stage = 0;
 #pragma unroll 1
     for (int32_t step = 0; step < steps; ++step) {
-      Product::wait();  // of the step before: after the barrier its stage is free
-      wait_for_copies<kStages - 2>();
+      if constexpr (!P::kOverlaps) Product::wait();  // of the step before: after the barrier its stage is free
+      wait_for_copies<P::kAhead - 1>();
       Product::see_copies();
       __syncthreads();
       const char* from = stages + stage * P::kStageBytes;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
       if constexpr (kFused && kSplits == 1) {  // the first step that leaves a stage free
-        if (is_last && step == max(steps - kStages + 1, 0)) {
+        if (is_last && step == max(steps - P::kAhead, 0)) {
           residual_at = to_stage * P::kStageBytes;
           Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
         }
       }
       copy_step();
+      if constexpr (P::kOverlaps) Product::wait_for_last();
       stage = next_stage<kStages>(stage);
     }
     Product::wait();

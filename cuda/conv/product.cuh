@@ -55,12 +55,13 @@ struct HalfOperands {
   }
 };
 
-// multiply begins a step; wait ends it, and with it the reading of shared memory; see_copies comes between the arrival of
-// copies and the barrier before multiply. finish, called by the whole block when nothing is on its way, moves the sums to
-// their lanes, through shared memory of the warpgroup's own: kFinishBytes.
+// multiply begins a step; wait ends it, and with it the reading of shared memory, wait_for_last the step before it; see_copies
+// comes between the arrival of copies and the barrier before multiply. finish, called by the whole block when nothing is on its
+// way, moves the sums to their lanes, through shared memory of the warpgroup's own: kFinishBytes.
 // A product that is over when multiply returns, and one that tensor cores go on with.
 struct Synchronous {
   __device__ static void wait() {}
+  __device__ static void wait_for_last() {}
   __device__ static void see_copies() {}
 };
 
@@ -93,7 +94,8 @@ struct MmaProduct : HalfOperands<T, kCols>, Synchronous {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 struct Asynchronous {
-  __device__ static void wait() { wgmma_wait(); }
+  __device__ static void wait() { wgmma_wait<0>(); }
+  __device__ static void wait_for_last() { wgmma_wait<1>(); }
   __device__ static void see_copies() { fence_shared_for_wgmma(); }
 };
 

@@ -15,6 +15,7 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(64, 16, 4)                     \
   X(64, 32, 3)                     \
   X(64, 64, 4)                     \
+  X(64, 64, 8)                     \
   X(128, 16, 4)                    \
   X(128, 32, 3)                    \
   X(128, 48, 3)                    \
@@ -23,9 +24,9 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(128, 96, 3)                    \
   X(128, 128, 3)                   \
   X(128, 128, 4)                   \
-  X(256, 64, 3)                    \
-  X(256, 96, 3)                    \
-  X(256, 128, 3)
+  X(256, 64, 4)                    \
+  X(256, 96, 4)                    \
+  X(256, 128, 4)
 
 // X(rows, cols, stages, splits): the same on sm_90, for layers with fewer tiles than a device holds blocks.
 #define JAXSPARSE_SPLIT_TILES(X) \

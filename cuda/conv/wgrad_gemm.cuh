@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
         for (int block = 0; block < P::kRows / kInBlock; ++block) {
           const int channel = (block * 8 + part) * kInPiece;
           char* const to_a = to + block * Product::kBlockBytesA + Product::place_in_a(d, part);
-          const T* from_x = x + int64_t{pair.in_row} * a.in_channels + channel;
+          const T* from_x = x + wide(pair.in_row, a.in_channels) + channel;
           const int32_t there = exists ? a.in_channels - first_row - channel : 0;
           if (x_has_whole_pieces) {
             copy_piece<16>(to_a, from_x, there > 0);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
           const int channel = (block * 8 + part) * kInPiece;
           if (channel >= kCols) continue;
           copy_piece<16>(to + kGroups * kBytesA + block * Product::kBlockBytesB + Product::place_in_b(d, part),
-                         g + int64_t{pair.out_row} * a.out_channels + channel,
+                         g + wide(pair.out_row, a.out_channels) + channel,
                          exists && first_col + channel < a.out_channels);
         }
       }

@@ -3,12 +3,10 @@
 Every prediction is built from the same terms: products over the matrix rate and bytes over a bandwidth, both for what
 is *executed* rather than what is useful (the fill cost of skipping a tap for a whole tile of rows), what a block reads
 again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
-never faster than the longest of them. The rates of forward tiles were fitted to single layers measured on
-a Hopper GPU, `benchmarks/results/conv_tiles_hopper.json`, by `benchmarks/fit_cost_model.py`: 9 % off on average. Those
-of tiles with splits, `conv_splits_h200.json`, are 7 % off and were chosen where they were quickest by a twentieth. The
-steps of float32 and schedules were set by hand from the figures in `cuda/conv/`. Those of wgrad (whose least was the
-measured least in 26 of 27 cases) and of look-ups follow from the same terms. Other GPUs take these rates too, since a
-choice depends on their ratios.
+never faster than the longest of them. The rates were fitted by `benchmarks/fit_cost_model.py` to all tiles of the
+single layers in `benchmarks/results/h200/layers_float16.json`: 20 % off in the mean square, and a choice by them 2.8 %
+slower than the best. The steps of float32 and schedules were set by hand from the figures in `cuda/conv/`. Look-ups
+follow from the same terms. Other GPUs take these rates too, since a choice depends on their ratios.
 """
 
 from __future__ import annotations
@@ -73,7 +71,8 @@ class Gpu:
       multiprocessors: how many.
       memory_bytes: of the whole, bytes a microsecond.
       step_us, step_bytes: a step takes this time, and that of its copies at so many bytes a microsecond.
-      chain_us: of a step of a block that waits for itself alone, a fifth more by the stages: a deeper ring divides it.
+      chain_us, chain_bytes: the same for a block that waits for itself alone; the former a fifth more by the stages: a
+        deeper ring divides it.
       lone: how much more a step takes where no second block fits on the multiprocessor.
       block_us: of a block's beginning and end.
       split_us: what a block of a cluster takes besides, which starts, waits for the others' sums, and ends with them.
@@ -82,14 +81,15 @@ class Gpu:
     """
 
     multiprocessors: int = 132
-    memory_bytes: float = 2.43e6
-    step_us: float = 0.2
-    step_bytes: float = 1.28e5
-    chain_us: float = 0.59
+    memory_bytes: float = 4.3e6
+    step_us: float = 0.022
+    step_bytes: float = 6.4e4
+    chain_us: float = 0.21
+    chain_bytes: float = 1.5e5
     lone: float = 0.39
-    block_us: float = 0.27
-    split_us: float = 4.0
-    launch_us: float = 2.75
+    block_us: float = 0.18
+    split_us: float = 2.4
+    launch_us: float = 4.7
     shared_bytes: int = 227 * 1024
     registers: int = 65536
 
@@ -102,8 +102,12 @@ class Gpu:
         """Microseconds of a step where others run beside it."""
         return max(products_us, self.step_us + copied / self.step_bytes)
 
+    def chain(self, copied: float, stages: int) -> float:
+        """Microseconds of a step that nothing runs beside."""
+        return self.chain_us * (1 + 0.2 / (stages - 1)) + copied / self.chain_bytes
+
     def blocks_us(
-        self, blocks: float, resident: int, steps: float, most_steps: float, step: float, stages: int, splits: int = 1
+        self, blocks: float, resident: int, steps: float, most_steps: float, step: float, chain: float, splits: int = 1
     ) -> float:
         """Blocks of `steps` steps on average, the longest of `most_steps` first.
 
@@ -114,7 +118,7 @@ class Gpu:
             step *= 1 + self.lone
         block_us = self.block_us + (self.split_us if splits > 1 else 0)
         even = max(blocks / self.multiprocessors, 1.0) * (steps * step + block_us)
-        longest = most_steps * max(step, self.chain_us * (1 + 0.2 / (stages - 1))) + block_us
+        longest = most_steps * max(step, chain) + block_us
         return (even**4 + longest**4) ** 0.25 + self.launch_us
 
 
@@ -132,8 +136,9 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
     itemsize = BYTES[dtype]
     taps = kernel_map.executed(rows, is_sorted)
     products_us = rows * cols * STEP_BYTES / itemsize / PRODUCTS[dtype]
+    copied = STEP_BYTES * (rows + cols)  # an absent row costs a copy too, of zeros
     if itemsize == 2:
-        step = gpu.step(products_us, STEP_BYTES * (rows + cols))  # an absent row costs a copy too, of zeros
+        step = gpu.step(products_us, copied)
     else:
         step = max(products_us, FLOAT_ROW_US * rows + FLOAT_COL_US * cols)
     blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols) * splits
@@ -141,9 +146,10 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
     resident = gpu.resident(2 * rows, cols, shared)
     depth = c_in * itemsize / STEP_BYTES / splits  # steps a tap
     most = kernel_map.taps if kernel_map.taps > 9 or not is_sorted else taps
-    compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, stages, splits)
+    chain = gpu.chain(copied, stages)
+    compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, chain, splits)
     least_bytes = kernel_map.rows * (c_in + c_out) * itemsize + kernel_map.taps * c_in * c_out * itemsize
-    return max(compute, least_bytes / gpu.memory_bytes + gpu.launch_us)
+    return (compute**4 + (least_bytes / gpu.memory_bytes + gpu.launch_us) ** 4) ** 0.25
 
 
 def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
@@ -155,8 +161,8 @@ def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
 
 
 # Set by hand from the figures in `cuda/conv/schedule.cu`, which they meet within a tenth.
-SORT_US, SORT_ROW_US, SORTED_ENTRY_BYTES = 8.4, 4.6e-5, 8.5
-LAY_OUT_US, ENTRY_BYTES = 1.8, 4.2
+SORT_US, SORT_ROW_US, SORTED_ENTRY_BYTES = 8.4, 4.6e-5, 15.0
+LAY_OUT_US, ENTRY_BYTES = 1.8, 7.5
 LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what runs on a map in common networks
 FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 16, "reverse": 96}, 256  # doubled from grid to grid
 
@@ -185,10 +191,11 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu 
     in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)
     used = min(slots, kernel_map.pairs / in_slot + kernel_map.taps / 2)
     itemsize, depth = BYTES[dtype], STEP_BYTES // BYTES[dtype]  # depth: pairs a step
-    step = gpu.step(rows * cols * depth / PRODUCTS[dtype], STEP_BYTES * (rows + cols))
+    copied = STEP_BYTES * (rows + cols)
+    step = gpu.step(rows * cols * depth / PRODUCTS[dtype], copied)
     shared = stages * depth * (rows + max(cols, 64)) * itemsize + 2 * stages * depth * 8 + 1024
     resident = gpu.resident(2 * rows, cols, shared)
-    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, stages)
+    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, gpu.chain(copied, stages))
     sums = 2 * 4 * used * c_in * c_out / gpu.memory_bytes + gpu.launch_us
     return partial + sums
 
@@ -212,7 +219,7 @@ def cpu_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: s
     return math.ceil(tiles / CPU_CORES) * tile_us
 
 
-LOOK_UP_BYTES = 64  # of memory, that a key looked up or entered reads at random
+LOOK_UP_BYTES = 110  # of memory, that a key looked up or entered reads at random
 SITES_IN_BLOCK = 3.0  # of LiDAR scans
 
 
