@@ -1,7 +1,10 @@
 // shifted_sites, where the coarse sites are the sorted fine ones without their last bits; one cooperative kernel:
 //
-//     count   fine sites in each block's share whose coarse site differs from that of the one before
-//     write   those
+//     count   fine sites in each block's share whose coarse site differs from that of the one before; padding is written
+//             while those are on their way
+//     write   those, the last tile first: it is still in registers, and the one before it in the cache
+//
+// On an H200 4.3 us of 10,000 sites, 6.0 of 100,000, 6.2 with 4 times the capacity, 51.5 of 4 million.
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
 // there are few of them: neighbouring fine sites reach the same blocks over and over. Three kernels:
