@@ -99,6 +99,19 @@ def test_unique_sites_sorts_whatever_the_keys_share(kind):
     np.testing.assert_array_equal(row_of, np.searchsorted(np.array(ordered, np.uint64), np.array(keys, np.uint64)))
 
 
+def test_unique_sites_of_many_points():
+    """A block's digits of the next pass overflow 16 bits unless they are handed over in between."""
+    points, rng = 260_000, np.random.default_rng(0)
+    coords = np.column_stack([rng.integers(0, 3, points), rng.integers(-300, 300, points)]).astype(I32)
+    expected, row_of_point = np.unique(coords, axis=0, return_inverse=True)
+    results = unique_results(points, len(expected), 1)
+    got, _, found, row_of, order, *_ = call("unique_sites", results, coords, np.array([points], I32))
+    assert found[0] == len(expected)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(row_of, row_of_point.reshape(-1))
+    np.testing.assert_array_equal(order, np.argsort(row_of, kind="stable"))
+
+
 GEOMETRIES = [  # kernel, stride, padding, dilation
     ((3,), (2,), (1,), (1,)),
     ((5,), (3,), (2,), (2,)),

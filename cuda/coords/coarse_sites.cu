@@ -1,7 +1,10 @@
 // shifted_sites, where the coarse sites are the sorted fine ones without their last bits; one cooperative kernel:
 //
-//     count   fine sites in each block's share whose coarse site differs from that of the one before
-//     write   those
+//     count   fine sites in each block's share whose coarse site differs from that of the one before; padding is written
+//             while those are on their way
+//     write   those, the last tile first: it is still in registers, and the one before it in the cache
+//
+// On an H200 4.3 us of 10,000 sites, 6.0 of 100,000, 6.2 with 4 times the capacity, 51.5 of 4 million.
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
 // there are few of them: neighbouring fine sites reach the same blocks over and over. Three kernels:
@@ -267,7 +270,7 @@ struct BlockCodes {
     if (threadIdx.x == 0) batch_bits = 32 - __clz(highest[0]);
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      if (threadIdx.x != 1 + d) continue;
+      if (static_cast<int>(threadIdx.x) != 1 + d) continue;
       const uint64_t most = highest[1 + d] + uint64_t{1} + axes.reach[d];
       const int bits = __clzll(axes.stride[d]) + 1 - __clzll(most);  // at least as many as most / stride has
       low_bits[d] = min(max(bits, 0), axis_bits(D) - 1);
@@ -536,29 +539,33 @@ __global__ void __launch_bounds__(kListThreads, 4)
 template <int D>
 struct Output {
   const CoarseSitesArgs& a;
-  BlockSlot* index;
-  uint32_t slots;
+  BlockSlot* const index;
+  const uint32_t slots;
+  const bool late;  // whether all listed blocks might not fit the index: then only those of kept sites enter it
 
-  __device__ void make_room(int32_t leaves) {
-    if (index == nullptr) return;
-    slots = min(8 * static_cast<uint32_t>(leaves) + 1, BlockSlot::number(a.capacity));
-    for (int64_t slot = global_thread(); slot < slots; slot += all_threads()) index[slot].clear();
-    if (global_thread() == 0) index->slots = slots;
+  __device__ Output(const CoarseSitesArgs& a, int32_t entries)
+      : a(a),
+        index(static_cast<BlockSlot*>(a.index)),
+        slots(static_cast<uint32_t>(min(int64_t{4} * entries + 1, int64_t{BlockSlot::number(a.capacity)}))),
+        late(slots <= static_cast<uint32_t>(entries)) {
+    if (index != nullptr) clear_slots(index, slots);
+  }
+
+  // The slot.
+  __device__ int32_t enter(uint64_t block) const {
+    return index != nullptr ? static_cast<int32_t>(HashMap<BlockSlot>(index, slots).insert_if_absent(block) - index) : 0;
   }
 
   // A leaf has a site at least, so from the capacity on none is kept.
-  using Entered = BlockSlot*;
-  __device__ Entered enter(int64_t leaf, uint64_t block) {
-    return index != nullptr && leaf < a.capacity ? HashMap<BlockSlot>(index, slots).insert_if_absent(block) : nullptr;
+  __device__ int32_t enter_leaf(int32_t leaf, uint64_t block) const { return leaf < a.capacity ? enter(block) : 0; }
+
+  __device__ void hold(int64_t leaf, int32_t slot, int32_t first_row, uint64_t sites) const {
+    if (index != nullptr && leaf < a.capacity) index[slot].hold(sites, first_row);
   }
 
-  __device__ void hold(Entered slot, int32_t first_row, uint64_t sites) {
-    if (slot != nullptr) slot->hold(sites, first_row);
-  }
+  __device__ void begin(int32_t found) const { write_end<D>(a, found, a.capacity); }
 
-  __device__ void begin(int32_t found) { write_end<D>(a, found, a.capacity); }
-
-  __device__ void write(int32_t row, uint64_t block, int bit) {
+  __device__ void write(int32_t row, uint64_t block, int bit) const {
     if (row < a.capacity) block_site<D>(block, bit).write(a.sites, row);
   }
 };
@@ -566,14 +573,15 @@ struct Output {
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 1) tree_kernel(CoarseSitesArgs a, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
-  Output<D> output{a, static_cast<BlockSlot*>(a.index), 0};
+  const int32_t entries = *s.number;
+  const Output<D> output(a, entries);
   const Leaves leaves = grow_tree(
-      grid, s.tree, *s.number, TreeShape(*s.bits),
+      grid, s.tree, entries, TreeShape(*s.bits),
       [&](int32_t i, bool is_leaf) {
         const Entry entry = is_leaf ? s.entries[i] : Entry{};
         return Listed{s.codes[i], entry.block, entry.sites};
       },
-      [&](int32_t leaves) { output.make_room(leaves); });
+      output);
   write_tree(grid, s.tree, leaves, output);
 }
 

@@ -281,7 +281,9 @@ bool is_small(const Geometry& g) {
 template <int D, int kLast>
 __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
-  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 8 ? kBlocks : 8, kMostLines = 3;
+  constexpr int kBlocks = 1 << D, kMostLines = 3;
+  constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // small windows seldom lie over the last blocks
+  constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];

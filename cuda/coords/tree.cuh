@@ -118,15 +118,17 @@ struct Listed {
 };
 
 struct Leaves {
-  const uint64_t* sites;  // of each, those that exist
+  const uint64_t* sites;   // of each, those that exist
+  const int32_t* entered;  // what the output said
   int32_t number;
 };
 
 // Numbers and marks all levels below the top, whose marks must be set, for entries entry_of(i, whether all of it is
-// needed). Calls meanwhile(how many leaves there are) while it waits. All blocks call it; it ends with a barrier of the grid.
-template <typename EntryOf, typename Meanwhile>
+// needed). Asks the output, at least a barrier after the call, for a number for each entry's block: enter(block), or where
+// `late` is set enter_leaf(leaf, block). All blocks call it; it ends with a barrier of the grid.
+template <typename EntryOf, typename Output>
 __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of,
-                            Meanwhile meanwhile) {
+                            const Output& output) {
   const auto read_entry = [&](int64_t i, bool is_leaf) {
     return i < entries ? entry_of(static_cast<int32_t>(i), is_leaf) : Listed{};
   };
@@ -152,7 +154,6 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
     Listed entry;
     sync_while(grid, [&] {
       entry = read_entry(global_thread(), to_leaves);
-      if (to_leaves) meanwhile(nodes);
     });
 
     const uint32_t each = share_size(nodes, kWarp, gridDim.x);
@@ -163,8 +164,13 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       if (exists) {
         const int32_t parent = depth == 0 ? shape.top_node(entry.code) : tree.node_of[i];
         const uint64_t before = (uint64_t{1} << shape.digit(entry.code, depth)) - 1;
-        node = level.first[parent] + __popcll(level.children[parent] & before);
+        const int32_t first = level.first[parent];  // on their way while the block is entered
+        const uint64_t of_parent = level.children[parent];
+        int32_t entered = to_leaves && !output.late ? output.enter(entry.block) : 0;
+        node = first + __popcll(of_parent & before);
         if (to_leaves) {
+          if (output.late) entered = output.enter_leaf(node, entry.block);
+          below.first[node] = entered;
           atomicOr(reinterpret_cast<unsigned long long*>(below.children + node),
                    static_cast<unsigned long long>(entry.sites));
           tree.block_of[node] = entry.block;
@@ -178,48 +184,47 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       entry = read_entry(i + all_threads(), to_leaves);
     }
     grid.sync();
-    if (to_leaves) return {below.children, nodes};
+    if (to_leaves) return {below.children, below.first, nodes};
   }
 }
 
-// Hands leaves and sites over. Calls enter(leaf, block) for each leaf; begin(how many sites there are); hold(what enter
-// returned, row of the leaf's first site, its sites); and write(row, block, bit) for each site, `bit` its place in the block
-// with that key. All blocks call it. A warp has a few leaves at a time, a lane two sites of each.
+// Hands leaves and sites over. Calls begin(how many sites there are); hold(leaf, what was entered for it, row of its first
+// site, its sites); and write(row, block, bit) for each site, `bit` its place in the block with that key. All blocks call it.
+// A warp has a few leaves at a time, a lane two sites of each.
 template <typename Output>
-__device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, Output& output) {
+__device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
   constexpr int kLeaves = 8;
   // Sites are counted in groups of leaves: of so many each block counts all, of more only some, and a barrier follows.
-  constexpr int32_t kCountedByAll = 8192;
+  constexpr int32_t kCountedByAll = 4096;
   __shared__ int32_t before_group[kMostBlocks];
   static_assert(kMostBlocks == kGridThreads, "a group a thread");
   const int lane = threadIdx.x % kWarp;
   const int32_t each = static_cast<int32_t>(share_size(leaves.number, kLeaves, kMostBlocks));
   int64_t first = global_thread() / kWarp * kLeaves;
   uint64_t own_sites, own_block;
+  int32_t entered;
   const auto read_leaves = [&] {
     const int64_t own = first + lane % kLeaves;
     own_sites = own < leaves.number ? leaves.sites[own] : 0;
     own_block = own < leaves.number ? tree.block_of[own] : 0;
+    entered = own < leaves.number ? leaves.entered[own] : 0;
   };
   int32_t before = 0;  // sites of the group's leaves before `first`
-  typename Output::Entered entered{};
-  const auto enter_leaves = [&] {
+  const auto count_before = [&] {
     if (first >= leaves.number) return;
     before = 0;
     for (int64_t leaf = static_cast<int32_t>(first) / each * int64_t{each} + lane; leaf < first; leaf += kWarp) {
       before += __popcll(leaves.sites[leaf]);
     }
     before = warp_sum(before);
-    const int64_t own = first + lane;
-    entered = lane < kLeaves && own < leaves.number ? output.enter(own, own_block) : typename Output::Entered{};
   };
   read_leaves();
   int32_t of_group = 0;
   if (leaves.number <= kCountedByAll) {
     const int32_t begin = threadIdx.x * each, end = min(begin + each, leaves.number);
-#pragma unroll 4
+#pragma unroll 8
     for (int32_t leaf = begin; leaf < end; ++leaf) of_group += __popcll(leaves.sites[leaf]);
-    enter_leaves();
+    count_before();
   } else {
     for (int64_t group = global_thread() / kWarp; group < kMostBlocks; group += all_threads() / kWarp) {
       const int64_t begin = group * each, end = min(begin + each, int64_t{leaves.number});
@@ -228,7 +233,7 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, Ou
       sites = warp_sum(sites);
       if (lane == 0) tree.sites_of[group] = sites;
     }
-    sync_while(grid, enter_leaves);
+    sync_while(grid, count_before);
     of_group = tree.sites_of[threadIdx.x];
   }
 
@@ -239,7 +244,9 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, Ou
   while (first < leaves.number) {
     int32_t row = before_group[static_cast<int32_t>(first) / each] + before;
     const int32_t up_to = warp_inclusive_scan(lane < kLeaves ? __popcll(own_sites) : 0);
-    output.hold(entered, row + up_to - __popcll(own_sites), own_sites);
+    if (lane < kLeaves && first + lane < leaves.number) {
+      output.hold(first + lane, entered, row + up_to - __popcll(own_sites), own_sites);
+    }
     for (int i = 0; i < kLeaves; ++i) {
       const uint64_t sites = __shfl_sync(kAllLanes, own_sites, i), block = __shfl_sync(kAllLanes, own_block, i);
       for (int bit = lane; bit < 64; bit += kWarp) {
@@ -249,7 +256,7 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, Ou
     }
     first += all_threads() / kWarp * kLeaves;
     read_leaves();
-    enter_leaves();
+    count_before();
   }
 }
 

@@ -6,8 +6,8 @@
 //     write   rows: sites, their points, the row of each point; then padding
 //
 // Bound by the sort's passes, four for a scan of 36 bits: each is a few microseconds of latency up to some hundred thousand
-// points, 24 bytes a point beyond. On an H200 41.9 us with 124,668 points and 63.2 with 271,156; a sort with three barriers a
-// pass and blocks of 1,536 keys took 67.0 and 87.9.
+// points, 24 bytes a point beyond. On an H200 39.0 us with 124,668 points and 57.3 with 271,156; digits counted anew for each
+// tile 41.2 and 64.0, a sort with three barriers a pass and blocks of 1,536 keys 67.0 and 87.9.
 //
 // Tried and left: sites by the tree of tree.cuh with marks straight to global memory, then points sorted by row, 17 bits
 // instead of 36 to 45. On an H100 with 271,156 points 123 us (101 by sorting then): 60 for the tree, 20 for each pass.

@@ -7,6 +7,10 @@
 // phase nor a barrier to count or to sum up. No block ever waits for its neighbour, only all for all, so there is nothing to
 // get out of order.
 //
+// A block moves its share a tile at a time. The keys of a large one are first put by digit in shared memory, so that a warp
+// writes runs of neighbours: on an H200 204 us instead of 222 for all of unique_sites with 1 million points, 867 instead of
+// 988 with 4 million, 57 instead of 61 with 271,156; in tiles of 945 keys, of 124,668 points, it took 2 us more.
+//
 // Bound by latency, four dependent reads and a barrier a pass, up to some hundred thousand keys; by 24 bytes a key beyond.
 //
 // Why not CUB: its sort wants the number of keys and of bits from the host, so it follows the capacity and sorts 64
@@ -137,7 +141,7 @@ __device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint
   }
   __syncthreads();
   shared.ranks.sum_up(kSortWarps, shared.next, in_tile);
-  const bool by_digit = each > 1;  // few keys have no neighbours of their digit
+  const bool by_digit = each == kSortPerThread;  // few keys have no neighbours of their digit
   if (by_digit) {
     const int t = threadIdx.x;
     const int32_t low = *in_tile & 0xffff, high = *in_tile >> 16;  // keys of two digits
