@@ -12,14 +12,15 @@
 // A lane has an output, so that table writes are whole lines. Of small windows a thread looks up all taps, by blocks, some
 // 30 instructions each, all told; of others the warps of a block of threads share the taps of 32 outputs.
 //
-// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 11 to look up; of 5,925 sites
-// 1, 3 and 5. By hash, 36 to look up.
+// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 10 to look up; of 5,925 sites
+// 1, 3 and 4. By hash, 36 to look up.
 //
 // Tried and left, on the same unless said otherwise:
 //     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 6 us more
 //     small windows like the others, their taps shared by four warps: 23 us to look up, five times the instructions
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
+//     probes after the first one key after the other, not all keys together: 10.8 us instead of 7.7 of 10,000 sites
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 

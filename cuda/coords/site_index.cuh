@@ -27,8 +27,8 @@ struct alignas(32) BlockSlot {
     sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(first_row), 0);
   }
 
-  // How many for so many sites. There are far fewer blocks than sites, so the map may be small; were each site alone in its block it would still
-  // leave a fifth empty.
+  // How many for so many sites. There are far fewer blocks than sites, so the map may be small; were each site alone in its
+  // block it would still leave a fifth empty.
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };
 
