@@ -69,7 +69,8 @@ ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out
 }
 
 ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out kept, Out found, Out outside,
-                        Out index, Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
+                        Out index, Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds,
+                        int64_t is_sorted) {
   constexpr const char* call = "jaxsparse_coarse_sites_v1";
   CoarseSites s;
   ffi::Error error = check_coarse_sites(coords, count, sites, kept, found, outside, index, workspace, kernel, stride,

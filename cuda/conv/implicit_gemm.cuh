@@ -36,10 +36,11 @@
 //     42        A gathered into registers for wgmma: its operand wants two rows' halves side by side, so each load is
 //               waited for and moved
 //
-// Copies take most of a step's instructions, and those count: with 64-bit products for addresses (signed ones take three
-// instructions) 14,474 sites, 256 to 256, took 71.6 us in place of 65.7, and 31,833 sites, 128 to 128, 39.2 in place of 36.6.
-// With a look-up of the tap before that of the row, tiles of 64 columns took 7 % more. Products that overlap where a block is
-// alone on its multiprocessor: 76.4 to 72.9, and 39.3 to 37.4, with 128x128/4.
+// Copies take most of a step's instructions, 136 with 128x128/3, and those count. They were 176: signed 64-bit products for
+// addresses, three instructions each, took 14,474 sites, 256 to 256, from 65.7 us to 71.6, and 31,833 sites, 128 to 128, from
+// 36.6 to 39.2; a look-up of the tap before that of the row, 7 % with tiles of 64 columns. What the compiler would find out anew
+// in each step it is kept from by stay_here. Products that overlap where a block is alone: 76.4 to 72.9, and 39.3 to 37.4, with
+// 128x128/4.
 //
 // Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps, before that:
 //
@@ -153,8 +154,8 @@ struct Place {
   }
 };
 
-// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are no
-// more, they are on their way before it is known which taps there are: 0.3 us of 6.
+// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are
+// no more, they are on their way before it is known which taps there are: 0.3 us of 6.
 template <class P>
 class Entries {
   static constexpr int kInTile = kScheduleRows / 4, kPieces = kInTile * P::kGroups, kTapsAtATime = P::kThreads / kPieces;

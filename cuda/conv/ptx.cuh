@@ -9,26 +9,30 @@ namespace jaxsparse::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// Of 16 bytes, past the L1 cache.
-#define JAXSPARSE_COPY(absent_if, value)                                                                   \
-  if constexpr (kBytes == 16) {                                                                            \
-    asm volatile("{\n.reg .pred p;\nsetp." absent_if " p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" :: \
-                 "r"(shared_address(to)), "l"(from), "r"(value) : "memory");                               \
-  } else {                                                                                                 \
-    asm volatile("{\n.reg .pred p;\nsetp." absent_if " p, %2, 0;\ncp.async.ca.shared.global [%0], [%1], %3, p;\n}" :: \
-                 "r"(shared_address(to)), "l"(from), "r"(value), "n"(kBytes) : "memory");                  \
+// A copy, or zeros where setp says so of `value` and 0. cp.async takes 16 bytes past the L1 cache, fewer through it.
+#define JAXSPARSE_COPY(setp, value)                                                                                  \
+  if constexpr (kBytes == 16) {                                                                                      \
+    asm volatile("{\n.reg .pred p;\n" setp " p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(      \
+                     shared_address(to)),                                                                            \
+                 "l"(from), "r"(value)                                                                               \
+                 : "memory");                                                                                        \
+  } else {                                                                                                           \
+    asm volatile("{\n.reg .pred p;\n" setp " p, %2, 0;\ncp.async.ca.shared.global [%0], [%1], %3, p;\n}" ::"r"(      \
+                     shared_address(to)),                                                                            \
+                 "l"(from), "r"(value), "n"(kBytes)                                                                  \
+                 : "memory");                                                                                        \
   }
 
 // Begins to copy kBytes (4, 8 or 16), or to write zeros; `from` need not be valid then.
 template <int kBytes>
 __device__ void copy_piece(char* to, const void* from, bool exists) {
-  JAXSPARSE_COPY("eq.u32", static_cast<uint32_t>(exists));
+  JAXSPARSE_COPY("setp.eq.u32", static_cast<uint32_t>(exists));
 }
 
-// Where `index` is negative it writes zeros. The compiler would make a number of what it compares.
+// The same of the sign of an index, of which the compiler would make a number first, and a comparison of that.
 template <int kBytes>
 __device__ void copy_if_not_negative(char* to, const void* from, int32_t index) {
-  JAXSPARSE_COPY("lt.s32", index);
+  JAXSPARSE_COPY("setp.lt.s32", index);
 }
 #undef JAXSPARSE_COPY
 

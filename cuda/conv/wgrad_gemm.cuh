@@ -5,7 +5,9 @@
 //               cp.async, through a ring of kStages that is never drained
 //     reduce    dw[k] = the slots of tap k, added in order
 //
-// Bound by gathering: a pair moves (in_channels + out_channels) features for their product.
+// Bound by gathering, a pair moves (in_channels + out_channels) features for their product, and by the instructions of a step,
+// of which there were three times as many. More slots do not help where channels are few: with 2, 3, 4 and 6 blocks a
+// multiprocessor, and those instructions, they took 1.26, 1.20, 1.26 and 1.32 ms of a training step of SparseResNet21D.
 #pragma once
 
 #include "cuda/conv/gemm.h"
