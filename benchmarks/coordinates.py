@@ -81,7 +81,10 @@ def layer_map(kernel, strides=1, builder="auto"):
 
 
 def network_maps(convs, last_is_submanifold, capacities):
-    """A function of sites that builds all sites and maps of a network: strided, and submanifold 3^3 of each grid."""
+    """A function of sites that builds all coarser sites and all maps of a network: strided, and 3^3 of each grid.
+
+    It returns nothing that it was given: XLA would copy that.
+    """
 
     def build(sites):
         levels, maps = [sites], []
@@ -92,8 +95,8 @@ def network_maps(convs, last_is_submanifold, capacities):
         maps += [js.kernel_map(s, s, 3) for s in levels[: len(convs) + last_is_submanifold]]
         return (
             [(m.table, m.masks) for m in maps],
-            [s.count for s in levels],
-            [s.coords for s in levels],
+            [s.count for s in levels[1:]],
+            [s.coords for s in levels[1:]],
             levels[-1].status,
         )
 
@@ -184,12 +187,12 @@ def network_row(name, what, convs, last_is_submanifold, args):
     ring = sites_ring(args.data, name)
     probe = jax.jit(network_maps(convs, last_is_submanifold, [3 * ring[0].capacity] * len(convs)))
     counts = np.max([[int(c) for c in probe(s)[1]] for s in ring], axis=0)
-    build = network_maps(convs, last_is_submanifold, [capacity_for(c) for c in counts[1:]])
+    build = network_maps(convs, last_is_submanifold, [capacity_for(c) for c in counts])
 
     def check(result):
         maps, counts, coords, status = result
         js.status.check(status)
-        levels = [np.asarray(c)[: int(n)] for c, n in zip(coords, counts, strict=True)]
+        levels = [real(ring[0]), *(np.asarray(c)[: int(n)] for c, n in zip(coords, counts, strict=True))]
         strided = [(f, c, *conv) for f, c, conv in zip(levels[:-1], levels[1:], convs, strict=True)]
         cases = strided + [(s, s, 3, 1) for s in levels[: len(maps) - len(convs)]]
         return all(is_right(np.asarray(m[0]), *case) for m, case in zip(maps, cases, strict=True))

@@ -1,6 +1,6 @@
 """Fits the rates of `jaxsparse/tuning/cost.py` to measured layers, and says how well they predict and choose.
 
-    python benchmarks/fit_cost_model.py benchmarks/results/h200/layers_float16.json [...] [--steps 5000]
+    python benchmarks/fit_cost_model.py benchmarks/results/h200/layers_float16_all_tiles.json [...] [--steps 5000]
 
 The files are those of `benchmarks/layers.py`. Without `--steps` the rates stay as they are. *error* is the root mean
 square of log(predicted / measured); *regret* how much longer than the best measured tile the model's choice took.

@@ -213,16 +213,25 @@ def main():
             print(f"skipped {scene}: {reason}")
             layers = [layer for layer in layers if layer.scene != scene]
     rates = device_rates(args.steps)
-    found = {dtype: timed_cases(layers, dtype, rates, args) for dtype in args.dtype}
+    found = {}
+    for dtype in args.dtype:
+        found[dtype] = timed_cases(layers, dtype, rates, args)
+        if args.out:  # a run that is cut short keeps them
+            publish(dtype, found[dtype][1], [{}] * len(found[dtype][0]), rates, args)
     for dtype, (cases, ours) in found.items():
         # Afterwards: once torch's profiler has run, JAX's gets no more events.
         with measure.stage(f"{dtype}, spconv"):
             beside = peer_figures(cases, args.steps)
-        rows = [row for case, peer in zip(ours, beside, strict=True) for row in add_backward(case, peer)]
-        measured = f"{rates['flops'] / 1e12:.0f} TFLOP/s, {rates['bytes'] / 1e12:.2f} TB/s"
-        about = f"Single convolutions, {dtype}; a big product and a big copy reach {measured}"
-        report.write(args.out, f"layers_{dtype}", about, COLUMNS, rows, ["spconv-cu126", "torch"], rates=rates)
-        roofline.draw(args.out, f"layers_{dtype}", rows, rates)
+        publish(dtype, ours, beside, rates, args)
+
+
+def publish(dtype, ours, beside, rates, args):
+    """Prints our rows with spconv's figures, and writes them with a roofline."""
+    rows = [row for case, peer in zip(ours, beside, strict=True) for row in add_backward(case, peer)]
+    measured = f"{rates['flops'] / 1e12:.0f} TFLOP/s, {rates['bytes'] / 1e12:.2f} TB/s"
+    about = f"Single convolutions, {dtype}; a big product and a big copy reach {measured}"
+    report.write(args.out, f"layers_{dtype}", about, COLUMNS, rows, ["spconv-cu126", "torch"], rates=rates)
+    roofline.draw(args.out, f"layers_{dtype}", rows, rates)
 
 
 def timed_cases(layers, dtype, rates, args):

@@ -47,7 +47,7 @@ auto with_tile(Binding binding) {
   XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<Context, 2, 8>()), __VA_ARGS__);                   \
   XLA_FFI_DEFINE_HANDLER(                                                                                     \
       kCoarseSites, coarse_sites,                                                                             \
-      (with_geometry(bind<Context, 2, 5>()).Attr<AxisAttribute>("bounds").Attr<int64_t>("is_sorted")), __VA_ARGS__); \
+      (with_geometry(bind<Context, 2, 6>()).Attr<AxisAttribute>("bounds").Attr<int64_t>("is_sorted")), __VA_ARGS__); \
   XLA_FFI_DEFINE_HANDLER(kSiteIndex, site_index, (bind<Context, 2, 1>().Attr<int64_t>("of_blocks")), __VA_ARGS__); \
   XLA_FFI_DEFINE_HANDLER(kKernelMap, kernel_map, (with_geometry(bind<Context, 5, 2>()).Attr<int64_t>("builder")), \
                          __VA_ARGS__);                                                                        \

@@ -68,15 +68,19 @@ inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out kept, O
 
 // --- 2 coarse_sites ---
 
+// A slot of a hash map has 32 bytes at most, on CPU and CUDA.
+inline int64_t site_index_bytes(int64_t rows) { return 32 * hash_slots(rows); }
+
 struct CoarseSites {
   Geometry geometry{};
   bool bounded = false;
   int64_t bounds[kMaxDims] = {};
+  bool makes_index = false;
   int64_t rows = kUnbound, capacity = kUnbound, workspace = kUnbound;
 };
 
-inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out kept, Out found, Out outside, Out workspace,
-                                     Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds,
+inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out kept, Out found, Out outside, Out index,
+                                     Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds,
                                      CoarseSites* s) {
   Checks checks("jaxsparse_coarse_sites_v1");
   int64_t one = 1, columns = kUnbound;
@@ -87,9 +91,14 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out kept, O
   checks.operand("kept", kept, ffi::S32, {&one});
   checks.operand("found", found, ffi::S32, {&one});
   checks.operand("outside", outside, ffi::S32, {&one});
+  int64_t index_bytes = kUnbound;
+  checks.operand("index", index, ffi::U8, {&index_bytes});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   check_dims(checks, columns, &dims);
   if (!checks.ok()) return checks.error();
+  s->makes_index = index_bytes > 1;
+  checks.require(!s->makes_index || index_bytes >= site_index_bytes(s->capacity),
+                 "index must have 1 byte, or 32 for each of two slots a row of sites");
   s->geometry = decode_geometry(checks, dims, kernel, stride, padding, dilation);
   s->bounded = bounds.size() != 0;
   checks.require(!s->bounded || bounds.size() == static_cast<size_t>(dims),
@@ -99,9 +108,6 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out kept, O
 }
 
 // --- 3 site_index ---
-
-// A slot of a hash map has 32 bytes at most, on CPU and CUDA.
-inline int64_t site_index_bytes(int64_t rows) { return 32 * hash_slots(rows); }
 
 struct SiteIndex {
   int dims = 0;

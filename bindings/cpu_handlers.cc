@@ -120,9 +120,10 @@ ffi::Error unique_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Ou
 }
 
 ffi::Error coarse_sites(ffi::ThreadPool pool, In coords, In count, Out sites, Out kept, Out found, Out outside,
-                        Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
+                        Out index, Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds,
+                        int64_t is_sorted) {
   CoarseSites s;
-  if (auto e = check_coarse_sites(coords, count, sites, kept, found, outside, workspace, kernel, stride, padding,
+  if (auto e = check_coarse_sites(coords, count, sites, kept, found, outside, index, workspace, kernel, stride, padding,
                                   dilation, bounds, &s);
       e.failure()) {
     return e;

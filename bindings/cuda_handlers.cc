@@ -69,11 +69,12 @@ ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out
 }
 
 ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out kept, Out found, Out outside,
-                        Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds, int64_t is_sorted) {
+                        Out index, Out workspace, Axes kernel, Axes stride, Axes padding, Axes dilation, Axes bounds,
+                        int64_t is_sorted) {
   constexpr const char* call = "jaxsparse_coarse_sites_v1";
   CoarseSites s;
-  ffi::Error error = check_coarse_sites(coords, count, sites, kept, found, outside, workspace, kernel, stride, padding,
-                                        dilation, bounds, &s);
+  ffi::Error error = check_coarse_sites(coords, count, sites, kept, found, outside, index, workspace, kernel, stride,
+                                        padding, dilation, bounds, &s);
   if (error.failure()) return error;
   const int64_t candidates = s.rows * cuda::windows_per_site(s.geometry);
   if (error = check_candidates(call, candidates); error.failure()) return error;
@@ -92,6 +93,7 @@ ffi::Error coarse_sites(cudaStream_t stream, In coords, In count, Out sites, Out
   args.kept = ints(kept);
   args.found = ints(found);
   args.outside = ints(outside);
+  args.index = s.makes_index ? index->untyped_data() : nullptr;
   args.workspace = workspace->untyped_data();
   return launch_error(call, cuda::coarse_sites(args, stream));
 }

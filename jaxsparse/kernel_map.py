@@ -99,6 +99,7 @@ def map_between(
             fine.counts,
             coarse.coords,
             coarse.counts,
+            *fine.index,
             geometry=geometry,
             builder=builder,
             grid=fine.stride,

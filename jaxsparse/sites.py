@@ -167,6 +167,11 @@ class Sites:
         """Whether both share their coordinates, known without reading a value."""
         return self._memo is other._memo
 
+    @property
+    def index(self) -> tuple[jax.Array, ...]:
+        """What `_coords.kernel_map` looks these sites up in, where the op that made them made it too, in this trace."""
+        return self.memo("index", tuple)
+
     def with_status(self, *statuses: jax.Array) -> Sites:
         """The same sites with more to report; maps stay shared."""
         return dataclasses.replace(self, status=status.merge(self.status, *statuses))
@@ -204,7 +209,7 @@ class Sites:
             bounds = geometry.coarse_bounds(self.bounds)
 
         def make() -> tuple[jax.Array, Sites]:
-            coords, kept, found, outside = _coords.coarse_sites(
+            coords, kept, found, outside, index = _coords.coarse_sites(
                 self.coords,
                 self.counts,
                 geometry=window,
@@ -220,6 +225,8 @@ class Sites:
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             made = Sites(coords, kept[0], problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            if implementation != "xla":  # whose index is none
+                made.memo("index", lambda: (index,))
             return self.status, made
 
         reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)

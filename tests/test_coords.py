@@ -47,7 +47,7 @@ def check_unique(coords, count, capacity, implementation="auto"):
 
 def check_coarse(coords, count, geometry, capacity, bounds, implementation="auto", is_sorted=False):
     options = {"geometry": geometry, "capacity": capacity, "bounds": bounds, "implementation": implementation}
-    sites, kept, found, outside = _coords.coarse_sites(*arrays(coords, count), is_sorted=is_sorted, **options)
+    sites, kept, found, outside, _ = _coords.coarse_sites(*arrays(coords, count), is_sorted=is_sorted, **options)
     equal((sites, found[0], outside[0]), oracle.coarse_sites(coords, count, geometry, capacity, bounds))
     equal(kept, [min(int(found[0]), capacity)])
 
@@ -299,7 +299,7 @@ def all_results(coords, count, capacity=64, geometry=None, implementation="auto"
     geometry = geometry or Geometry.create(3, 3, 2)
     sites = _coords.unique_sites(coords, count, capacity=capacity, implementation=implementation)
     options = {"geometry": geometry, "implementation": implementation}
-    coarse = _coords.coarse_sites(coords, count, capacity=capacity, bounds=None, is_sorted=False, **options)
+    *coarse, _ = _coords.coarse_sites(coords, count, capacity=capacity, bounds=None, is_sorted=False, **options)
     table, masks = _coords.kernel_map(coords, count, coarse[0], coarse[1], builder="hash", **options)
     real = _keys.real_rows(coarse[1], capacity)  # the rest of a map may hold anything
     return [*sites, *coarse, jnp.where(real[None], table, -1), jnp.where(real[:, None], masks, 0)]

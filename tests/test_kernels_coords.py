@@ -44,9 +44,10 @@ def unique_results(points, capacity, dims):
     return [((capacity, 1 + dims), I32), counts, counts, rows, rows, ends, reasons, ((size,), U8)]
 
 
-def coarse_results(rows, capacity, geometry):
+def coarse_results(rows, capacity, geometry, is_sorted=0):
     size = _workspace.coarse_sites(rows, geometry)
-    return [((capacity, 1 + len(geometry.kernel)), I32), *[((1,), I32)] * 3, ((size,), U8)]
+    index = 1 if is_sorted and geometry.drops_bits else _workspace.site_index(capacity)
+    return [((capacity, 1 + len(geometry.kernel)), I32), *[((1,), I32)] * 3, ((index,), U8), ((size,), U8)]
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 4])
@@ -98,6 +99,19 @@ def test_unique_sites_sorts_whatever_the_keys_share(kind):
     np.testing.assert_array_equal(row_of, np.searchsorted(np.array(ordered, np.uint64), np.array(keys, np.uint64)))
 
 
+def test_unique_sites_of_many_points():
+    """A block's digits of the next pass overflow 16 bits unless they are handed over in between."""
+    points, rng = 260_000, np.random.default_rng(0)
+    coords = np.column_stack([rng.integers(0, 3, points), rng.integers(-300, 300, points)]).astype(I32)
+    expected, row_of_point = np.unique(coords, axis=0, return_inverse=True)
+    results = unique_results(points, len(expected), 1)
+    got, _, found, row_of, order, *_ = call("unique_sites", results, coords, np.array([points], I32))
+    assert found[0] == len(expected)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(row_of, row_of_point.reshape(-1))
+    np.testing.assert_array_equal(order, np.argsort(row_of, kind="stable"))
+
+
 GEOMETRIES = [  # kernel, stride, padding, dilation
     ((3,), (2,), (1,), (1,)),
     ((5,), (3,), (2,), (2,)),
@@ -135,9 +149,11 @@ def test_coarse_sites_are_all_sites_whose_window_holds_a_site(geometry, bounded,
                 sites[k] = (int(site[0]), *coarse)
     results = coarse_results(rows, capacity, Geometry(kernel, stride, padding, dilation))
     attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=0)
-    got, kept, found, lost, _ = call("coarse_sites", results, coords, np.array([count], I32), **attrs)
+    got, kept, found, lost, index, _ = call("coarse_sites", results, coords, np.array([count], I32), **attrs)
     np.testing.assert_array_equal([kept, found, lost], [[min(len(sites), capacity)], [len(sites)], [outside]])
     np.testing.assert_array_equal(got, sites_array([sites[k] for k in sorted(sites)], capacity, dims))
+    windows = ((2,) * dims, (1,) * dims, (0,) * dims, (1,) * dims)
+    kernel_map(got, kept[0], got, kept[0], windows, builder=1, index=index)
 
 
 def sorted_sites(rng, rows, dims, spread):
@@ -153,21 +169,20 @@ def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
     coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
     expected = sorted((c for c in coarse if not bounded or all(0 <= v < 3 for v in c[1:])), key=key)
     geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
-    results = coarse_results(len(coords), 1500, Geometry(*geometry))
+    results = coarse_results(len(coords), 1500, Geometry(*geometry), is_sorted=1)
     attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=1)
-    got, kept, found, outside, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
+    got, kept, found, outside, *_ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
     assert (kept[0], found[0], outside[0]) == (min(len(expected), 1500), len(expected), 0)
     np.testing.assert_array_equal(got, sites_array(expected, 1500, dims))
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3, 4])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-def test_coarse_sites_of_sites_far_apart(dims, stride):
-    """Each site reaches blocks of its own: more than a list holds, and codes of many bits."""
+@pytest.mark.parametrize(("dims", "stride", "rows"), [*itertools.product([1, 2, 3, 4], [1, 2, 3], [600]), (3, 1, 3000)])
+def test_coarse_sites_of_sites_far_apart(dims, stride, rows):
+    """Each site reaches blocks of its own: more than a list or each block of threads holds, and codes of many bits."""
     rng = np.random.default_rng(dims)
     half = 2 ** (BITS[dims] - 1)
-    coords = rng.integers(-half, half, (600, 1 + dims)).astype(I32)
-    coords[:, 0] = rng.integers(0, 200, 600)
+    coords = rng.integers(-half, half, (rows, 1 + dims)).astype(I32)
+    coords[:, 0] = rng.integers(0, 200, rows)
     windows = [{(b, *site) for site in itertools.product(*({-(-(c - 1) // stride), (c + 1) // stride} for c in site))}
                for b, *site in coords.tolist()]  # fmt: skip
     if stride == 1:
@@ -183,21 +198,24 @@ def test_coarse_sites_of_sites_far_apart(dims, stride):
     expected = sorted({site for site in reached if key(site) is not None}, key=key)
     geometry = ((3,) * dims, (stride,) * dims, (1,) * dims, (1,) * dims)
     capacity = len(expected) + 5
-    results = coarse_results(600, capacity, Geometry(*geometry))
+    results = coarse_results(rows, capacity, Geometry(*geometry))
     attrs = attributes(geometry, bounds=np.array([], I32), is_sorted=0)
-    got, kept, found, lost, _ = call("coarse_sites", results, coords, np.array([600], I32), **attrs)
+    got, kept, found, lost, index, _ = call("coarse_sites", results, coords, np.array([rows], I32), **attrs)
     assert (kept[0], found[0], lost[0]) == (len(expected), len(expected), outside)
     np.testing.assert_array_equal(got, sites_array(expected, capacity, dims))
+    kernel_map(got, kept[0], got, 200, ((2,) * dims, (1,) * dims, (0,) * dims, (1,) * dims), builder=1, index=index)
 
 
 # --- maps ---
 
 
-def kernel_map(coords, count, out_coords, out_count, geometry, builder):
-    """Table and masks of the real outputs."""
+def kernel_map(coords, count, out_coords, out_count, geometry, builder, index=None):
+    """Checks table and masks of the real outputs, by an index that is there or by one of the builder's."""
     volume, out_rows = len(taps(geometry[0])), len(out_coords)
     in_count, of_blocks = np.array([count], I32), int(builder == 1)
-    (index,) = call("site_index", [((_workspace.site_index(len(coords)),), U8)], coords, in_count, of_blocks=of_blocks)
+    if index is None:
+        size = _workspace.site_index(len(coords))
+        (index,) = call("site_index", [((size,), U8)], coords, in_count, of_blocks=of_blocks)
     results = [((volume, out_rows), I32), ((out_rows, -(-volume // 32)), U32)]
     operands = coords, in_count, out_coords, np.array([out_count], I32), index
     table, masks = call("kernel_map", results, *operands, **attributes(geometry, builder=builder))
@@ -275,9 +293,10 @@ def test_regular_scenes(name):
     results = coarse_results(len(coords), capacity, Geometry(*strided))
     for rows, is_sorted in ((coords, 1), (shuffled, 0)):
         attrs = attributes(strided, bounds=np.array([], I32), is_sorted=is_sorted)
-        got, kept, found, outside, _ = call("coarse_sites", results, rows, count, **attrs)
+        got, kept, found, outside, index, _ = call("coarse_sites", results, rows, count, **attrs)
         assert (kept[0], found[0], outside[0]) == (len(expected), len(expected), 0)
         np.testing.assert_array_equal(got, sites_array(expected, capacity, 3))
+        kernel_map(got, kept[0], got, kept[0], geometry, builder=1, index=index)
 
 
 def test_kernels_give_the_bits_of_the_cpu_handlers():
@@ -292,9 +311,9 @@ def test_kernels_give_the_bits_of_the_cpu_handlers():
         geometry = Geometry.create(3, kernel, 2)
         options = {"geometry": geometry, "capacity": 4 * capacity, "bounds": None, "is_sorted": True}
         expected = _coords.coarse_sites(sites, number, implementation="auto", **options)
-        results = coarse_results(capacity, 4 * capacity, geometry)
+        results = coarse_results(capacity, 4 * capacity, geometry, is_sorted=1)
         attrs = {**geometry.attributes(), "bounds": np.array([], I32), "is_sorted": 1}
-        for a, b in zip(call("coarse_sites", results, sites, number, **attrs)[:4], expected, strict=True):
+        for a, b in zip(call("coarse_sites", results, sites, number, **attrs)[:4], expected[:4], strict=True):
             np.testing.assert_array_equal(a, b)
 
 

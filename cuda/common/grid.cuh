@@ -47,6 +47,15 @@ cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t 
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
+// A barrier of the grid during which each thread does what the others need not see before the next one. Reads of what they
+// wrote before this one must wait.
+template <typename Meanwhile>
+__device__ void sync_while(const Grid& grid, Meanwhile meanwhile) {
+  Grid::arrival_token arrived = grid.barrier_arrive();
+  meanwhile();
+  grid.barrier_wait(static_cast<Grid::arrival_token&&>(arrived));
+}
+
 struct Range {
   int32_t begin, end;
 };

@@ -36,10 +36,11 @@
 //     42        A gathered into registers for wgmma: its operand wants two rows' halves side by side, so each load is
 //               waited for and moved
 //
-// Copies take most of a step's instructions, and those count: with 64-bit products for addresses (signed ones take three
-// instructions) 14,474 sites, 256 to 256, took 71.6 us in place of 65.7, and 31,833 sites, 128 to 128, 39.2 in place of 36.6.
-// With a look-up of the tap before that of the row, tiles of 64 columns took 7 % more. Products that overlap where a block is
-// alone on its multiprocessor: 76.4 to 72.9, and 39.3 to 37.4, with 128x128/4.
+// Copies take most of a step's instructions, 136 with 128x128/3, and those count. They were 176: signed 64-bit products for
+// addresses, three instructions each, took 14,474 sites, 256 to 256, from 65.7 us to 71.6, and 31,833 sites, 128 to 128, from
+// 36.6 to 39.2; a look-up of the tap before that of the row, 7 % with tiles of 64 columns. What the compiler would find out anew
+// in each step it is kept from by stay_here. Products that overlap where a block is alone: 76.4 to 72.9, and 39.3 to 37.4, with
+// 128x128/4.
 //
 // Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps, before that:
 //
@@ -129,29 +130,32 @@ struct ImplicitGemm {
   static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // that blocks of a cluster show each other
   static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
   static int shared_bytes(int taps) {
-    return kStages * kStageBytes + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
+    return kStages * kStageBytes + kTapsAtOnce * 4 + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
   }
 };
 
 // The place of a copying thread in the depth: a tap of the block's list, and a channel.
 struct Place {
   int32_t tap, channel;
-  int32_t step_taps, step_channels;  // what a step adds
+  int32_t step_taps, step_channels;  // what a step adds: one tap too many, and fewer than no channels
 
   __device__ Place(int32_t depth, int32_t channels, int32_t step)
-      : tap(depth / channels), channel(depth % channels), step_taps(step / channels), step_channels(step % channels) {}
+      : tap(depth / channels),
+        channel(depth % channels),
+        step_taps(step / channels + 1),
+        step_channels(step % channels - channels) {}
   __device__ void advance(int32_t channels) {
     tap += step_taps;
     channel += step_channels;
-    if (channel >= channels) {
-      channel -= channels;
-      ++tap;
+    if (channel < 0) {
+      channel += channels;
+      --tap;
     }
   }
 };
 
-// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are no
-// more, they are on their way before it is known which taps there are: 0.3 us of 6.
+// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are
+// no more, they are on their way before it is known which taps there are: 0.3 us of 6.
 template <class P>
 class Entries {
   static constexpr int kInTile = kScheduleRows / 4, kPieces = kInTile * P::kGroups, kTapsAtATime = P::kThreads / kPieces;
@@ -237,9 +241,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr int kDepth = Product::kDepth, kSplits = P::kSplits, kOwnCols = P::kOwnCols;
   constexpr bool kFused = kHasEpilogue<Args>;
   if constexpr (kSplits > 1 && !kHasClusters) return;
-  __shared__ int32_t taps[kTapsAtOnce];
-  char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
-  int32_t* const in_row_of = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // [listed taps, kRows]
+  char* const stages = dynamic_shared() + stay_here(-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
+  int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // a list
+  int32_t* const in_row_of = taps + kTapsAtOnce;                                        // [listed taps, kRows]
 
   const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
@@ -293,7 +297,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     if (mask == 0) continue;
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
-    const int32_t tap_count = __popc(mask);
+    const int32_t tap_count = stay_here(__popc(mask));
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
     commit_copies();
     [[maybe_unused]] Channel channel;
@@ -309,8 +313,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
     const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
     const int a_byte = a_piece * P::kPieceBytes;
-    const uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
-    const T* const b_from = w + first_col + b_piece * 8;
+    const uint32_t a_to = stay_here(swizzled<128>(a_row, a_byte / 16) + a_byte % 16);
+    const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
     const int32_t divisor = kSplits == 1 ? channels : max(channels, 8);
     Place place_a(a_piece * kInPieceA, divisor, kDepth), place_b(b_row, divisor, kDepth);
     const int32_t steps = static_cast<int32_t>(div_up(tap_count * channels, kDepth));
@@ -319,10 +323,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       if (copied < steps) {
         char* to = stages + to_stage * P::kStageBytes;
         int32_t rows[kRows / kRowsA];
+        const int32_t* const entries = in_row_of + place_a.tap * kRows + a_row;
 #pragma unroll
-        for (int i = 0; i < kRows / kRowsA; ++i) {
-          rows[i] = place_a.tap < tap_count ? in_row_of[place_a.tap * kRows + a_row + i * kRowsA] : -1;
-        }
+        for (int i = 0; i < kRows / kRowsA; ++i) rows[i] = place_a.tap < tap_count ? entries[i * kRowsA] : -1;
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
@@ -337,7 +340,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         const uint32_t row_bytes = of_array * static_cast<unsigned>(sizeof(T));
 #pragma unroll
         for (int i = 0; i < kRows / kRowsA; ++i) {
-          copy_piece<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i] >= 0);
+          copy_if_not_negative<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i]);
         }
         to += kGroups * kBytesA;
         if constexpr (Product::kRowsOfBAreColumns) {
@@ -352,13 +355,17 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           }
         } else {
           const bool row_exists = place_b.tap < tap_count;
-          const T* weights = b_from;
-          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels);
+          const char* weights = b_from;
+          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels * sizeof(T));
 #pragma unroll
-          for (int piece = 0; piece < kPiecesB; piece += kOfRowB) {
-            if (kPiecesB % kOfRowB != 0 && b_piece + piece >= kPiecesB) break;
-            const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
-            copy_piece<16>(to + Product::place_in_b(b_row, b_piece + piece), weights + piece * 8, exists);
+          for (int own = 0; own < Product::kRowBytesB / 16; own += kOfRowB) {
+            char* const b_to = to + Product::place_in_b(b_row, b_piece + own);
+#pragma unroll
+            for (int piece = own; piece < kPiecesB; piece += 8) {  // in each block of 64 columns
+              if (b_piece + piece >= kPiecesB) break;
+              const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
+              copy_piece<16>(b_to + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);
+            }
           }
           place_b.advance(channels);
         }

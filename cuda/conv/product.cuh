@@ -106,12 +106,12 @@ struct WgmmaProduct : HalfOperands<T, kCols>, Asynchronous {
   static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     wgmma_fence();
-    const uint64_t da = wgmma_descriptor<128>(shared_address(a), 0);
-    const uint64_t db = wgmma_descriptor<Operands::kRowBytesB>(shared_address(b), Operands::kBlockBytesB);
+    const WgmmaOperand<128, 0> in_a(a);
+    const WgmmaOperand<Operands::kRowBytesB, Operands::kBlockBytesB> in_b(b);
 #pragma unroll
     for (int s = 0; s < Operands::kDepth / 16; ++s) {
       constexpr int kStepA = kTransposed ? 16 * 128 : 32, kStepB = 16 * Operands::kRowBytesB;
-      Wgmma<T, kCols, kTransposed>::multiply(sums, da + s * (kStepA >> 4), db + s * (kStepB >> 4));
+      Wgmma<T, kCols, kTransposed>::multiply(sums, in_a.after(s * kStepA), in_b.after(s * kStepB));
     }
     wgmma_commit();
   }

@@ -23,7 +23,7 @@ struct FloatOperands {
   static constexpr bool kRowsOfBAreColumns = kLayout == LayoutOfA::kRowMajor;
   static constexpr int kThreadsAtLeast = 0;
   static constexpr int kDepth = 32;  // of a step: 128 bytes of a row-major row
-  static constexpr int kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // 32 channels, depth-major
+  static constexpr int kRowBytesB = 128, kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // 32 channels, depth-major
   static constexpr int kBytesB = kRowsOfBAreColumns ? kCols * 128 : (kCols + 31) / 32 * kBlockBytesB;
 
   __device__ static uint32_t place_in_a(int depth, int piece) {
@@ -119,9 +119,9 @@ struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true>, Asyn
   static constexpr int kFinishBytes = 0;
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     wgmma_fence();
-    const uint64_t da = wgmma_descriptor<128>(shared_address(a), 0), db = wgmma_descriptor<128>(shared_address(b), 0);
+    const WgmmaOperand<128, 0> in_a(a), in_b(b);
 #pragma unroll
-    for (int s = 0; s < 4; ++s) Wgmma<float, kCols, false>::multiply(sums, da + s * (32 >> 4), db + s * (32 >> 4));
+    for (int s = 0; s < 4; ++s) Wgmma<float, kCols, false>::multiply(sums, in_a.after(s * 32), in_b.after(s * 32));
     wgmma_commit();
   }
   __device__ static void finish(float (&)[kCols / 2], char*) {}

@@ -9,19 +9,32 @@ namespace jaxsparse::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// A copy, or zeros where setp says so of `value` and 0. cp.async takes 16 bytes past the L1 cache, fewer through it.
+#define JAXSPARSE_COPY(setp, value)                                                                                  \
+  if constexpr (kBytes == 16) {                                                                                      \
+    asm volatile("{\n.reg .pred p;\n" setp " p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(      \
+                     shared_address(to)),                                                                            \
+                 "l"(from), "r"(value)                                                                               \
+                 : "memory");                                                                                        \
+  } else {                                                                                                           \
+    asm volatile("{\n.reg .pred p;\n" setp " p, %2, 0;\ncp.async.ca.shared.global [%0], [%1], %3, p;\n}" ::"r"(      \
+                     shared_address(to)),                                                                            \
+                 "l"(from), "r"(value), "n"(kBytes)                                                                  \
+                 : "memory");                                                                                        \
+  }
+
 // Begins to copy kBytes (4, 8 or 16), or to write zeros; `from` need not be valid then.
 template <int kBytes>
 __device__ void copy_piece(char* to, const void* from, bool exists) {
-  if constexpr (kBytes == 16) {  // past the L1 cache
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(exists ? 16 : 0)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
-                 "r"(exists ? kBytes : 0)
-                 : "memory");
-  }
+  JAXSPARSE_COPY("setp.eq.u32", static_cast<uint32_t>(exists));
 }
+
+// The same of the sign of an index, of which the compiler would make a number first, and a comparison of that.
+template <int kBytes>
+__device__ void copy_if_not_negative(char* to, const void* from, int32_t index) {
+  JAXSPARSE_COPY("setp.lt.s32", index);
+}
+#undef JAXSPARSE_COPY
 
 // Copies since the last call are one group; a thread waits until at most kPending of its groups are on their way.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -22,14 +22,18 @@ __device__ void wgmma_wait() {
 // What ordinary writes or cp.async put into shared memory becomes visible to wgmma.
 __device__ inline void fence_shared_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The matrix descriptor of an operand at a shared-memory address.
-template <int kRowBytes>
-__device__ uint64_t wgmma_descriptor(uint32_t address, int column_stride) {
-  constexpr uint64_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
-  constexpr uint64_t kEightRows = 8 * kRowBytes;
-  return kSwizzle << 62 | kEightRows >> 4 << 32 | static_cast<uint64_t>(column_stride >> 4) << 16 |
-         (address & 0x3FFFF) >> 4;
-}
+// The matrix descriptor of an operand at a shared-memory address, from where a step of the product is so many bytes on. Only
+// its lower half depends on the address, so that a step costs one addition.
+template <int kRowBytes, int kColumnStride>
+struct WgmmaOperand {
+  static constexpr uint32_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
+  static constexpr uint32_t kEightRows = 8 * kRowBytes;
+  static constexpr uint64_t kUpper = kSwizzle << 30 | kEightRows >> 4;
+  uint32_t lower;
+  __device__ explicit WgmmaOperand(const char* at)
+      : lower((kColumnStride >> 4) << 16 | (static_cast<uint32_t>(__cvta_generic_to_shared(at)) & 0x3FFFF) >> 4) {}
+  __device__ uint64_t after(int bytes) const { return kUpper << 32 | (lower + (bytes >> 4)); }
+};
 
 template <typename T, int N, bool kTransposedA>
 struct Wgmma;

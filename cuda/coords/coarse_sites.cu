@@ -1,7 +1,10 @@
 // shifted_sites, where the coarse sites are the sorted fine ones without their last bits; one cooperative kernel:
 //
-//     count   fine sites in each block's share whose coarse site differs from that of the one before
-//     write   those
+//     count   fine sites in each block's share whose coarse site differs from that of the one before; padding is written
+//             while those are on their way
+//     write   those, the last tile first: it is still in registers, and the one before it in the cache
+//
+// On an H200 4.3 us of 10,000 sites, 6.0 of 100,000, 6.2 with 4 times the capacity, 51.5 of 4 million.
 //
 // coarse_sites, for every other geometry and order. It works on blocks of 64 coarse sites, a mask of 64 bits each, because
 // there are few of them: neighbouring fine sites reach the same blocks over and over. Three kernels:
@@ -9,30 +12,34 @@
 //     extent  how far from 0 the fine sites lie, which says how many bits the blocks' codes need
 //     list    each block of threads gathers the masks that its rows reach in a hash map in shared memory, lists them with
 //             their codes, and marks them in the top of the tree
-//     tree    cooperative: puts the listed blocks in order, see tree.cuh, and writes their sites
+//     tree    cooperative: puts the listed blocks in order, see tree.cuh, and writes their sites and the index that maps
+//             from them need
 //
 // 111,028 sites of a scan, kernel 3^3, stride 2, reach 14,351 blocks; 256 rows at a time list 18 thousand.
 //
-// On an H200: 4, 12 and 11 us; of 32,667 sites 3, 7 and 11.
+// On an H200: 4, 11 and 14 us; of 32,650 sites 3, 6 and 12. Of the last 2 to 4 us are the index's, which as a call of its own
+// takes 5 to 8.
 //
 // Tried and left:
 //     a sort of the list by block: 60 us more, on an H100
+//     blocks entered in the index by those who write the leaves, during the last barrier: as long, on an H200
 //     one cooperative kernel for all, codes of as many bits on each axis as the longest needs: 42 us, 20 of 32,667 sites
 #include "cuda/coords/coarse_sites.h"
 
 #include <algorithm>
 
 #include "cuda/coords/blocks.cuh"
+#include "cuda/coords/padding.cuh"
+#include "cuda/coords/site_index.cuh"
 #include "cuda/coords/tree.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
+// Rows from `found` to `end` become padding; all threads call it.
 template <int D>
-__device__ void write_end(const CoarseSitesArgs& a, int32_t found) {
-  for (int64_t row = found + global_thread(); row < a.capacity; row += all_threads()) {
-    write_padding<D>(a.sites + row * (1 + D));
-  }
+__device__ void write_end(const CoarseSitesArgs& a, int32_t found, int32_t end) {
+  fill_padding<D>(a.sites, found, end);
   if (global_thread() == 0) {
     *a.kept = min(found, a.capacity);
     *a.found = found;
@@ -41,48 +48,108 @@ __device__ void write_end(const CoarseSitesArgs& a, int32_t found) {
 
 // --- shifted ---
 
-// Sites have keys, and so have these, which are nearer to 0: none is made.
+// Coarse sites of up to kRows neighbours in the list of fine ones, a thread's: where a warp's 32 are done it has the
+// next 32. Sites have keys, and so have these, which are nearer to 0: none is made.
+template <int D>
+struct ShiftedTile {
+  static constexpr int kAtOnce = D < 4 ? 4 : 2, kRows = kAtOnce * kGridThreads;
+
+  Site<D> site[kAtOnce];
+  unsigned heads[kAtOnce];  // lanes of the warp whose row begins a coarse site
+
+  __device__ int32_t of_warp() const {
+    int32_t sum = 0;
+    for (int i = 0; i < kAtOnce; ++i) sum += __popc(heads[i]);
+    return sum;
+  }
+
+  // Calls meanwhile() while the sites are on their way.
+  template <typename Meanwhile>
+  __device__ void read(const CoarseSitesArgs& a, int shift, Range tile, Meanwhile meanwhile) {
+    const int each = (tile.end - tile.begin + kGridThreads - 1) / kGridThreads;  // sets of 32 rows of a warp
+    const int lane = threadIdx.x % kWarp;
+    const int32_t first = tile.begin + threadIdx.x / kWarp * each * kWarp;
+    Site<D> before(a.coords, max(min(first, tile.end) - 1, 0));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (i < each) site[i] = Site<D>(a.coords, min(first + i * kWarp + lane, tile.end - 1));
+    }
+    meanwhile();
+    for (int d = 0; d < D; ++d) before.coord[d] >>= shift;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t row = first + i * kWarp + lane;
+      if (i >= each) {
+        heads[i] = 0;
+        continue;
+      }
+      bool differs = differs_below(site[i].batch, &before.batch) || row == 0;
+      bool is_within = row < tile.end;
+      for (int d = 0; d < D; ++d) {
+        site[i].coord[d] >>= shift;
+        differs = differs_below(site[i].coord[d], &before.coord[d]) || differs;
+        is_within = is_within && (!a.bounded || (site[i].coord[d] >= 0 && site[i].coord[d] < a.bounds[d]));
+      }
+      heads[i] = __ballot_sync(kAllLanes, differs && is_within);
+    }
+  }
+
+  // Whether a value differs from that of the lane below; *before has that below the lowest, then that of the highest.
+  static __device__ bool differs_below(int32_t value, int32_t* before) {
+    const int32_t below = __shfl_up_sync(kAllLanes, value, 1);
+    const bool differs = value != (threadIdx.x % kWarp == 0 ? *before : below);
+    *before = __shfl_sync(kAllLanes, value, kWarp - 1);
+    return differs;
+  }
+};
+
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSitesArgs a, int shift, int32_t* heads_of) {
   const Grid grid = cooperative_groups::this_grid();
   const int32_t n = real_rows(a.count, a.rows);
-  const auto coarse_site = [&](int64_t row) {
-    Site<D> site(a.coords, row);
-    for (int d = 0; d < D; ++d) site.coord[d] >>= shift;
-    return site;
-  };
-  const Range own = share(n, kGridThreads, gridDim.x);
-  const auto is_head = [&](int32_t i, const Site<D>& site) {  // whether a row begins a coarse site
-    const Site<D> below = coarse_site(max(i - 1, 0));
-    bool differs = i == 0 || below.batch != site.batch, is_within = true;
-    for (int d = 0; d < D; ++d) {
-      differs = differs || below.coord[d] != site.coord[d];
-      is_within = is_within && (!a.bounded || (site.coord[d] >= 0 && site.coord[d] < a.bounds[d]));
-    }
-    return differs && is_within;
-  };
-  int32_t heads = 0;
-  for (int32_t i = own.begin + threadIdx.x; i < own.end; i += kGridThreads) heads += is_head(i, coarse_site(i));
+  const Range own = share(n, kWarp, gridDim.x);
+  ShiftedTile<D> tile;
+  const auto tile_at = [&](int32_t begin) { return Range{begin, min(begin + tile.kRows, own.end)}; };
+  const int lane = threadIdx.x % kWarp;
+  int32_t heads = 0, last = own.begin;
+  const auto fill = [&] { fill_padding<D>(a.sites, n, a.capacity); };  // there are no more coarse sites than fine ones
+  if (own.begin >= own.end) fill();
+  for (int32_t begin = own.begin; begin < own.end; begin += tile.kRows) {
+    tile.read(a, shift, tile_at(begin), [&] {
+      if (begin == own.begin) fill();
+    });
+    heads += lane == 0 ? tile.of_warp() : 0;
+    last = begin;
+  }
   heads = block_sum(heads);
   if (threadIdx.x == 0) heads_of[blockIdx.x] = heads;
   grid.sync();
 
+  // From the last tile, which is here, to the first: what was read last is most likely to be in the cache.
   const BlockSums rows = sum_blocks(heads_of);
-  int32_t next = rows.before;
-  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-    const int32_t i = begin + threadIdx.x;
-    const Site<D> site = coarse_site(min(i, own.end - 1));
-    const bool head = i < own.end && is_head(i, site);
+  int32_t next = rows.before + heads;
+  for (int32_t begin = last; begin >= own.begin && begin < own.end; begin -= tile.kRows) {
+    if (begin != last) tile.read(a, shift, tile_at(begin), [] {});
     int32_t total;
-    const int32_t row = next + block_exclusive_scan<kGridThreads>(static_cast<int32_t>(head), &total);
-    next += total;
-    if (head && row < a.capacity) site.write(a.sites, row);
+    const int32_t before = block_exclusive_scan<kGridThreads>(lane == 0 ? tile.of_warp() : 0, &total);
+    next -= total;
+    int32_t row = next + __shfl_sync(kAllLanes, before, 0);
+#pragma unroll
+    for (int i = 0; i < tile.kAtOnce; ++i) {
+      const int32_t own_row = row + __popc(tile.heads[i] & ((1u << lane) - 1));
+      row += __popc(tile.heads[i]);
+      if ((tile.heads[i] >> lane & 1) != 0 && own_row < a.capacity) tile.site[i].write(a.sites, own_row);
+    }
   }
-  write_end<D>(a, rows.all);
+  write_end<D>(a, rows.all, min(n, a.capacity));
   if (global_thread() == 0) *a.outside = 0;
 }
 
 // --- general ---
+
+constexpr int kListThreads = 256;
+constexpr int kListSlots = 1024;
+constexpr int kExtentBlocks = kListThreads;  // at most, so that one thread can look at each one's result
 
 // A block of coarse sites, and those of it that some rows reach.
 struct alignas(16) Entry {
@@ -94,7 +161,7 @@ struct Scratch {
   Entry* entries;     // [candidates]
   uint64_t* codes;    // [candidates], see BlockCodes
   Tree tree;          // of the entries
-  uint32_t* highest;  // [1 + D, kMostBlocks], of the rows of each block of threads: batch, distance from 0 on each axis
+  uint32_t* highest;  // [1 + D, kExtentBlocks], of the rows of each block of threads: batch, distance from 0 on each axis
   int32_t* number;    // [1], of entries
   int32_t* bits;      // [1], of codes
 };
@@ -104,15 +171,31 @@ struct CoarseAxes {
   CoarseAxis axis[D];
   int64_t stride[D], reach[D];  // a coarse coordinate times the stride is no farther from the fine one than this
   int32_t windows;              // that can hold one fine site
-  bool are_simple;              // two at most on each axis and no division to find them, as with kernel 3, stride 2
+  // Two at most on each axis and found without a division or a number of 64 bits, as with kernel 3, stride 2. Then:
+  bool are_simple;
+  struct {
+    int32_t padding, in_stride, shift, kernel;  // in_stride: the stride less 1
+    int32_t lowest;                             // coordinate within the bounds
+    uint32_t coords;                            // so many
+  } simple[D];
 
-  explicit CoarseAxes(const Geometry& g) : windows(static_cast<int32_t>(windows_per_site(g))), are_simple(true) {
+  explicit CoarseAxes(const CoarseSitesArgs& a)
+      : windows(static_cast<int32_t>(windows_per_site(a.geometry))), are_simple(true) {
+    const Geometry& g = a.geometry;
     for (int d = 0; d < D; ++d) {
       axis[d] = CoarseAxis(g, d);
       stride[d] = g.stride[d];
       const int64_t below = g.dilation[d] * (g.kernel[d] - 1) - g.padding[d], above = g.padding[d];
       reach[d] = std::max(std::max(below, above), int64_t{0});
-      are_simple = are_simple && axis[d].most() <= 2 && axis[d].is_simple();
+      constexpr int64_t most = int64_t{1} << 29;
+      are_simple = are_simple && axis[d].most() <= 2 && axis[d].is_simple() && g.stride[d] <= most;
+      are_simple = are_simple && g.padding[d] <= most && -g.padding[d] <= most;
+      if (!are_simple) continue;
+      int shift = 0;
+      while (int64_t{1} << shift < g.stride[d]) ++shift;
+      simple[d] = {static_cast<int32_t>(g.padding[d]), static_cast<int32_t>(g.stride[d] - 1), shift,
+                   static_cast<int32_t>(g.kernel[d]), a.bounded ? 0 : INT32_MIN,
+                   a.bounded ? static_cast<uint32_t>(std::min(a.bounds[d], int64_t{UINT32_MAX})) : UINT32_MAX};
     }
   }
 };
@@ -141,76 +224,98 @@ __device__ void block_max(uint32_t (&values)[N]) {
 
 template <int D>
 __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a, Scratch s) {
+  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
+  constexpr int kAtOnce = 2;
+  Site<D> sites[kAtOnce];
+  const auto read = [&](int64_t row) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) sites[i] = site_at(row + i * all_threads());
+  };
+  int64_t row = global_thread();
+  read(row);  // on their way together with the count
   clear_tree(s.tree);
-  if (global_thread() == 0) *s.number = *a.outside = 0;
+  if (row == 0) *s.number = *a.outside = 0;
   const int32_t rows = real_rows(a.count, a.rows);
   uint32_t highest[1 + D] = {};
-  for (int64_t row = global_thread(); row < rows; row += all_threads()) {
-    const Site<D> site(a.coords, row);
-    if (!has_key(site)) continue;
-    highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
-    for (int d = 0; d < D; ++d) {
-      highest[1 + d] = max(highest[1 + d], static_cast<uint32_t>(site.coord[d] ^ site.coord[d] >> 31));  // -1 is as near as 0
+  while (row < rows) {
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const Site<D>& site = sites[i];
+      if (row + i * all_threads() >= rows || !has_key(site)) continue;
+      highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
+      for (int d = 0; d < D; ++d) {
+        const int32_t from_0 = site.coord[d] ^ site.coord[d] >> 31;  // -1 is as near as 0
+        highest[1 + d] = max(highest[1 + d], static_cast<uint32_t>(from_0));
+      }
     }
+    row += kAtOnce * all_threads();
+    read(row);
   }
   block_max(highest);
-  for (int i = 0; i < 1 + D; ++i) s.highest[i * kMostBlocks + blockIdx.x] = highest[i];
+  for (int i = 0; i < 1 + D; ++i) s.highest[i * kExtentBlocks + blockIdx.x] = highest[i];
 }
 
-// Blocks as numbers in (batch, Morton) order. Coordinates far from the ends of their range leave the bits above them equal
-// to the sign's complement, and those say nothing: a scan's blocks have 22 bits.
+// Blocks as numbers in (batch, Morton) order, in shared memory. Coordinates far from the ends of their range leave the bits
+// above them equal to the sign's complement, and those say nothing: a scan's blocks have 22 bits.
 template <int D>
 struct BlockCodes {
-  int batch_bits;
-  int low_bits[D];  // of a block's number on each axis, below the sign's; for coordinates, so with those in a block
+  static constexpr int kPart = 4;  // bits of a block's number that are looked up together
+  static constexpr int kParts = (axis_bits(D) - 1 - block_axis_bits(D, 0) + kPart - 1) / kPart;
+  static constexpr int kEntries = D * kParts << kPart;
+  static_assert(kEntries <= kListThreads, "an entry a thread");
 
-  // From the results of extent_kernel in so many blocks. All threads of the block call it.
-  __device__ BlockCodes(const CoarseAxes<D>& axes, const uint32_t* highest_of, int blocks) {
-    __shared__ int bits_of[1 + D];
-    uint32_t highest[1 + D] = {};
-    for (int block = threadIdx.x; block < blocks; block += blockDim.x) {
-      for (int i = 0; i < 1 + D; ++i) highest[i] = max(highest[i], highest_of[i * kMostBlocks + block]);
-    }
+  uint64_t parts[kEntries];  // what a part of an axis's number adds to the code
+  int low_bits[D];           // of a coordinate on each axis, below the sign's
+  int batch_bits;
+
+  // `highest`: the results of extent_kernel in one of its blocks. All threads of the block call it; a barrier must follow.
+  __device__ void fill(const CoarseAxes<D>& axes, uint32_t (&highest)[1 + D]) {
     block_max(highest);
-    if (threadIdx.x <= D) {
-      uint64_t most = highest[0], stride = 1;
+    if (threadIdx.x == 0) batch_bits = 32 - __clz(highest[0]);
 #pragma unroll
-      for (int d = 0; d < D; ++d) {
-        if (threadIdx.x == 1 + d) {
-          most = highest[1 + d] + 1 + axes.reach[d];
-          stride = axes.stride[d];
-        }
-      }
-      bits_of[threadIdx.x] = 64 - __clzll(most / stride);
+    for (int d = 0; d < D; ++d) {
+      if (static_cast<int>(threadIdx.x) != 1 + d) continue;
+      const uint64_t most = highest[1 + d] + uint64_t{1} + axes.reach[d];
+      const int bits = __clzll(axes.stride[d]) + 1 - __clzll(most);  // at least as many as most / stride has
+      low_bits[d] = min(max(bits, 0), axis_bits(D) - 1);
     }
     __syncthreads();
-    batch_bits = bits_of[0];
-    for (int d = 0; d < D; ++d) low_bits[d] = min(bits_of[1 + d], axis_bits(D) - 1);
+    if (threadIdx.x >= kEntries) return;
+    const int axis = threadIdx.x / (kParts << kPart), first = threadIdx.x / (1 << kPart) % kParts * kPart;
+    uint64_t code = 0;
+    for (int b = 0; b < kPart; ++b) {
+      const int bit = first + b + block_axis_bits(D, axis);  // of a coordinate
+      if ((threadIdx.x >> b & 1) == 0 || bit >= low_bits[axis]) continue;
+      int place = 0;
+      for (int d = 0; d < D; ++d) {
+        place += max(min(bit + (d > axis), low_bits[d]) - block_axis_bits(D, d), 0);
+      }
+      code |= uint64_t{1} << place;
+    }
+    parts[threadIdx.x] = code;
   }
 
-  __device__ int bits() const {
-    int bits = batch_bits + D;
+  __device__ int bits_below_sign() const {
+    int bits = 0;
     for (int d = 0; d < D; ++d) bits += max(low_bits[d] - block_axis_bits(D, d), 0);
     return bits;
   }
 
+  __device__ int bits() const { return batch_bits + D + bits_below_sign(); }
+
   __device__ uint64_t code(uint64_t block) const {
     constexpr BlockNumbers<D> numbers;
-    uint64_t code = block >> numbers.batch_shift;
-    int most = 0;
+    uint64_t top = block >> numbers.batch_shift, code = 0;
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      code = code << 1 | (block >> (numbers.shift[d] + numbers.bits[d] - 1) & 1);
-      most = max(most, low_bits[d]);
-    }
-    for (int bit = most - 1; bit >= 0; --bit) {  // of coordinates
+      const uint32_t number = static_cast<uint32_t>(block >> numbers.shift[d]);
+      top = top << 1 | (number >> (numbers.bits[d] - 1) & 1);
 #pragma unroll
-      for (int d = 0; d < D; ++d) {
-        const int in_number = bit - block_axis_bits(D, d);
-        if (in_number >= 0 && bit < low_bits[d]) code = code << 1 | (block >> (numbers.shift[d] + in_number) & 1);
+      for (int i = 0; i < kParts; ++i) {
+        code |= parts[(d * kParts + i) << kPart | (number >> i * kPart & ((1 << kPart) - 1))];
       }
     }
-    return code;
+    return top << bits_below_sign() | code;
   }
 };
 
@@ -250,29 +355,36 @@ struct Reached {
   uint64_t batch;
   uint64_t sites[D][2];  // on each axis, in the block of the first and in that of the second where it is another
   uint32_t number[D][2];
+  int32_t seconds;  // axes with a second block, a bit each
   int32_t outside;  // those without a key
 
-  __device__ Reached(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site)
-      : batch(static_cast<uint64_t>(site.batch) << BlockNumbers<D>().batch_shift) {
+  __device__ Reached(const CoarseAxes<D>& axes, const Site<D>& site)
+      : batch(static_cast<uint64_t>(site.batch) << BlockNumbers<D>().batch_shift), seconds(0) {
     constexpr LowestSites<D> lowest;
+    constexpr uint32_t all_coords = uint32_t{1} << axis_bits(D);
     int32_t all = 1, with_key = 1;
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-      OnAxis on[2];
+      const auto& axis = axes.simple[d];
+      const int32_t padded = site.coord[d] + axis.padding, tap = padded & axis.in_stride, coarse = padded >> axis.shift;
+      bool has_key[2];
+      int exist = 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        int64_t coord;
-        const bool exists = axes.axis[d].coarse_if_simple(site.coord[d], i, &coord);
-        on[i] = on_axis<D>(a, d, exists, coord);
-        sites[d][i] = on[i].has_key ? lowest.on[d] << on[i].bits : 0;
-        number[d][i] = on[i].number;
+        const uint32_t coord = static_cast<uint32_t>(coarse) - i, at = coord + all_coords / 2;
+        const bool exists = tap + (i == 0 ? 0 : axis.in_stride + 1) < axis.kernel && coord - axis.lowest < axis.coords;
+        has_key[i] = exists && at < all_coords;
+        exist += exists;
+        sites[d][i] = has_key[i] ? lowest.on[d] << bits_in_block<D>(d, static_cast<int32_t>(at)) : 0;
+        number[d][i] = at >> block_axis_bits(D, d);
       }
-      if (on[0].has_key && number[d][0] == number[d][1]) {
+      if (has_key[0] && number[d][0] == number[d][1]) {
         sites[d][0] |= sites[d][1];
-        sites[d][1] = 0;
+      } else if (has_key[1]) {
+        seconds |= 1 << d;
       }
-      all *= on[0].exists + on[1].exists;
-      with_key *= on[0].has_key + on[1].has_key;
+      all *= exist;
+      with_key *= has_key[0] + has_key[1];
     }
     outside = all - with_key;
   }
@@ -314,9 +426,6 @@ __device__ uint64_t reached_by(const CoarseSitesArgs& a, const CoarseAxes<D>& ax
   *outside += exists && !has_key;
   return has_key ? uint64_t{1} << bit : 0;
 }
-
-constexpr int kListThreads = 256;
-constexpr int kListSlots = 1024;
 
 // The blocks that the rows of a block of threads reach: a hash map in shared memory.
 struct BlockList {
@@ -361,56 +470,67 @@ template <int D>
 __global__ void __launch_bounds__(kListThreads, 4)
     list_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s, int extent_blocks, int tree_blocks) {
   __shared__ BlockList list;
+  __shared__ BlockCodes<D> codes;
   __shared__ int32_t first_entry;
   const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
-  Site<D> site = site_at(global_thread());  // on its way while the codes are found out
-  const BlockCodes<D> codes(axes, s.highest, extent_blocks);
+  Site<D> site = site_at(global_thread());  // on its way together with the count and the extent
   const int32_t rows = real_rows(a.count, a.rows);
+  uint32_t highest[1 + D];
+  for (int i = 0; i < 1 + D; ++i) {
+    highest[i] = static_cast<int>(threadIdx.x) < extent_blocks ? s.highest[i * kExtentBlocks + threadIdx.x] : 0;
+  }
+  if (blockIdx.x > 0 && int64_t{blockIdx.x} * kListThreads >= rows) return;
+  codes.fill(axes, highest);
+  __syncthreads();
   const TreeShape shape(codes.bits());
   if (global_thread() == 0) *s.bits = codes.bits();
-  const uint32_t each = share_size(shape.top_nodes, kWarp, tree_blocks);
-  const int32_t steps = axes.are_simple ? 1 << D : axes.windows;
+  const uint32_t each = share_size(kTopNodes, kWarp, tree_blocks);
   int32_t outside = 0;
   for (int64_t begin = int64_t{blockIdx.x} * kListThreads; begin < rows; begin += all_threads()) {
-    int32_t step = begin + threadIdx.x < rows && has_key(site) ? 0 : steps;
+    bool more = begin + threadIdx.x < rows && has_key(site);
+    int32_t step = 0;      // which of the blocks or windows is next
     bool goes_on = false;  // where the list was full
     do {
       list.clear();
       __syncthreads();
-      if (step < steps && axes.are_simple) {
-        const Reached<D> reached(a, axes, site);
+      if (more && axes.are_simple) {
+        const Reached<D> reached(axes, site);
         if (!goes_on) outside += reached.outside;
 #pragma unroll 1
-        for (; step < steps; ++step) {
+        while (more) {
           uint64_t block;
           const uint64_t sites = reached.in_block(step, &block);
           if (sites != 0 && !list.add(block, sites)) break;
+          step = (step - reached.seconds) & reached.seconds;  // the next part of that set, the empty one after the last
+          more = step != 0;
         }
       } else {
 #pragma unroll 1
-        for (; step < steps; ++step) {
+        while (more) {
           uint64_t block;
           const uint64_t sites = reached_by(a, axes, site, step, &block, &outside);
           if (sites != 0 && !list.add(block, sites)) break;
+          more = ++step < axes.windows;
         }
       }
-      goes_on = __syncthreads_count(step < steps) > 0;
-      if (threadIdx.x == 0) first_entry = atomicAdd(s.number, list.number);
-      __syncthreads();
+      goes_on = __syncthreads_count(more) > 0;
+      // Marks take as long, and the last warp seldom has any.
+      if (threadIdx.x == kListThreads - 1) first_entry = atomicAdd(s.number, list.number);
       for (int32_t next = 0; next < list.number; next += kListThreads) {
         const int32_t i = next + threadIdx.x;
         const bool exists = i < list.number;
-        int32_t node = 0;
-        int digit = 0;
+        uint64_t block = 0, sites = 0, code = 0;
         if (exists) {
           const int32_t slot = list.slot_of[i];
-          const uint64_t high = list.sites[1][slot], low = list.sites[0][slot], code = codes.code(list.block[slot]);
-          s.entries[first_entry + i] = {list.block[slot], high << 32 | low};
-          s.codes[first_entry + i] = code;
-          node = shape.top_node(code);
-          digit = shape.digit(code, 0);
+          block = list.block[slot];
+          sites = static_cast<uint64_t>(list.sites[1][slot]) << 32 | list.sites[0][slot];
+          code = codes.code(block);
         }
-        mark_children<kListThreads>(s.tree, 0, each, exists, node, digit);
+        mark_children<kListThreads>(s.tree, 0, each, exists, shape.top_node(code), shape.digit(code, 0));
+        if (exists) {
+          s.entries[first_entry + i] = {block, sites};
+          s.codes[first_entry + i] = code;
+        }
       }
       __syncthreads();  // the list is no longer read
     } while (goes_on);
@@ -419,18 +539,54 @@ __global__ void __launch_bounds__(kListThreads, 4)
   if (outside != 0) atomicAdd(a.outside, outside);
 }
 
+// What the tree's leaves become: sites, and an index of their blocks where it is wanted.
+template <int D>
+struct Output {
+  const CoarseSitesArgs& a;
+  BlockSlot* const index;
+  const uint32_t slots;
+  const bool late;  // whether all listed blocks might not fit the index: then only those of kept sites enter it
+
+  __device__ Output(const CoarseSitesArgs& a, int32_t entries)
+      : a(a),
+        index(static_cast<BlockSlot*>(a.index)),
+        slots(static_cast<uint32_t>(min(int64_t{4} * entries + 1, int64_t{BlockSlot::number(a.capacity)}))),
+        late(slots <= static_cast<uint32_t>(entries)) {
+    if (index != nullptr) clear_slots(index, slots);
+  }
+
+  // The slot.
+  __device__ int32_t enter(uint64_t block) const {
+    return index != nullptr ? static_cast<int32_t>(HashMap<BlockSlot>(index, slots).insert_if_absent(block) - index) : 0;
+  }
+
+  // A leaf has a site at least, so from the capacity on none is kept.
+  __device__ int32_t enter_leaf(int32_t leaf, uint64_t block) const { return leaf < a.capacity ? enter(block) : 0; }
+
+  __device__ void hold(int64_t leaf, int32_t slot, int32_t first_row, uint64_t sites) const {
+    if (index != nullptr && leaf < a.capacity) index[slot].hold(sites, first_row);
+  }
+
+  __device__ void begin(int32_t found) const { write_end<D>(a, found, a.capacity); }
+
+  __device__ void write(int32_t row, uint64_t block, int bit) const {
+    if (row < a.capacity) block_site<D>(block, bit).write(a.sites, row);
+  }
+};
+
 template <int D>
 __global__ void __launch_bounds__(kGridThreads, 1) tree_kernel(CoarseSitesArgs a, Scratch s) {
   const Grid grid = cooperative_groups::this_grid();
+  const int32_t entries = *s.number;
+  const Output<D> output(a, entries);
   const Leaves leaves = grow_tree(
-      grid, s.tree, *s.number, TreeShape(*s.bits), [&](int32_t i) { return s.codes[i]; },
-      [&](int32_t i) { return s.entries[i].block; }, [&](int32_t i) { return s.entries[i].sites; });
-  count_sites(s.tree, leaves);
-  grid.sync();
-  const int32_t found = for_sites(s.tree, leaves, [&](int32_t row, uint64_t block, int bit) {
-    if (row < a.capacity) block_site<D>(block, bit).write(a.sites, row);
-  });
-  write_end<D>(a, found);
+      grid, s.tree, entries, TreeShape(*s.bits),
+      [&](int32_t i, bool is_leaf) {
+        const Entry entry = is_leaf ? s.entries[i] : Entry{};
+        return Listed{s.codes[i], entry.block, entry.sites};
+      },
+      output);
+  write_tree(grid, s.tree, leaves, output);
 }
 
 template <int D>
@@ -438,21 +594,22 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
   const int shift = coarse_shift(a.geometry);
   if (a.sorted && shift > 0) {
+    if (a.index != nullptr) return cudaErrorInvalidValue;
     return launch_grid(shifted_sites_kernel<D>, div_up(a.rows, kGridThreads), stream, a, shift,
                        workspace.take<int32_t>(kMostBlocks));
   }
-  const CoarseAxes<D> axes(a.geometry);
+  const CoarseAxes<D> axes(a);
   const int64_t candidates = int64_t{a.rows} * axes.windows;
   Scratch s;
   s.entries = workspace.take<Entry>(candidates);
   s.codes = workspace.take<uint64_t>(candidates);
   s.tree = take_tree(workspace, candidates);
-  s.highest = workspace.take<uint32_t>((1 + D) * kMostBlocks);
+  s.highest = workspace.take<uint32_t>((1 + D) * kExtentBlocks);
   s.number = workspace.take<int32_t>(1);
   s.bits = workspace.take<int32_t>(1);
   const int64_t blocks = div_up(a.rows, kGridThreads);
-  constexpr int64_t least = 64;  // few sites too have the tree's top to clear and to number
-  const int extent_blocks = static_cast<int>(std::min<int64_t>(std::max(blocks, least), kMostBlocks));
+  constexpr int64_t least = 128;  // few sites too have the tree's top to clear and to number
+  const int extent_blocks = static_cast<int>(std::min<int64_t>(std::max(blocks, least), kExtentBlocks));
   int tree_blocks = 0;
   JAXSPARSE_TRY(blocks_at_once(tree_kernel<D>, std::max(blocks, least), &tree_blocks));
   JAXSPARSE_TRY(launch(extent_kernel<D>, extent_blocks, {kGridThreads}, stream, a, s));

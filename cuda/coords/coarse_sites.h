@@ -31,7 +31,7 @@ inline int coarse_shift(const Geometry& geometry) {
 
 // Bytes of workspace for so many candidates, rows times windows.
 constexpr int64_t coarse_sites_workspace(int64_t candidates) {
-  return padded(16 * candidates) + padded(8 * candidates) + tree_workspace(candidates) + padded(4 * 5 * 512) + 2 * padded(4);
+  return padded(16 * candidates) + padded(8 * candidates) + tree_workspace(candidates) + padded(4 * 5 * 256) + 2 * padded(4);
 }
 
 struct CoarseSitesArgs {
@@ -46,6 +46,7 @@ struct CoarseSitesArgs {
   int32_t* kept;     // [1]
   int32_t* found;    // [1]
   int32_t* outside;  // [1]
+  void* index;       // of blocks of the kept sites, as of site_index; may be null, and must be where they are shifted
   void* workspace;   // coarse_sites_workspace(rows * windows_per_site(geometry))
 };
 

@@ -12,14 +12,15 @@
 // A lane has an output, so that table writes are whole lines. Of small windows a thread looks up all taps, by blocks, some
 // 30 instructions each, all told; of others the warps of a block of threads share the taps of 32 outputs.
 //
-// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 11 to look up; of 5,925 sites
-// 1, 3 and 5. By hash, 36 to look up.
+// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 10 to look up; of 5,925 sites
+// 1, 3 and 4. By hash, 36 to look up.
 //
 // Tried and left, on the same unless said otherwise:
 //     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 6 us more
 //     small windows like the others, their taps shared by four warps: 23 us to look up, five times the instructions
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
+//     probes after the first one key after the other, not all keys together: 10.8 us instead of 7.7 of 10,000 sites
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 
@@ -281,15 +282,17 @@ bool is_small(const Geometry& g) {
 template <int D, int kLast>
 __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
-  constexpr int kBlocks = 1 << D, kBlocksAtOnce = kBlocks < 8 ? kBlocks : 8, kMostLines = 3;
+  constexpr int kBlocks = 1 << D, kMostLines = 3;
+  constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // small windows seldom lie over the last blocks
+  constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
   int64_t output = global_thread();
   Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
-  __syncwarp();  // keeps that read above the branches that wait for the counts
+  const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
+  __syncwarp();  // keeps those reads above the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // of a plane
   while (output < out_rows) {
     const Window<D> window(shape, site);
@@ -384,8 +387,8 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, BlockSlot* index) {
   __shared__ TileMasks masks;
   __shared__ Half halves[2 * kMostUnderWindow][kWarp];
+  const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap<BlockSlot> map(index, BlockSlot::number(in_rows));
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Half* const under = &halves[0][lane];
   const uint32_t pieces = pieces_of(out_rows, a.mask_words);

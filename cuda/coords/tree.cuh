@@ -66,13 +66,9 @@ __device__ inline void clear_tree(const Tree& tree) {
 
 // How a tree is laid out whose codes have so many bits.
 struct TreeShape {
-  int levels;         // above the leaves
-  int32_t top_nodes;  // of the first of them
+  int levels;  // above the leaves
 
-  __device__ explicit TreeShape(int bits) : levels(1) {
-    while (bits - levels * kTreeDigitBits > kTopBits) ++levels;
-    top_nodes = 1 << max(bits - levels * kTreeDigitBits, 0);
-  }
+  __device__ explicit TreeShape(int bits) : levels(max((bits - kTopBits + kTreeDigitBits - 1) / kTreeDigitBits, 1)) {}
   __device__ int32_t top_node(uint64_t code) const { return static_cast<int32_t>(code >> levels * kTreeDigitBits); }
   __device__ int digit(uint64_t code, int depth) const {
     return static_cast<int>(code >> (levels - 1 - depth) * kTreeDigitBits) & ((1 << kTreeDigitBits) - 1);
@@ -116,108 +112,153 @@ __device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool e
   __syncthreads();
 }
 
+// An entry, for inner levels its code alone.
+struct Listed {
+  uint64_t code, block, sites;
+};
+
 struct Leaves {
-  const uint64_t* sites;  // of each, those that exist
+  const uint64_t* sites;   // of each, those that exist
+  const int32_t* entered;  // what the output said
   int32_t number;
 };
 
-// Numbers and marks all levels below the top, whose marks must be set. Entry i has the code code_of(i), the block block_of(i)
-// and in it the sites sites_of(i). All blocks call it; it ends with a barrier of the grid.
-template <typename CodeOf, typename BlockOf, typename SitesOf>
-__device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, CodeOf code_of,
-                            BlockOf block_of, SitesOf sites_of) {
-  int32_t nodes = shape.top_nodes;
+// Numbers and marks all levels below the top, whose marks must be set, for entries entry_of(i, whether all of it is
+// needed). Asks the output, at least a barrier after the call, for a number for each entry's block: enter(block), or where
+// `late` is set enter_leaf(leaf, block). All blocks call it; it ends with a barrier of the grid.
+template <typename EntryOf, typename Output>
+__device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of,
+                            const Output& output) {
+  const auto read_entry = [&](int64_t i, bool is_leaf) {
+    return i < entries ? entry_of(static_cast<int32_t>(i), is_leaf) : Listed{};
+  };
+  int32_t nodes = kTopNodes;  // whatever the shape, which is still on its way
   for (int depth = 0;; ++depth) {
     const Level level = tree.level(depth), below = tree.level(depth + 1);
     const Range own = share(nodes, kWarp, gridDim.x);
+    const auto read_children = [&](int32_t node) { return node < own.end ? level.children[node] : 0; };
+    uint64_t held = read_children(own.begin + threadIdx.x);  // on its way while the sums are made
     const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
     int32_t next = children.before;
     for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
       const int32_t node = begin + threadIdx.x;
       int32_t total;
-      const int32_t before =
-          block_exclusive_scan<kGridThreads>(node < own.end ? __popcll(level.children[node]) : 0, &total);
+      const int32_t before = block_exclusive_scan<kGridThreads>(__popcll(held), &total);
       if (node < own.end) level.first[node] = next + before;
       next += total;
+      held = read_children(node + kGridThreads);
     }
     for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below.children[child] = 0;
-    grid.sync();
     nodes = children.all;
+    const bool to_leaves = depth == shape.levels - 1;
+    Listed entry;
+    sync_while(grid, [&] {
+      entry = read_entry(global_thread(), to_leaves);
+    });
 
     const uint32_t each = share_size(nodes, kWarp, gridDim.x);
-    const bool to_leaves = depth == shape.levels - 1;
     for (int64_t begin = int64_t{blockIdx.x} * kGridThreads; begin < entries; begin += all_threads()) {
       const int32_t i = static_cast<int32_t>(begin) + threadIdx.x;
       const bool exists = i < entries;
-      uint64_t code = 0;
       int32_t node = 0;
       if (exists) {
-        code = code_of(i);
-        const int32_t parent = depth == 0 ? shape.top_node(code) : tree.node_of[i];
-        const uint64_t before = (uint64_t{1} << shape.digit(code, depth)) - 1;
-        node = level.first[parent] + __popcll(level.children[parent] & before);
+        const int32_t parent = depth == 0 ? shape.top_node(entry.code) : tree.node_of[i];
+        const uint64_t before = (uint64_t{1} << shape.digit(entry.code, depth)) - 1;
+        const int32_t first = level.first[parent];  // on their way while the block is entered
+        const uint64_t of_parent = level.children[parent];
+        int32_t entered = to_leaves && !output.late ? output.enter(entry.block) : 0;
+        node = first + __popcll(of_parent & before);
         if (to_leaves) {
+          if (output.late) entered = output.enter_leaf(node, entry.block);
+          below.first[node] = entered;
           atomicOr(reinterpret_cast<unsigned long long*>(below.children + node),
-                   static_cast<unsigned long long>(sites_of(i)));
-          tree.block_of[node] = block_of(i);
+                   static_cast<unsigned long long>(entry.sites));
+          tree.block_of[node] = entry.block;
         } else {
           tree.node_of[i] = node;
         }
       }
       if (!to_leaves) {
-        mark_children<kGridThreads>(tree, depth + 1, each, exists, node, shape.digit(code, depth + 1));
+        mark_children<kGridThreads>(tree, depth + 1, each, exists, node, shape.digit(entry.code, depth + 1));
       }
+      entry = read_entry(i + all_threads(), to_leaves);
     }
     grid.sync();
-    if (to_leaves) return {below.children, nodes};
+    if (to_leaves) return {below.children, below.first, nodes};
   }
 }
 
-// Leaves are counted in groups, as many as there may be blocks, of a multiple of kWarp.
-__device__ inline int32_t group_size(int32_t leaves) { return static_cast<int32_t>(share_size(leaves, kWarp, kMostBlocks)); }
-
-// Counts the sites in each group of leaves, a warp a group. A barrier of the grid must follow.
-__device__ inline void count_sites(const Tree& tree, const Leaves& leaves) {
-  const int32_t each = group_size(leaves.number);
-  for (int64_t group = global_thread() / kWarp; group < kMostBlocks; group += all_threads() / kWarp) {
-    const int64_t begin = group * each, end = min(begin + each, int64_t{leaves.number});
-    int32_t sites = 0;
-    for (int64_t leaf = begin + threadIdx.x % kWarp; leaf < end; leaf += kWarp) sites += __popcll(leaves.sites[leaf]);
-    sites = warp_sum(sites);
-    if (threadIdx.x % kWarp == 0) tree.sites_of[group] = sites;
-  }
-}
-
-// Calls write(row, block, bit) for each site in order, `bit` its place in the block with that key; returns how many there
-// are. A warp has a few leaves at a time, a lane two sites of each.
-template <typename Write>
-__device__ int32_t for_sites(const Tree& tree, const Leaves& leaves, Write write) {
+// Hands leaves and sites over. Calls begin(how many sites there are); hold(leaf, what was entered for it, row of its first
+// site, its sites); and write(row, block, bit) for each site, `bit` its place in the block with that key. All blocks call it.
+// A warp has a few leaves at a time, a lane two sites of each.
+template <typename Output>
+__device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
   constexpr int kLeaves = 8;
+  // Sites are counted in groups of leaves: of so many each block counts all, of more only some, and a barrier follows. On an
+  // H200 5,927 leaves took 1.5 us more where each block counted all.
+  constexpr int32_t kCountedByAll = 4096;
   __shared__ int32_t before_group[kMostBlocks];
   static_assert(kMostBlocks == kGridThreads, "a group a thread");
-  int32_t all;
-  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(tree.sites_of[threadIdx.x], &all);
-  __syncthreads();
   const int lane = threadIdx.x % kWarp;
-  const int32_t each = group_size(leaves.number);
-  for (int64_t first = global_thread() / kWarp * kLeaves; first < leaves.number;
-       first += all_threads() / kWarp * kLeaves) {
-    const int32_t group = static_cast<int32_t>(first) / each;
-    int32_t before = 0;  // sites of the group's leaves before `first`
-    for (int64_t leaf = int64_t{group} * each + lane; leaf < first; leaf += kWarp) before += __popcll(leaves.sites[leaf]);
-    int32_t row = before_group[group] + warp_sum(before);
+  const int32_t each = static_cast<int32_t>(share_size(leaves.number, kLeaves, kMostBlocks));
+  int64_t first = global_thread() / kWarp * kLeaves;
+  uint64_t own_sites, own_block;
+  int32_t entered;
+  const auto read_leaves = [&] {
     const int64_t own = first + lane % kLeaves;
-    const uint64_t own_sites = own < leaves.number ? leaves.sites[own] : 0;
-    const uint64_t own_block = own < leaves.number ? tree.block_of[own] : 0;
+    own_sites = own < leaves.number ? leaves.sites[own] : 0;
+    own_block = own < leaves.number ? tree.block_of[own] : 0;
+    entered = own < leaves.number ? leaves.entered[own] : 0;
+  };
+  int32_t before = 0;  // sites of the group's leaves before `first`
+  const auto count_before = [&] {
+    if (first >= leaves.number) return;
+    before = 0;
+    for (int64_t leaf = static_cast<int32_t>(first) / each * int64_t{each} + lane; leaf < first; leaf += kWarp) {
+      before += __popcll(leaves.sites[leaf]);
+    }
+    before = warp_sum(before);
+  };
+  read_leaves();
+  int32_t of_group = 0;
+  if (leaves.number <= kCountedByAll) {
+    const int32_t begin = threadIdx.x * each, end = min(begin + each, leaves.number);
+#pragma unroll 8
+    for (int32_t leaf = begin; leaf < end; ++leaf) of_group += __popcll(leaves.sites[leaf]);
+    count_before();
+  } else {
+    for (int64_t group = global_thread() / kWarp; group < kMostBlocks; group += all_threads() / kWarp) {
+      const int64_t begin = group * each, end = min(begin + each, int64_t{leaves.number});
+      int32_t sites = 0;
+      for (int64_t leaf = begin + lane; leaf < end; leaf += kWarp) sites += __popcll(leaves.sites[leaf]);
+      sites = warp_sum(sites);
+      if (lane == 0) tree.sites_of[group] = sites;
+    }
+    sync_while(grid, count_before);
+    of_group = tree.sites_of[threadIdx.x];
+  }
+
+  int32_t all;
+  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(of_group, &all);
+  output.begin(all);
+  __syncthreads();
+  while (first < leaves.number) {
+    int32_t row = before_group[static_cast<int32_t>(first) / each] + before;
+    const int32_t up_to = warp_inclusive_scan(lane < kLeaves ? __popcll(own_sites) : 0);
+    if (lane < kLeaves && first + lane < leaves.number) {
+      output.hold(first + lane, entered, row + up_to - __popcll(own_sites), own_sites);
+    }
     for (int i = 0; i < kLeaves; ++i) {
       const uint64_t sites = __shfl_sync(kAllLanes, own_sites, i), block = __shfl_sync(kAllLanes, own_block, i);
       for (int bit = lane; bit < 64; bit += kWarp) {
-        if ((sites >> bit & 1) != 0) write(row + __popcll(sites & ((uint64_t{1} << bit) - 1)), block, bit);
+        if ((sites >> bit & 1) != 0) output.write(row + __popcll(sites & ((uint64_t{1} << bit) - 1)), block, bit);
       }
       row += __popcll(sites);
     }
+    first += all_threads() / kWarp * kLeaves;
+    read_leaves();
+    count_before();
   }
-  return all;
 }
 
 }  // namespace jaxsparse::cuda

@@ -6,13 +6,14 @@
 //     write   rows: sites, their points, the row of each point; then padding
 //
 // Bound by the sort's passes, four for a scan of 36 bits: each is a few microseconds of latency up to some hundred thousand
-// points, 24 bytes a point beyond. On an H200 41.9 us with 124,668 points and 63.2 with 271,156; a sort with three barriers a
-// pass and blocks of 1,536 keys took 67.0 and 87.9.
+// points, 24 bytes a point beyond. On an H200 39.0 us with 124,668 points and 57.3 with 271,156; digits counted anew for each
+// tile 41.2 and 64.0, a sort with three barriers a pass and blocks of 1,536 keys 67.0 and 87.9.
 //
 // Tried and left: sites by the tree of tree.cuh with marks straight to global memory, then points sorted by row, 17 bits
 // instead of 36 to 45. On an H100 with 271,156 points 123 us (101 by sorting then): 60 for the tree, 20 for each pass.
 #include "cuda/coords/unique_sites.h"
 
+#include "cuda/coords/padding.cuh"
 #include "cuda/sort/radix_sort.cuh"
 
 namespace jaxsparse::cuda {
@@ -71,7 +72,10 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   if (threadIdx.x == 0) s.bits_of[blockIdx.x] = bits;
   if (first_thread == 0) *s.with_key = n;
   if (threadIdx.x < kReasons) s.without_of[threadIdx.x * kMostBlocks + blockIdx.x] = without[threadIdx.x];
-  grid.sync();
+  sync_while(grid, [&] {  // no more sites than points: what lies beyond is padding
+    for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
+    fill_padding<D>(a.sites, n, a.capacity);
+  });
 
   bits = or_blocks<kSortThreads>(s.bits_of);
   // The last digit is counted whatever the span: it is part of it.
@@ -129,11 +133,8 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
       a.order[at] = kept ? static_cast<int32_t>(point) : -1;
     }
   }
-  for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
-  for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) {
-    a.offsets[row] = static_cast<int32_t>(with_key);
-    if (row < a.capacity) write_padding<D>(a.sites + row * (1 + D));
-  }
+  fill_padding<D>(a.sites, rows.all, min(n, a.capacity));
+  for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) a.offsets[row] = with_key;
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kReasons * kWarp) {  // a warp a reason
     const int why = threadIdx.x / kWarp;
     int32_t points_without = 0;

@@ -29,8 +29,9 @@ class HashMap {
     }
   }
 
-  // Which of some wanted keys are there, and in which slots: the first reads are on their way together. They bring the slots
-  // into the cache, so that no more of a slot need be held meanwhile than its key.
+  // Which of some wanted keys are there, and in which slots: the first reads are on their way together, and so are the second
+  // ones of those that need it: of a warp's keys some nearly always do. They bring the slots into the cache, so that no more
+  // of a slot need be held meanwhile than its key.
   template <int kKeys>
   __device__ void find(const uint64_t (&keys)[kKeys], const bool (&wanted)[kKeys], uint32_t (&slots)[kKeys],
                        bool (&found)[kKeys]) const {
@@ -40,14 +41,19 @@ class HashMap {
       slots[i] = first(keys[i]);
       held[i] = wanted[i] ? slots_[slots[i]].key : kNoKey;
     }
+    bool goes_on;
+    do {
+      goes_on = false;
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) {
-      while (held[i] != keys[i] && held[i] != kNoKey) {
+      for (int i = 0; i < kKeys; ++i) {
+        if (held[i] == keys[i] || held[i] == kNoKey) continue;
         slots[i] = next(slots[i]);
         held[i] = slots_[slots[i]].key;
+        goes_on = true;
       }
-      found[i] = held[i] != kNoKey;
-    }
+    } while (goes_on);
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) found[i] = held[i] != kNoKey;
   }
 
   __device__ const Slot& operator[](uint32_t slot) const { return slots_[slot]; }

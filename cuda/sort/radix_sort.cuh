@@ -7,6 +7,10 @@
 // phase nor a barrier to count or to sum up. No block ever waits for its neighbour, only all for all, so there is nothing to
 // get out of order.
 //
+// A block moves its share a tile at a time. The keys of a large one are first put by digit in shared memory, so that a warp
+// writes runs of neighbours: on an H200 204 us instead of 222 for all of unique_sites with 1 million points, 867 instead of
+// 988 with 4 million, 57 instead of 61 with 271,156; in tiles of 945 keys, of 124,668 points, it took 2 us more.
+//
 // Bound by latency, four dependent reads and a barrier a pass, up to some hundred thousand keys; by 24 bytes a key beyond.
 //
 // Why not CUB: its sort wants the number of keys and of bits from the host, so it follows the capacity and sorts 64
@@ -44,10 +48,16 @@ inline cudaError_t take_sort_buffers(Workspace& workspace, int64_t n, cudaStream
 struct SortShared {
   union {
     Ranks<kSortWarps, kDigits> ranks;
-    int32_t arrived[kSortChunks * kDigits];  // of a tile's keys, in each chunk, by the digits of the next pass
+    struct {
+      uint64_t keys[kSortTile];
+      uint32_t values[kSortTile];
+    } tile;  // by digit
   };
-  int32_t next[kDigits];  // where this block's next key of each digit goes
+  uint32_t arrived[kSortChunks * kDigits / 2];  // keys moved to each chunk by the digits of the next pass, 16 bits each
+  int32_t next[kDigits];                        // where this block's next key of each digit goes
+  int32_t ahead[kDigits];                       // how far ahead of its place in the tile
 };
+constexpr int kTilesCounted = 65535 / kSortTile;  // `arrived` has room for so many
 
 template <typename T>
 __device__ void swap(T*& a, T*& b) {
@@ -105,10 +115,10 @@ __device__ void put_keys(const SortBuffers& b, int32_t n, SortShared& shared, Ke
 }
 
 // Moves the keys and values at [tile.begin, tile.end), at most kSortTile, to shared.next[digit] and on in the other buffers,
-// and adds the next pass's digits to `next_counts` where it is set. Where `number` is set the values are those positions.
-// *in_tile: see Ranks.
+// and where `counts_next` is set adds the next pass's digits to shared.arrived. Where `number` is set the values are those
+// positions. *in_tile: see Ranks.
 template <typename Digit>
-__device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint32_t chunk_keys, int32_t* next_counts,
+__device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint32_t chunk_keys, bool counts_next,
                              uint32_t* in_tile, SortShared& shared, Digit digit_of) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int each = (tile.end - tile.begin + kSortThreads - 1) / kSortThreads;  // sets of 32 keys of a warp
@@ -131,30 +141,64 @@ __device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint
   }
   __syncthreads();
   shared.ranks.sum_up(kSortWarps, shared.next, in_tile);
+  const bool by_digit = each == kSortPerThread;  // few keys have no neighbours of their digit
+  if (by_digit) {
+    const int t = threadIdx.x;
+    const int32_t low = *in_tile & 0xffff, high = *in_tile >> 16;  // keys of two digits
+    int32_t total;
+    const int32_t before = block_exclusive_scan<kSortThreads>(low + high, &total);
+    if (t < kDigits / 2) {
+      shared.ahead[2 * t] = shared.next[2 * t] - before;
+      shared.ahead[2 * t + 1] = shared.next[2 * t + 1] - before - low;
+    }
+  }
   __syncthreads();
+  const auto put = [&](uint64_t key, uint32_t value, int32_t place) {
+    b.other_keys[place] = key;
+    b.other_values[place] = value;
+    if (!counts_next) return;
+    const uint32_t count = static_cast<uint32_t>(place) / chunk_keys * kDigits + digit_of(key, 1);
+    atomicAdd(&shared.arrived[count / 2], 1u << count % 2 * 16);
+  };
 #pragma unroll
   for (int i = 0; i < kSortPerThread; ++i) {
     if (first + i * kWarp >= end) continue;
     const int digit = digit_of(keys[i], 0);
     places[i] += shared.next[digit] + shared.ranks.before[warp][digit];
-    b.other_keys[places[i]] = keys[i];
-    b.other_values[places[i]] = values[i];
+    if (by_digit) {
+      places[i] -= shared.ahead[digit];
+    } else {
+      put(keys[i], values[i], places[i]);
+    }
   }
   __syncthreads();
-  if (next_counts == nullptr) return;
-  for (int i = threadIdx.x; i < kSortChunks * kDigits; i += kSortThreads) shared.arrived[i] = 0;
-  __syncthreads();
+  if (!by_digit) return;
 #pragma unroll
   for (int i = 0; i < kSortPerThread; ++i) {
     if (first + i * kWarp >= end) continue;
-    const uint32_t chunk = static_cast<uint32_t>(places[i]) / chunk_keys;
-    atomicAdd(&shared.arrived[chunk * kDigits + digit_of(keys[i], 1)], 1);
+    shared.tile.keys[places[i]] = keys[i];
+    shared.tile.values[places[i]] = values[i];
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kSortChunks * kDigits; i += kSortThreads) {
-    if (shared.arrived[i] != 0) atomicAdd(&next_counts[i], shared.arrived[i]);
+#pragma unroll
+  for (int i = 0; i < kSortPerThread; ++i) {
+    const int32_t at = threadIdx.x + i * kSortThreads;
+    if (at >= tile.end - tile.begin) continue;
+    const uint64_t key = shared.tile.keys[at];
+    put(key, shared.tile.values[at], shared.ahead[digit_of(key, 0)] + at);
   }
   __syncthreads();
+}
+
+// Adds shared.arrived to the next pass's counts and clears it.
+__device__ inline void hand_over(int32_t* next_counts, SortShared& shared) {
+  for (int i = threadIdx.x; i < kSortChunks * kDigits / 2; i += kSortThreads) {
+    const uint64_t pair = shared.arrived[i];
+    if (pair == 0) continue;
+    shared.arrived[i] = 0;
+    atomicAdd(reinterpret_cast<unsigned long long*>(next_counts) + i,
+              static_cast<unsigned long long>(pair >> 16 << 32 | (pair & 0xffff)));
+  }
 }
 
 // Sorts b.keys, n of them, by the low `bits` bits of code(key), whose last digit must be the key's own. The values become
@@ -164,6 +208,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
   const SortShares shares(n);
   const int passes = bits > 0 ? (bits + kDigitBits - 1) / kDigitBits : 1;
   const int t = threadIdx.x;
+  for (int i = t; i < kSortChunks * kDigits / 2; i += kSortThreads) shared.arrived[i] = 0;
   for (int pass = 0; pass < passes; ++pass) {
     const auto digit_of = [&](uint64_t key, int later) {  // in this pass, or in the next
       return static_cast<int>((code(key) >> ((pass + later) * kDigitBits)) % kDigits);
@@ -189,9 +234,14 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     if (t < kDigits) shared.next[t] += start + before;
     __syncthreads();
     uint32_t in_tile = 0;
+    const bool counts_next = pass + 1 < passes;
+    int tiles = 0;
     for (int32_t begin = shares.own.begin; begin < shares.own.end; begin += kSortTile) {
-      scatter_tile(b, pass == 0, {begin, min(begin + kSortTile, shares.own.end)}, shares.chunk_keys,
-                   pass + 1 < passes ? counts + kSortChunks * kDigits : nullptr, &in_tile, shared, digit_of);
+      const Range tile{begin, min(begin + kSortTile, shares.own.end)};
+      scatter_tile(b, pass == 0, tile, shares.chunk_keys, counts_next, &in_tile, shared, digit_of);
+      if (counts_next && (++tiles % kTilesCounted == 0 || tile.end == shares.own.end)) {
+        hand_over(counts + kSortChunks * kDigits, shared);
+      }
     }
     grid.sync();
     swap(b.keys, b.other_keys);

@@ -106,6 +106,16 @@ those and `found` all. `row_of` is the row of each input's site, -1 for rows pas
 # --- coarse sites ---
 
 
+def _index(rows):
+    return jax.ShapeDtypeStruct((_workspace.site_index(rows),), jnp.uint8)
+
+
+def _site_index(coords, count, *, of_blocks):
+    """What `kernel_map` looks sites up in. Maps from the same sites share it: XLA merges equal calls."""
+    (index,) = _ffi.call("jaxsparse_site_index_v1", [_index(coords.shape[0])], coords, count, of_blocks=int(of_blocks))
+    return index
+
+
 def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sorted):
     real = _keys.real_rows(count, coords.shape[0]) & _keys.has_key(coords)
     fine = jnp.where(real[:, None], coords[:, 1:], 0)[None]  # (1, N, D)
@@ -120,15 +130,20 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sor
     outside = (exists & ~_keys.has_key(coarse)).sum(dtype=jnp.int32)
     coarse = jnp.where(exists[:, None], coarse, _keys.PADDING_COORD)
     sites, kept, found, *_ = _distinct(*_keys.keys_of(coarse), coarse, capacity)
-    return sites, kept, found, outside[None]
+    return sites, kept, found, outside[None], jnp.zeros(_workspace.site_index(capacity), jnp.uint8)
 
 
 def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds, is_sorted):
     rows, columns = coords.shape
     size = _workspace.coarse_sites(rows, geometry)
-    results = [_int32(capacity, columns), *[_int32(1)] * 3, _workspace.struct(platform, size)]
+    makes_index = platform == "cuda" and not (is_sorted and geometry.drops_bits)
+    index = _index(capacity) if makes_index else jax.ShapeDtypeStruct((1,), jnp.uint8)
+    results = [_int32(capacity, columns), *[_int32(1)] * 3, index, _workspace.struct(platform, size)]
     attributes = {**geometry.attributes(), "bounds": bounds or (), "is_sorted": int(is_sorted)}
-    return _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)[:4]
+    sites, kept, *found, index, _ = _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)
+    if not makes_index:  # XLA drops it where nobody reads it
+        index = _site_index(sites, kept, of_blocks=True)
+    return sites, kept, *found, index
 
 
 coarse_sites = Op(
@@ -138,16 +153,17 @@ coarse_sites = Op(
         ((1,), jnp.int32),
         ((1,), jnp.int32),
         ((1,), jnp.int32),
+        ((_workspace.site_index(capacity),), jnp.uint8),
     ],
     _coarse_sites_call,
     _coarse_sites_reference,
 )
 """`coarse_sites(coords [N, 1 + D], count [1], geometry=, capacity=M, bounds=, is_sorted=) -> sites [M, 1 + D], ...`.
 
-And `kept`, `found` and `outside`, each [1]. The distinct coarse sites whose window holds a real fine site, sorted by
-(batch, Morton code); the first M are kept, `kept` counts those and `found` all. With `bounds`, only those in
-[0, bounds). `outside` counts (site, tap) pairs whose coarse site has no key. `is_sorted` promises that real rows are
-distinct sites in that order already.
+And `kept`, `found` and `outside`, each [1], and the index for `kernel_map`. The distinct coarse sites whose window
+holds a real fine site, sorted by (batch, Morton code); the first M are kept, `kept` counts those and `found` all. With
+`bounds`, only those in [0, bounds). `outside` counts (site, tap) pairs whose coarse site has no key. `is_sorted`
+promises that real rows are distinct sites in that order already.
 """
 
 
@@ -196,7 +212,7 @@ def builder_question(platform: str, sites: int, geometry: Geometry, grid: tuple[
     )
 
 
-def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometry, builder, grid=()):
+def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *index, geometry, builder, grid=()):
     in_real = _keys.real_rows(in_count, in_coords.shape[0])
     out_real = _keys.real_rows(out_count, out_coords.shape[0])
     high, low = _keys.keys_of(jnp.where(in_real[:, None], in_coords, _keys.PADDING_COORD))
@@ -223,13 +239,11 @@ def _kernel_map_reference(in_coords, in_count, out_coords, out_count, *, geometr
     return table, tap_masks(table)
 
 
-def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, geometry, builder, grid=()):
+def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *block_index, geometry, builder, grid=()):
     if builder == "auto":
         builder = choice.answer(builder_question(platform, in_coords.shape[0], geometry, grid)).choice
-    struct = jax.ShapeDtypeStruct((_workspace.site_index(in_coords.shape[0]),), jnp.uint8)
-    of_blocks = int(builder == "blocks")
-    # Maps from the same sites share their index: XLA merges equal calls.
-    (index,) = _ffi.call("jaxsparse_site_index_v1", [struct], in_coords, in_count, of_blocks=of_blocks)
+    of_blocks = builder == "blocks"
+    index = block_index[0] if block_index and of_blocks else _site_index(in_coords, in_count, of_blocks=of_blocks)
     taps, out_rows = geometry.volume, out_coords.shape[0]
     results = [_int32(taps, out_rows), _uint32(out_rows, -(-taps // 32))]
     attributes = {**geometry.attributes(), "builder": BUILDERS.index(builder)}
@@ -239,18 +253,19 @@ def _kernel_map_call(platform, in_coords, in_count, out_coords, out_count, *, ge
 
 kernel_map = Op(
     "kernel_map",
-    lambda in_coords, in_count, out_coords, out_count, *, geometry, builder, grid=(), implementation: [
+    lambda in_coords, in_count, out_coords, out_count, *index, geometry, builder, grid=(), implementation: [
         ((geometry.volume, out_coords.shape[0]), jnp.int32),
         ((out_coords.shape[0], -(-geometry.volume // 32)), jnp.uint32),
     ],
     _kernel_map_call,
     _kernel_map_reference,
 )
-"""`kernel_map(in_coords, in_count [1], out_coords, out_count [1], geometry=, builder=) -> table, masks`.
+"""`kernel_map(in_coords, in_count [1], out_coords, out_count [1], [index,] geometry=, builder=) -> table, masks`.
 
 `table[k, m]`, int32 `[K, N_out]`, is the input row at `stride * out[m] - padding + dilation * tap_k`, or -1; masks,
 uint32 `[N_out, W]`, say where one is. Of equal input sites the first row is taken. Columns from `out_count` on hold
-anything. The builder, one of `BUILDERS`, changes nothing but the time it takes, and "auto" is chosen among those of the
-geometry, by `grid`, the stride of the input sites, too; "blocks" wants the real input rows to
-be distinct sites sorted by (batch, Morton code), and a geometry that `Geometry.builders` lists it for.
+anything. The index is that of `coarse_sites` where that made the input sites; else the op makes its own. The builder,
+one of `BUILDERS`, changes nothing but the time it takes, and "auto" is chosen among those of the geometry, by `grid`,
+the stride of the input sites, too; "blocks" wants the real input rows to be distinct sites sorted by (batch, Morton
+code), and a geometry that `Geometry.builders` lists it for.
 """

@@ -43,7 +43,7 @@ def unique_sites(points: int) -> int:
 def coarse_sites(rows: int, geometry: Geometry) -> int:
     """`coarse_sites_workspace` in cuda/coords/coarse_sites.h, of every coarse site that a fine row can reach."""
     candidates = rows * geometry.coarse_per_site()
-    return _padded(16 * candidates) + _padded(8 * candidates) + _tree(candidates) + 4 * 5 * 512 + 2 * _padded(4)
+    return _padded(16 * candidates) + _padded(8 * candidates) + _tree(candidates) + 4 * 5 * 256 + 2 * _padded(4)
 
 
 def site_index(rows: int) -> int:

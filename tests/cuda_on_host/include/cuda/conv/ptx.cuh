@@ -20,6 +20,10 @@ void copy_piece(char* to, const void* from, bool exists) {
     cuda_on_host::running->copies.back().push_back([=] { std::memset(to, 0, kBytes); });
   }
 }
+template <int kBytes>
+void copy_if_not_negative(char* to, const void* from, int32_t index) {
+  copy_piece<kBytes>(to, from, index >= 0);
+}
 inline void commit_copies() { __pipeline_commit(); }
 template <int kPending>
 void wait_for_copies() {
