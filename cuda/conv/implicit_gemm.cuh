@@ -87,6 +87,12 @@ namespace jaxsparse::cuda {
 constexpr int kTapsAtOnce = 32;     // a word of a mask
 constexpr int kDepthTogether = 16;  // products that tensor cores add at a time
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasRegisterForPlace = true;
+#else
+constexpr bool kHasRegisterForPlace = false;  // with mma.sync it would spill
+#endif
+
 template <typename T>
 __device__ uint32_t pack(float low, float high) {
   const T both[2] = {narrow<T>(low), narrow<T>(high)};
@@ -313,7 +319,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
     const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
     const int a_byte = a_piece * P::kPieceBytes;
-    const uint32_t a_to = stay_here(swizzled<128>(a_row, a_byte / 16) + a_byte % 16);
+    uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
+    if constexpr (kHasRegisterForPlace) a_to = stay_here(a_to);
     const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
     const int32_t divisor = kSplits == 1 ? channels : max(channels, 8);
     Place place_a(a_piece * kInPieceA, divisor, kDepth), place_b(b_row, divisor, kDepth);
