@@ -53,5 +53,6 @@ struct CoarseSitesArgs {
 // Distinct coarse sites whose window holds a real fine site, sorted by key, the first `capacity` kept; `kept` counts
 // those, `found` all, `outside` the (fine site, tap) pairs within bounds whose coarse coordinate has no key.
 cudaError_t coarse_sites(const CoarseSitesArgs& args, cudaStream_t stream);
+cudaError_t shifted_sites(const CoarseSitesArgs& args, cudaStream_t stream);  // what it calls for sorted ones with a shift
 
 }  // namespace jaxsparse::cuda

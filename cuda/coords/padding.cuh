@@ -17,4 +17,14 @@ __device__ void fill_padding(int32_t* sites, int64_t begin, int64_t end) {
   }
 }
 
+// Ends distinct sites, `found` of them: rows from there to `end` become padding. All threads of the grid call it.
+template <int D, class Args>
+__device__ void end_sites(const Args& a, int32_t found, int32_t end) {
+  fill_padding<D>(a.sites, found, end);
+  if (global_thread() == 0) {
+    *a.kept = min(found, a.capacity);
+    *a.found = found;
+  }
+}
+
 }  // namespace jaxsparse::cuda

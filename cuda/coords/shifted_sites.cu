@@ -1,0 +1,123 @@
+// Coarse sites that are the sorted fine ones without their last bits; one cooperative kernel:
+//
+//     count   fine sites in each block's share whose coarse site differs from that of the one before; padding is written
+//             while those are on their way
+//     write   those, the last tile first: it is still in registers, and the one before it in the cache
+//
+// On an H200 4.3 us of 10,000 sites, 6.0 of 100,000, 6.2 with 4 times the capacity, 51.5 of 4 million.
+//
+#include "cuda/common/grid.cuh"
+#include "cuda/coords/coarse_sites.h"
+#include "cuda/coords/padding.cuh"
+
+namespace jaxsparse::cuda {
+namespace {
+
+// Coarse sites of up to kRows neighbours in the list of fine ones, a thread's: where a warp's 32 are done it has the
+// next 32. Sites have keys, and so have these, which are nearer to 0: none is made.
+template <int D>
+struct ShiftedTile {
+  static constexpr int kAtOnce = D < 4 ? 4 : 2, kRows = kAtOnce * kGridThreads;
+
+  Site<D> site[kAtOnce];
+  unsigned heads[kAtOnce];  // lanes of the warp whose row begins a coarse site
+
+  __device__ int32_t of_warp() const {
+    int32_t sum = 0;
+    for (int i = 0; i < kAtOnce; ++i) sum += __popc(heads[i]);
+    return sum;
+  }
+
+  // Calls meanwhile() while the sites are on their way.
+  template <typename Meanwhile>
+  __device__ void read(const CoarseSitesArgs& a, int shift, Range tile, Meanwhile meanwhile) {
+    const int each = (tile.end - tile.begin + kGridThreads - 1) / kGridThreads;  // sets of 32 rows of a warp
+    const int lane = threadIdx.x % kWarp;
+    const int32_t first = tile.begin + threadIdx.x / kWarp * each * kWarp;
+    Site<D> before(a.coords, max(min(first, tile.end) - 1, 0));
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (i < each) site[i] = Site<D>(a.coords, min(first + i * kWarp + lane, tile.end - 1));
+    }
+    meanwhile();
+    for (int d = 0; d < D; ++d) before.coord[d] >>= shift;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int32_t row = first + i * kWarp + lane;
+      if (i >= each) {
+        heads[i] = 0;
+        continue;
+      }
+      bool differs = differs_below(site[i].batch, &before.batch) || row == 0;
+      bool is_within = row < tile.end;
+      for (int d = 0; d < D; ++d) {
+        site[i].coord[d] >>= shift;
+        differs = differs_below(site[i].coord[d], &before.coord[d]) || differs;
+        is_within = is_within && (!a.bounded || (site[i].coord[d] >= 0 && site[i].coord[d] < a.bounds[d]));
+      }
+      heads[i] = __ballot_sync(kAllLanes, differs && is_within);
+    }
+  }
+
+  // Whether a value differs from that of the lane below; *before has that below the lowest, then that of the highest.
+  static __device__ bool differs_below(int32_t value, int32_t* before) {
+    const int32_t below = __shfl_up_sync(kAllLanes, value, 1);
+    const bool differs = value != (threadIdx.x % kWarp == 0 ? *before : below);
+    *before = __shfl_sync(kAllLanes, value, kWarp - 1);
+    return differs;
+  }
+};
+
+template <int D>
+__global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSitesArgs a, int shift, int32_t* heads_of) {
+  const Grid grid = cooperative_groups::this_grid();
+  const int32_t n = real_rows(a.count, a.rows);
+  const Range own = share(n, kWarp, gridDim.x);
+  ShiftedTile<D> tile;
+  const auto tile_at = [&](int32_t begin) { return Range{begin, min(begin + tile.kRows, own.end)}; };
+  const int lane = threadIdx.x % kWarp;
+  int32_t heads = 0, last = own.begin;
+  const auto fill = [&] { fill_padding<D>(a.sites, n, a.capacity); };  // there are no more coarse sites than fine ones
+  if (own.begin >= own.end) fill();
+  for (int32_t begin = own.begin; begin < own.end; begin += tile.kRows) {
+    tile.read(a, shift, tile_at(begin), [&] {
+      if (begin == own.begin) fill();
+    });
+    heads += lane == 0 ? tile.of_warp() : 0;
+    last = begin;
+  }
+  heads = block_sum(heads);
+  if (threadIdx.x == 0) heads_of[blockIdx.x] = heads;
+  grid.sync();
+
+  // From the last tile, which is here, to the first: what was read last is most likely to be in the cache.
+  const BlockSums rows = sum_blocks(heads_of);
+  int32_t next = rows.before + heads;
+  for (int32_t begin = last; begin >= own.begin && begin < own.end; begin -= tile.kRows) {
+    if (begin != last) tile.read(a, shift, tile_at(begin), [] {});
+    int32_t total;
+    const int32_t before = block_exclusive_scan<kGridThreads>(lane == 0 ? tile.of_warp() : 0, &total);
+    next -= total;
+    int32_t row = next + __shfl_sync(kAllLanes, before, 0);
+#pragma unroll
+    for (int i = 0; i < tile.kAtOnce; ++i) {
+      const int32_t own_row = row + __popc(tile.heads[i] & ((1u << lane) - 1));
+      row += __popc(tile.heads[i]);
+      if ((tile.heads[i] >> lane & 1) != 0 && own_row < a.capacity) tile.site[i].write(a.sites, own_row);
+    }
+  }
+  end_sites<D>(a, rows.all, min(n, a.capacity));
+  if (global_thread() == 0) *a.outside = 0;
+}
+
+}  // namespace
+
+cudaError_t shifted_sites(const CoarseSitesArgs& a, cudaStream_t stream) {
+  if (a.index != nullptr) return cudaErrorInvalidValue;
+  return for_dims(a.geometry.dims, [&](auto dims) {
+    return launch_grid(shifted_sites_kernel<decltype(dims)::value>, div_up(a.rows, kGridThreads), stream, a,
+                       coarse_shift(a.geometry), Workspace(a.workspace).take<int32_t>(kMostBlocks));
+  });
+}
+
+}  // namespace jaxsparse::cuda
