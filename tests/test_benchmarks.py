@@ -140,6 +140,7 @@ def test_the_cost_model_is_near_what_was_measured_and_chooses_almost_the_best():
     assert np.mean([regret for _, regret in judged]) < 0.04
     split = 0
     for layer, (times, regret) in zip(layers, judged, strict=True):
+        assert regret < (0.32 if layer["op"] == "conv" else 0.07)
         if layer["op"] == "conv" and layer["sorts"] and any(tile.splits > 1 for tile in times):
             chosen, best = (min(times, key=lambda tile: times[tile][i]) for i in (1, 0))
             assert chosen.splits == best.splits or regret < 0.15

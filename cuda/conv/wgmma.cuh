@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "cuda/conv/ptx.cuh"
+
 namespace jaxsparse::cuda {
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -31,7 +33,7 @@ struct WgmmaOperand {
   static constexpr uint64_t kUpper = kSwizzle << 30 | kEightRows >> 4;
   uint32_t lower;
   __device__ explicit WgmmaOperand(const char* at)
-      : lower((kColumnStride >> 4) << 16 | (static_cast<uint32_t>(__cvta_generic_to_shared(at)) & 0x3FFFF) >> 4) {}
+      : lower((kColumnStride >> 4) << 16 | (shared_address(at) & 0x3FFFF) >> 4) {}
   __device__ uint64_t after(int bytes) const { return kUpper << 32 | (lower + (bytes >> 4)); }
 };
 

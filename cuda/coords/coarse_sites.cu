@@ -72,9 +72,7 @@ struct CoarseAxes {
       are_simple = are_simple && axis[d].most() <= 2 && axis[d].is_simple() && g.stride[d] <= most;
       are_simple = are_simple && g.padding[d] <= most && -g.padding[d] <= most;
       if (!are_simple) continue;
-      int shift = 0;
-      while (int64_t{1} << shift < g.stride[d]) ++shift;
-      simple[d] = {static_cast<int32_t>(g.padding[d]), static_cast<int32_t>(g.stride[d] - 1), shift,
+      simple[d] = {static_cast<int32_t>(g.padding[d]), static_cast<int32_t>(g.stride[d] - 1), axis[d].shift(),
                    static_cast<int32_t>(g.kernel[d]), a.bounded ? 0 : INT32_MIN,
                    a.bounded ? static_cast<uint32_t>(std::min(a.bounds[d], int64_t{UINT32_MAX})) : UINT32_MAX};
     }

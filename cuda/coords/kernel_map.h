@@ -17,7 +17,8 @@ struct SiteIndexArgs {
   void* index;  // 32 * hash_slots(rows) bytes, aligned to 32
 };
 
-// What kernel_map looks input rows up in, where coarse_sites has not made it with the sites. Its bytes depend on the order of threads; what is found does not.
+// What kernel_map looks input rows up in, where coarse_sites has not made it with the sites. Its bytes depend on the order of
+// threads; what is found does not.
 cudaError_t site_index(const SiteIndexArgs& args, cudaStream_t stream);
 
 // How a map is built. Every builder gives the same map.

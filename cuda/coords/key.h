@@ -248,10 +248,17 @@ class CoarseAxis {
   // Whether they are found without a division, which is slow on a GPU.
   JAXSPARSE_HD bool is_simple() const { return dilation_ == 1 && shift_ >= 0; }
 
+  // Base 2 logarithm of the stride, -1 where it is no power of two.
+  JAXSPARSE_HD int shift() const { return shift_; }
+
   // The i-th of them, i = 0 .. most() - 1. False where there is no i-th one.
   JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
-    if (is_simple()) return coarse_if_simple(fine, i, out);
     const int64_t padded = fine + padding_;
+    if (is_simple()) {
+      const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
+      *out = (padded - tap) >> shift_;
+      return tap < kernel_;
+    }
     for (int64_t first = 0; first < period_ && first < kernel_; ++first) {
       if ((padded - dilation_ * first) % stride_ != 0) continue;
       const int64_t tap = first + i * period_;
@@ -259,13 +266,6 @@ class CoarseAxis {
       return tap < kernel_;
     }
     return false;
-  }
-
-  JAXSPARSE_HD bool coarse_if_simple(int64_t fine, int64_t i, int64_t* out) const {
-    const int64_t padded = fine + padding_;
-    const int64_t tap = (padded & (stride_ - 1)) + i * stride_;
-    *out = (padded - tap) >> shift_;
-    return tap < kernel_;
   }
 
  private:
@@ -280,7 +280,7 @@ class CoarseAxis {
 
   int64_t kernel_, stride_, padding_, dilation_;
   int64_t period_, most_;  // taps that give a whole coarse coordinate are `period_` apart
-  int shift_;              // log2 of the stride, -1 where it is no power of two
+  int shift_;
 };
 
 }  // namespace jaxsparse
