@@ -45,9 +45,9 @@ DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) fo
 COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 """Pass as `jax.jit(..., compiler_options=jaxsparse.COMPILER_OPTIONS)`.
 
-In a CUDA graph, kernels that do not wait for each other's results then run side by side, such as the maps of coarse sites and
-the first convolutions. Results keep their bits; other platforms ignore it. `flax.nnx.jit` takes no options: set
-`XLA_FLAGS=--xla_gpu_command_buffer_scheduling_mode=CONCURRENT` for it.
+In a CUDA graph, kernels that do not wait for each other's results then run side by side, such as the maps of coarse
+sites and the first convolutions. Results keep their bits; other platforms ignore it. `flax.nnx.jit` takes no options:
+set `XLA_FLAGS=--xla_gpu_command_buffer_scheduling_mode=CONCURRENT` for it.
 """
 
 
