@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse.ops.elementwise import activate
 from jaxsparse.tensor import SparseTensor, on_sites
 
 
@@ -45,14 +46,16 @@ def batch_norm(
     bias: jax.Array | None = None,
     *,
     epsilon: float = 1e-5,
+    activation: str | None = None,
 ) -> SparseTensor:
-    """`(x - mean) / sqrt(variance + epsilon) * scale + bias` on real rows, computed in float32 or wider.
+    """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias)` on real rows, computed in float32 or wider.
 
     Args:
       x: features `[N, C]`; the result has its dtype.
       mean, variance: `[C]`, from `batch_statistics` or running ones.
       scale, bias: `[C]` or None.
       epsilon: added to the variance.
+      activation: "relu", "leaky_relu", "gelu" or "silu"; a ReLU costs the backward pass nothing.
     """
     dtype = accumulation_dtype(x.dtype)
     factor = lax.rsqrt(variance.astype(dtype) + epsilon)
@@ -65,4 +68,6 @@ def batch_norm(
     shift = (center - mean) * factor
     if bias is not None:
         shift = shift + bias.astype(dtype)
-    return on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts))
+    is_relu = activation == "relu"
+    y = on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts, relu=is_relu))
+    return y if is_relu else activate(y, activation)
