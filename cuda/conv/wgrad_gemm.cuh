@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   if (slot.tap < 0) return;
   const int32_t count = slot.end - slot.begin, steps = (count + kDepth - 1) / kDepth;
   const Pair* pairs = a.pairs + int64_t{slot.tap} * a.out_rows + slot.begin;
-  // Eight threads copy 128 bytes of a row, a block of channels; then the next block, then the next rows.
+  // Eight threads copy 128 bytes of a row, a block of channels; then the next block, then the next rows. Where there are no
+  // channels stays what was there: it reaches sums alone that are not stored.
   constexpr int kInBlock = 8 * kInPiece, kBlocksA = P::kRows / kInBlock, kBlocksB = (kCols + kInBlock - 1) / kInBlock;
   constexpr int kRowsAtOnce = kThreads / 8, kRowsA = kRowsAtOnce * 128, kRowsB = kRowsAtOnce * Product::kRowBytesB;
   static_assert(kRowsAtOnce % 8 == 0, "rows at once lie alike in the swizzle");
@@ -69,6 +70,10 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   const int32_t x_there = a.in_channels - first_row - part * kInPiece;  // channels from the thread's on
   const int32_t g_there = min(a.out_channels - first_col, kCols) - part * kInPiece;
   const bool x_has_whole_pieces = a.in_channels % kInPiece == 0;
+  // Where a row of x and one of g have 128 bytes together, a thread copies of one of them alone.
+  const bool are_short = x_has_whole_pieces && a.in_channels + a.out_channels <= kInBlock && pieces == 1;
+  const int32_t x_pieces = a.in_channels / kInPiece;
+  const bool copies_x = part < x_pieces;
 
   const auto copy_pairs = [&](int32_t step) {  // 16 bytes a thread; two pairs may cross the end of the slot, not of the list
     const int32_t at = step * kDepth + t * 2;
@@ -92,24 +97,42 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
       for (int block = 0; block < kBlocksA; ++block) {
         char* const to_a = to + a_to + i * kRowsA + block * Product::kBlockBytesA;
         const int32_t there = x_there - block * kInBlock;
+        if (there <= 0) continue;
         if constexpr (whole_pieces) {
-          copy_piece<16>(to_a, from_x + block * 128, exists && there > 0);
+          copy_piece<16>(to_a, from_x + block * 128, exists);
         } else {
-          copy_piece<8>(to_a, from_x + block * 128, exists && there > 0);
+          copy_piece<8>(to_a, from_x + block * 128, exists);
           copy_piece<8>(to_a + 8, from_x + block * 128 + 8, exists && there > kInPiece / 2);
         }
       }
 #pragma unroll
       for (int block = 0; block < kBlocksB; ++block) {
-        if (part * kInPiece + block * kInBlock >= kCols) continue;
-        copy_piece<16>(to + b_to + i * kRowsB + block * Product::kBlockBytesB, from_g + block * 128,
-                       exists && g_there > block * kInBlock);
+        if (g_there <= block * kInBlock) continue;
+        copy_piece<16>(to + b_to + i * kRowsB + block * Product::kBlockBytesB, from_g + block * 128, exists);
       }
+    }
+  };
+  const auto copy_short_rows = [&](int32_t step, int stage) {
+    const int piece = copies_x ? part : part - x_pieces;
+    if (!copies_x && piece * kInPiece >= a.out_channels) return;
+    const uint32_t place = copies_x ? Product::place_in_a(first_depth, piece)
+                                    : kGroups * kBytesA + Product::place_in_b(first_depth, piece);
+    char* const to = stages + stage * P::kStageBytes + place;
+    const char* const from = static_cast<const char*>(copies_x ? a.x : a.g) + piece * 16;
+    const Pair* pairs_of_step = ring + step % P::kPairSteps * kDepth + first_depth;
+    const int32_t* rows = copies_x ? &pairs_of_step->in_row : &pairs_of_step->out_row;
+    const int32_t rows_there = count - step * kDepth - first_depth;
+#pragma unroll
+    for (int i = 0; i < kDepth / kRowsAtOnce; ++i) {
+      copy_piece<16>(to + i * (copies_x ? kRowsA : kRowsB),
+                     from + wide(rows[i * kRowsAtOnce * 2], copies_x ? x_row_bytes : g_row_bytes), rows_there > i * kRowsAtOnce);
     }
   };
   const auto copy_step = [&](int32_t step, int stage) {
     if (step >= steps) return;
-    if (x_has_whole_pieces) {
+    if (are_short) {
+      copy_short_rows(step, stage);
+    } else if (x_has_whole_pieces) {
       copy_rows(step, stage, std::true_type());
     } else {
       copy_rows(step, stage, std::false_type());
