@@ -55,6 +55,8 @@ class Geometry:
 
         Padding defaults to `dilation * ((kernel - 1) // 2)`: kernel 3 reaches -1, 0, 1 and kernel 2 reaches 0, 1.
         """
+        if not 1 <= dims <= 4:
+            raise ValueError(f"`dims` (={dims}) must be 1 to 4 spatial axes.")
         kernel = per_axis("kernel_size", kernel_size, dims)
         dilation = per_axis("dilation", dilation, dims)
         if padding is None:
