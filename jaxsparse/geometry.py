@@ -150,7 +150,7 @@ class Geometry:
 
     @property
     def drops_bits(self) -> bool:
-        """Whether coarse sites are the fine ones less their last bits: `coarse_shift` in cuda/coords/coarse_sites.h."""
+        """Whether a coarse site is a fine one without its last bits: `coarse_shift` in cuda/coords/coarse_sites.h."""
         size = self.stride[0]
         sizes, ones = (size,) * len(self.kernel), (1,) * len(self.kernel)
         is_power = size > 1 and size & (size - 1) == 0

@@ -50,7 +50,7 @@ class Capacities(Mapping[tuple[int, ...], int]):
         return f"Capacities({dict(self._rows)})"
 
     def hear(self, stride: tuple[int, ...], rows: jax.Array) -> None:
-        """Told how many rows each new grid needs. Nothing is done with it here; planning listens."""
+        """Is told how many rows each new grid needs. Does nothing: `jaxsparse.capacities` overrides it to listen."""
 
 
 class _Memo:
@@ -218,12 +218,13 @@ class Sites:
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             made = Sites(coords, kept[0], problems, stride, self.capacities, self.batch_size, bounds, "morton")
-            if implementation != "xla":  # whose index is none
+            if implementation != "xla":  # plain JAX makes no index
                 made.memo("index", lambda: (index,))
             return self.status, made
 
         reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)
-        return made if reported is self.status else made.with_status(self.status)  # of sites that share this memo
+        # Sites that share this memo may have another status than those for which it was made.
+        return made if reported is self.status else made.with_status(self.status)
 
 
 def as_int32(name: str, values: jax.Array) -> jax.Array:

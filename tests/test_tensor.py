@@ -52,6 +52,13 @@ def test_tensor_prints_its_facts_and_no_rows():
     )
 
 
+def test_flax_tabulates_layers():
+    with jax.numpy_rank_promotion("allow"):
+        text = nnx.tabulate(js.nn.SubMConv(3, 4, 3, rngs=nnx.Rngs(0)), random_tensor(0))
+    assert "coords" in text
+    assert "kernel" in text
+
+
 @pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
 def test_tensor_with_maps_is_pickled_and_copied_without_them(copied):
     x = random_tensor(0)

@@ -390,3 +390,10 @@ def test_build_table_writes_what_programs_read(tmp_path, monkeypatch, capsys):
     assert store.shipped("cpu") == found
     store.shipped.cache_clear()
     assert TuningResult.load(path).choices == found
+
+
+def test_build_table_refuses_what_it_cannot_tune(tmp_path, capsys):
+    for option, value in (("--width", "0"), ("--budget", "-1"), ("--voxel", "nan"), ("--data", str(tmp_path))):
+        with pytest.raises(SystemExit):
+            command.main(["build-table", option, value])
+        assert f"error: {option} (=" in capsys.readouterr().err
