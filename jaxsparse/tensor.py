@@ -27,9 +27,12 @@ def check_float(name: str, x: jax.Array) -> None:
 
 
 def check_tensor(op: str, x: object) -> None:
-    """Refuses what is no SparseTensor."""
+    """Refuses what is no SparseTensor, or several in one, as `vmap` returns them."""
     if not isinstance(x, SparseTensor):
         raise TypeError(f"{op}: expected a SparseTensor, got {type(x).__name__}.")
+    if x.coords.ndim != 2:
+        axes = x.coords.shape[:-2]
+        raise ValueError(f"{op}: the SparseTensor has leading axes {axes}, several in one; call this inside jax.vmap.")
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -127,6 +130,8 @@ class SparseTensor:
 
     def __repr__(self) -> str:
         s = self.sites
+        if not isinstance(s, Sites) or not hasattr(self.feats, "dtype"):  # jax puts other things where arrays were
+            return f"SparseTensor(sites={s!r}, feats={self.feats!r})"
         return (
             f"SparseTensor({self.dtype}{list(self.feats.shape)}, count={s.count}, stride={s.stride}, "
             f"batch_size={s.batch_size}, bounds={s.bounds}, order={s.order!r})"
@@ -206,6 +211,7 @@ class SparseTensor:
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """The real rows on the host, coordinates and features, after `check`."""
+        check_tensor("rows", self)
         self.check()
         n = int(self.count)
         return np.asarray(self.coords)[:n], np.asarray(self.feats)[:n]

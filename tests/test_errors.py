@@ -51,6 +51,13 @@ def test_array_in_place_of_a_tensor():
             op(x)
 
 
+def test_several_tensors_in_one():
+    x = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), random_tensor(0))
+    for op in (js.nn.SubMConv(3, 8, 3, rngs=RNGS), js.ops.relu, js.SparseTensor.rows, lambda x: x + x):
+        with raises(ValueError, "leading axes (2,)", "jax.vmap"):
+            op(x)
+
+
 def test_float_coordinates():
     with raises(TypeError, "`coords`", "float32", "jaxsparse.voxelize"):
         js.SparseTensor(jnp.zeros((3, 4)), jnp.ones((3, 2)))

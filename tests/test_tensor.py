@@ -50,6 +50,7 @@ def test_tensor_prints_its_facts_and_no_rows():
     assert repr(x) == (
         "SparseTensor(float32[5, 2], count=1, stride=(1, 1, 1), batch_size=None, bounds=(2, 2, 2), order='any')"
     )
+    assert "feats=None" in repr(jax.tree.map(lambda leaf: None, x))
 
 
 def test_flax_tabulates_layers():
