@@ -343,6 +343,8 @@ def test_progress_says_how_far_and_how_long(capfd):
 def test_arguments_are_checked():
     with raises(ValueError, "`mode` (='serving')", '"inference" or "training"'):
         tune(Net(), scene(), mode="serving")
+    with raises(TypeError, "arrays, not shapes"):
+        tune(Net(), jax.eval_shape(lambda x: x, scene()))
     with raises(ValueError, "`budget_s` (=0)", "positive"):
         tune(Net(), scene(), budget_s=0)
 
