@@ -51,7 +51,7 @@ inline ffi::Error check_segment_sum(In x, In order, In offsets, Out y, SegmentSu
 struct Channels {
   ffi::DataType dtype = ffi::DataType::INVALID;
   int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
-  std::optional<In> a, center;  // both or neither
+  std::optional<In> a, center, gate_scale, gate_shift;  // the first two or none; the others with them or not
 };
 
 inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,
@@ -67,12 +67,19 @@ inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, O
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   checks.require(is_feature_dtype(s->dtype), "b must be float16, bfloat16, float32 or float64");
   checks.require(s->channels >= 1, "b must have at least one channel");
-  checks.require(rest.size() == 0 || rest.size() == 2, "a and center must be given together");
-  if (checks.ok() && rest.size() == 2) {
+  checks.require(rest.size() == 0 || rest.size() == 2 || rest.size() == 4,
+                 "a and center must be given together, and gate_scale and gate_shift with them");
+  if (checks.ok() && rest.size() >= 2) {
     s->a = rest.get<In>(0).value();
     s->center = rest.get<In>(1).value();
     checks.operand("a", *s->a, s->dtype, {&s->rows, &s->channels});
     checks.operand("center", *s->center, sums, {&s->channels});
+  }
+  if (checks.ok() && rest.size() == 4) {
+    s->gate_scale = rest.get<In>(2).value();
+    s->gate_shift = rest.get<In>(3).value();
+    checks.operand("gate_scale", *s->gate_scale, sums, {&s->channels});
+    checks.operand("gate_shift", *s->gate_shift, sums, {&s->channels});
   }
   return checks.error();
 }

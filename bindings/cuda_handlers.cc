@@ -388,10 +388,13 @@ ffi::Error channel_moments(cudaStream_t stream, In b, In count, Out first, Out s
   const cuda::Dtype dtype = kernel_dtype(s.dtype);
   error = check_workspace(call, s.workspace, cuda::moments_workspace(s.channels, dtype));
   if (error.failure()) return error;
+  const auto data = [](const std::optional<In>& operand) { return operand ? operand->untyped_data() : nullptr; };
   const cuda::MomentsArgs args{dtype,
-                               s.a ? s.a->untyped_data() : nullptr,
+                               data(s.a),
                                b.untyped_data(),
-                               s.a ? s.center->untyped_data() : nullptr,
+                               data(s.center),
+                               data(s.gate_scale),
+                               data(s.gate_shift),
                                ints(count),
                                narrow(s.rows),
                                narrow(s.channels),

@@ -65,7 +65,8 @@ class Server:
         exported = jax.export.deserialize(program)
         self.points, self._device = exported.in_avals[0].shape[0], device
         # The intensities' memory is given away and takes the confidences: nothing is allocated for those.
-        self._compiled = jax.jit(exported.call, donate_argnums=1).lower(*exported.in_avals).compile()
+        program = jax.jit(exported.call, donate_argnums=1, compiler_options=js.COMPILER_OPTIONS)
+        self._compiled = program.lower(*exported.in_avals).compile()
 
     def send(self, scan: scans.Scan) -> list[jax.Array]:
         """Starts the copy of a scan, padded, to the device."""

@@ -7,7 +7,7 @@ y = js.nn.SubMConv(4, 32, 3, rngs=nnx.Rngs(0))(x)
 """
 
 from jaxsparse import models, nn, ops, status, tuning
-from jaxsparse._ffi import DISABLE_JAX_EXPORT_CHECKS
+from jaxsparse._ffi import COMPILER_OPTIONS, DISABLE_JAX_EXPORT_CHECKS
 from jaxsparse.kernel_map import KernelMap, kernel_map
 from jaxsparse.planning import capacities
 from jaxsparse.sites import Capacities, Sites
@@ -19,6 +19,7 @@ from jaxsparse.voxel import collate, devoxelize, voxelize
 __version__ = "0.1.0"
 
 __all__ = [
+    "COMPILER_OPTIONS",
     "DISABLE_JAX_EXPORT_CHECKS",
     "Capacities",
     "KernelMap",

@@ -42,6 +42,14 @@ Attribute = int | float | Sequence[int]
 DISABLE_JAX_EXPORT_CHECKS = [jax.export.DisabledSafetyCheck.custom_call(name) for name in TARGETS + CUDA_TARGETS]
 """Pass as `jax.export.export(..., disabled_checks=jaxsparse.DISABLE_JAX_EXPORT_CHECKS)`: the names are kept stable."""
 
+COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+"""Pass as `jax.jit(..., compiler_options=jaxsparse.COMPILER_OPTIONS)`.
+
+In a CUDA graph, kernels that do not wait for each other's results then run side by side, such as the maps of coarse
+sites and the first convolutions. Results keep their bits; other platforms ignore it. `flax.nnx.jit` takes no options:
+set `XLA_FLAGS=--xla_gpu_command_buffer_scheduling_mode=CONCURRENT` for it.
+"""
+
 
 def _runtime_ffi_version() -> tuple[int, int]:
     """The FFI API version of the installed jaxlib, read from the header that it ships."""

@@ -20,12 +20,12 @@ def draw(seed, *shapes, dtype=jnp.float64):
     return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
 
 
-def moments(a, b, center, counts):
-    return channels._moments(a, b, center, counts)
+def moments(a, b, center, counts, *gate):
+    return channels._gated_moments(a, b, center, counts, gate)
 
 
-def affine(x, scale, shift, center, counts):
-    return channels._affine(x, scale, shift, center, counts, out_dtype=x.dtype)[0]
+def affine(x, scale, shift, center, counts, *gate):
+    return channels._affine(x, scale, shift, center, counts, *gate, out_dtype=x.dtype)[0]
 
 
 @pytest.mark.usefixtures("x64")
@@ -39,6 +39,43 @@ def test_moments_and_affine_are_adjoint(count):
     np.testing.assert_allclose(product, np.where(real, (a - c[None]) * b, 0).sum(0), atol=1e-12)
     left = total @ t + product @ s
     np.testing.assert_allclose(left, (affine(a, s, t, c, counts) * b).sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("is_own", [True, False])
+def test_gated_moments_and_affine_are_adjoint(is_own):
+    a, b, g, s, t, c, gate_s, gate_t = draw(0, *[(20, 3)] * 3, *[(3,)] * 5)
+    counts = jnp.array([17], jnp.int32)
+    gate = (a if is_own else g, gate_s, gate_t, c)
+    is_open = (gate[0] - c[None]) * gate_s[None] + gate_t[None] > 0
+    total, product = moments(a, b, c, counts, *gate)
+    for got, want in zip((total, product), moments(a, jnp.where(is_open, b, 0), c, counts), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-12)
+    mapped = affine(a, s, t, c, counts, *gate)
+    np.testing.assert_array_equal(mapped, jnp.where(is_open, affine(a, s, t, c, counts), 0))
+    np.testing.assert_allclose(total @ t + product @ s, (mapped * b).sum(), rtol=1e-12)
+    check_grads(lambda a, b: moments(a, b, c, counts, g, gate_s, gate_t, c), (a, b), order=2)
+    check_grads(lambda a, s, t: affine(a, s, t, c, counts, g, gate_s, gate_t, c), (a, s, t), order=2)
+
+
+@pytest.mark.usefixtures("x64")
+def test_relu_of_an_affine_map_is_relu_after_it():
+    x, s, t, c = draw(1, (20, 3), (3,), (3,), (3,))
+    x = x.at[3, 1].set(jnp.nan)
+    counts = jnp.array([18], jnp.int32)
+
+    def fused(x, s, t):
+        return channels.affine(x, s, t, c, counts, relu=True)
+
+    def apart(x, s, t):
+        return jax.nn.relu(channels.affine(x, s, t, c, counts))
+
+    np.testing.assert_array_equal(fused(x, s, t), apart(x, s, t))
+    for of in (jax.jacfwd, jax.jacrev):
+        clean = x.at[3, 1].set(1.0)
+        for got, want in zip(of(fused, (0, 1, 2))(clean, s, t), of(apart, (0, 1, 2))(clean, s, t), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    check_grads(fused, (x.at[3, 1].set(1.0), s, t), order=3)
 
 
 @pytest.mark.usefixtures("x64")

@@ -390,25 +390,34 @@ def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
             assert not decision.rejected, decision
 
 
-def test_batch_norm_takes_its_sums_from_custom_calls(calls):
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_batch_norm_takes_its_sums_from_custom_calls(calls, activation):
     x = random_tensor(0, rows=300, capacity=400, features=8)
     n, (weight,) = int(x.count), [jnp.linspace(0.5, 1.5, 8)]
 
     def f(feats, scale, bias):
         y = x.with_feats(feats)
         mean, variance, _ = js.ops.batch_statistics(y)
-        return (js.ops.batch_norm(y, mean, variance, scale, bias).feats ** 2 * weight[None]).sum()
+        y = js.ops.batch_norm(y, mean, variance, scale, bias, activation=activation)
+        return (y.feats**2 * weight[None]).sum()
 
     def plain(feats, scale, bias):
         feats = feats[:n]
         y = (feats - feats.mean(0)[None]) / jnp.sqrt(feats.var(0) + 1e-5)[None] * scale[None] + bias[None]
+        y = y if activation is None else jnp.maximum(y, 0)
         return (y**2 * weight[None]).sum()
 
     operands = x.feats * 3 + 2, jnp.full(8, 0.7), jnp.full(8, 0.3)
     calls.clear()
-    value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*operands)
+    lowered = jax.jit(jax.value_and_grad(f, (0, 1, 2))).lower(*operands)
+    value, grads = lowered.compile()(*operands)
     # One of each: scale and bias take both sums of one call, and the statistics' derivative needs none.
     assert calls == ["jaxsparse_channel_moments_v1"] * 2
+    # With a ReLU behind it the sums of the derivative go through its gate, a scale and a shift more.
+    numbers = [
+        len(args.split(",")) for args in re.findall(r"@jaxsparse_channel_moments_v1\w*\(([^)]*)\)", lowered.as_text())
+    ]
+    assert sorted(numbers) == [2, 4 if activation is None else 6]
     expected, wanted = jax.value_and_grad(plain, (0, 1, 2))(*operands)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for grad, want in zip(grads, wanted, strict=True):

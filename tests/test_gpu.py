@@ -65,15 +65,17 @@ def load_on_a_second_stream():
         check(cuda.cudaStreamDestroy(stream))
 
 
-def check_repeats(dtype, points, capacity, runs):
-    """Runs a small network, forward and backward through every custom call, and compares all bits."""
+def check_repeats(dtype, points, capacity, runs, options=None):
+    """Runs a small network, forward and backward through every custom call, and compares all bits.
+
+    The first run is compiled without options, those after it with them.
+    """
     rng = np.random.default_rng(0)
     # Crowded and empty regions: rows of every kind, taps with many pairs and with few.
     points = jnp.asarray(rng.normal(size=(points, 3)) * [12, 12, 2], jnp.float32)
     shapes = [(27, 4, 32), (8, 32, 64), (27, 64, 64), (8, 64, 32)]
     kernels = [jnp.asarray(rng.normal(size=s) / np.sqrt(s[0] * s[1]), jnp.float32) for s in shapes]
 
-    @jax.jit
     def run(points, kernels):
         def loss(points, kernels):
             feats = jnp.concatenate([points, jnp.ones_like(points[:, :1])], 1).astype(dtype)
@@ -87,11 +89,12 @@ def check_repeats(dtype, points, capacity, runs):
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(points, kernels)
 
-    first = jax.tree.map(np.asarray, run(points, kernels))
+    first = jax.tree.map(np.asarray, jax.jit(run)(points, kernels))
     js.status.check(first[0][1][0])
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(first[1]))
+    repeat = jax.jit(run, compiler_options=options)
     for i in range(runs):
-        again = jax.tree.map(np.asarray, run(points, kernels))
+        again = jax.tree.map(np.asarray, repeat(points, kernels))
         for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
             assert a.tobytes() == b.tobytes(), f"run {i} differs"
 
@@ -107,6 +110,13 @@ def test_a_hundred_runs_under_load_give_the_same_bits(dtype):
     with load_on_a_second_stream() as copies:
         check_repeats(dtype, points=120_000, capacity=98304, runs=100)
         assert copies, "nothing ran on the second stream"
+
+
+@DTYPES
+def test_kernels_that_run_side_by_side_give_the_same_bits(dtype):
+    many = {"points": 120_000, "capacity": 98304, "runs": 100}
+    few = {"points": 3000, "capacity": 4096, "runs": 1}
+    check_repeats(dtype, **(many if jax.default_backend() == "gpu" else few), options=js.COMPILER_OPTIONS)
 
 
 # --- more than 2^31 elements ---

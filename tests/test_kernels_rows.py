@@ -43,10 +43,10 @@ def test_segment_sum_adds_the_listed_rows(dtype, channels):
     np.testing.assert_array_equal(y.astype(F64), expected.astype(dtype).astype(F64))
 
 
-def channel_sums(b, count, *a_and_center):
+def channel_sums(b, count, *rest):
     channels, sums = b.shape[1], F64 if b.dtype == F64 else F32
     results = [((channels,), sums)] * 2 + [((_workspace.moments(channels, np.dtype(sums).itemsize),), U8)]
-    return call("channel_moments", results, b, np.array([count], I32), *a_and_center)[:2]
+    return call("channel_moments", results, b, np.array([count], I32), *rest)[:2]
 
 
 # Several rows a share and none, one share alone, a tile of 32 channels in part, packs of one number.
@@ -61,11 +61,17 @@ def test_channel_sums_are_those_of_the_real_rows(dtype, rows, count, channels):
     center = rng.integers(-3, 3, channels).astype(F64 if dtype == F64 else F32)
     a[count:] = b[count:] = np.nan
     real = slice(count)
+    scale, shift = (rng.integers(-2, 3, channels).astype(center.dtype) for _ in range(2))
+    is_open = (a.astype(F64) - center) * scale + shift > 0
     with wide(dtype):
         total, product = channel_sums(b, count, a, center)
+        gated, gated_product = channel_sums(b, count, a, center, scale, shift)
         mean, squares = channel_sums(a + dtype(100), count)
     np.testing.assert_array_equal(total, b[real].astype(F64).sum(0))
     np.testing.assert_array_equal(product, ((a[real].astype(F64) - center) * b[real].astype(F64)).sum(0))
+    let_in = np.where(is_open, b.astype(F64), 0)[real]
+    np.testing.assert_array_equal(gated, let_in.sum(0))
+    np.testing.assert_array_equal(gated_product, ((a[real].astype(F64) - center) * let_in).sum(0))
     shifted = (a + dtype(100))[real].astype(F64)
     expected = shifted.mean(0) if count else np.zeros(channels)
     np.testing.assert_allclose(mean, expected, rtol=1e-6)

@@ -97,10 +97,13 @@ __device__ void halve(A* v, int n, int step) {
 }
 
 // A block has kLeft * 32 channels: a pack for each lane, or for several, which at the end divide it and have kLeft left.
-template <typename T, int V, int kLeft, bool of_one>
+enum class Sums { kStatistics, kMoments, kGated };
+
+template <typename T, int V, int kLeft, Sums kSums>
 __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32_t shares, uint32_t tiles) {
   using A = Accumulator<T>;
   constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs and rows at a time
+  constexpr bool of_one = kSums == Sums::kStatistics;
   constexpr int kAtOnce = of_one ? 8 : 4;                                 // of those rows
   const uint32_t t = threadIdx.x, warp = t / kWarp;
   const int32_t packs = m.channels / V, step = static_cast<int32_t>(shares * kDown);
@@ -124,20 +127,25 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
     for (int j = 0; j < kAtOnce; ++j) read(j, j);
     if (of_one && first_row < end) center_of_one = static_cast<const Pack<T, V>*>(m.b)[int64_t{first_row} * packs + pack];
     A first[V], second[V], center[V];
+    [[maybe_unused]] A gate_scale[V], gate_shift[V];
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      first[i] = second[i] = center[i] = 0;
-      if (of_one) {
-        center[i] = center_of_one[i];
-      } else if (pack < packs) {
-        center[i] = static_cast<const A*>(m.center)[pack * V + i];
+      first[i] = second[i] = 0;
+      const auto of_channel = [&](const void* numbers) {
+        return pack < packs ? static_cast<const A*>(numbers)[pack * V + i] : A{0};
+      };
+      center[i] = of_one ? center_of_one[i] : of_channel(m.center);
+      if constexpr (kSums == Sums::kGated) {
+        gate_scale[i] = of_channel(m.gate_scale);
+        gate_shift[i] = of_channel(m.gate_shift);
       }
     }
     const auto add = [&](int j) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const A difference = (of_one ? b[j][i] : a[j][i]) - center[i];
-        const A other = of_one ? difference : b[j][i];
+        A other = of_one ? difference : b[j][i];
+        if constexpr (kSums == Sums::kGated) other = difference * gate_scale[i] + gate_shift[i] <= 0 ? A{0} : other;
         first[i] += other;
         second[i] += difference * other;
       }
@@ -213,7 +221,9 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
 template <typename T, int V, int kLeft>
 cudaError_t run(const MomentsArgs& m, cudaStream_t stream) {
   const int64_t tiles = div_up(m.channels, kWarp * kLeft), shares = moment_shares(tiles);
-  const auto kernel = m.a == nullptr ? moments_kernel<T, V, kLeft, true> : moments_kernel<T, V, kLeft, false>;
+  const auto kernel = m.a == nullptr            ? moments_kernel<T, V, kLeft, Sums::kStatistics>
+                      : m.gate_scale == nullptr ? moments_kernel<T, V, kLeft, Sums::kMoments>
+                                                : moments_kernel<T, V, kLeft, Sums::kGated>;
   return launch_grid<kThreads>(kernel, shares * tiles, stream, m, shares, tiles);
 }
 

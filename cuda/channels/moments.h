@@ -18,6 +18,8 @@ struct MomentsArgs {
   const void* a;         // [rows, channels], or null
   const void* b;         // [rows, channels]
   const void* center;    // [channels], accumulators; null as a is
+  const void* gate_scale;  // [channels], accumulators, or null: b counts as 0 where (a - center) * gate_scale + gate_shift <= 0
+  const void* gate_shift;
   const int32_t* count;  // [1]
   int32_t rows, channels;
   void* first;      // [channels], accumulators: the sum of b; without a its mean, 0 without real rows

@@ -42,6 +42,12 @@
 // in each step it is kept from by stay_here. Products that overlap where a block is alone: 76.4 to 72.9, and 39.3 to 37.4, with
 // 128x128/4.
 //
+// Tried and left out, on an H200: weights by the tensor copy engine, in boxes of rows of one tap, which takes a sixth of a
+// step's instructions from all warps but one. 43.5 us for 44.5 at 60,107 sites, 128 to 128, and 19.0 for 19.4 at 64 to 64;
+// but 13.8 for 11.2 at 91,767 sites, 32 to 32, 37.4 for 32.0 at 96 to 96, where a step takes two boxes or four. And those
+// boxes multicast to two blocks, of 128 rows each, so that half as many weights are read: 85.6 us for 69.9 without at 14,474
+// sites, 256 to 256. The two wait for each other in each step, and walk over the taps that either has.
+//
 // Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps, before that:
 //
 //     53.2, 42.9, 39.2   5,879 sites of 9.2 neighbours, 256 to 256 channels

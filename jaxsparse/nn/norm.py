@@ -67,8 +67,10 @@ class BatchNorm(nnx.Module):
         self.scale = nnx.Param(scale_init(rngs.params(), (num_features,), param_dtype)) if use_scale else None
         self.bias = nnx.Param(bias_init(rngs.params(), (num_features,), param_dtype)) if use_bias else None
 
-    def __call__(self, x: SparseTensor, *, use_running_average: bool | None = None) -> SparseTensor:
-        """Normalises `[N, C]` features; the argument overrides the attribute of the same name."""
+    def __call__(
+        self, x: SparseTensor, *, use_running_average: bool | None = None, activation: str | None = None
+    ) -> SparseTensor:
+        """Normalises `[N, C]` features; `use_running_average` overrides the attribute, `activation` follows."""
         check_input(self, x, "num_features")
         mean, variance = self.mean[...], self.var[...]
         if not (self.use_running_average if use_running_average is None else use_running_average):
@@ -77,7 +79,7 @@ class BatchNorm(nnx.Module):
                 old, new = running[...].astype(batch.dtype), jax.lax.stop_gradient(batch)
                 updated = jnp.where(count > 0, self.momentum * old + (1 - self.momentum) * new, old)
                 running[...] = updated.astype(running.dtype)
-        y = ops.batch_norm(x, mean, variance, *self._affine(), epsilon=self.epsilon)
+        y = ops.batch_norm(x, mean, variance, *self._affine(), epsilon=self.epsilon, activation=activation)
         return y if self.dtype is None else y.astype(self.dtype)
 
     def running(self) -> ops.ChannelNorm:

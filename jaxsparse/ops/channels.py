@@ -6,6 +6,10 @@
 The centre c is a constant: it takes no derivative, and only keeps numbers small. Then each op is linear in each of its
 other operands, `affine` in s and t together, and its transposes are the other one. So the sums of every derivative are
 `moments`, whose custom call reads its operands once, where XLA's column sums take several times as long.
+
+Either may have a gate, another affine map: b, or the result, is 0 where that one is not positive. The gate takes no
+derivative either. An affine map that is its own gate has a ReLU behind it, and all derivatives of that are gated sums
+and maps: a backward pass writes no masked cotangents for the sums to read.
 """
 
 from __future__ import annotations
@@ -26,8 +30,21 @@ def _real(x, counts):
     return jnp.where(real_rows(counts, x.shape[0])[:, None], x, 0).astype(accumulation_dtype(x.dtype))
 
 
-def _moments_reference(a, b, center, counts):
-    b = _real(b, counts)
+def _gated(numbers, gate):
+    """The numbers [N, C], 0 where the gate (g, scale, shift, centre), if there is one, is 0 or less."""
+    if not gate:
+        return numbers
+    g, scale, shift, center = gate
+    return jnp.where((g.astype(scale.dtype) - center[None]) * scale[None] + shift[None] <= 0, 0, numbers)
+
+
+def _gate_of_moments(a, center, given):
+    """A gate in full: where it is by `a` and its centre, `moments` is given its scale and shift alone."""
+    return (a, *given, center) if len(given) == 2 else given
+
+
+def _moments_reference(a, b, center, counts, *given):
+    b = _real(_gated(b, _gate_of_moments(a, center, given)), counts)
     return [b.sum(0), ((_real(a, counts) - center[None]) * b).sum(0)]
 
 
@@ -39,28 +56,32 @@ def _statistics_reference(x, counts):
     return [mean, jnp.where(real, (wide - mean[None]) ** 2, 0).sum(0)]
 
 
-def _affine_reference(x, scale, shift, center, counts, *, out_dtype):
+def _affine_reference(x, scale, shift, center, counts, *gate, out_dtype):
     real = real_rows(counts, x.shape[0])[:, None]
-    y = (x.astype(scale.dtype) - center[None]) * scale[None] + shift[None]
+    y = _gated((x.astype(scale.dtype) - center[None]) * scale[None] + shift[None], gate)
     return [jnp.where(real, y, 0).astype(out_dtype)]
 
 
 # Custom calls on CUDA alone, where plain JAX is slow.
 
 
-def _moments_call(platform, a, b, center, counts):
-    return _sums(b, counts, a, center) if platform == "cuda" else _moments_reference(a, b, center, counts)
+def _moments_call(platform, a, b, center, counts, *given):
+    if platform != "cuda":
+        return _moments_reference(a, b, center, counts, *given)
+    if len(given) == 4:  # the call has no room for a gate by another array
+        b, given = _gated(b, given), ()
+    return _sums(b, counts, a, center, *given)
 
 
 def _statistics_call(platform, x, counts):
     return _sums(x, counts) if platform == "cuda" else _statistics_reference(x, counts)
 
 
-def _sums(b, counts, *a_and_center):
+def _sums(b, counts, *rest):
     dtype, channels = accumulation_dtype(b.dtype), b.shape[1]
     sums = jax.ShapeDtypeStruct((channels,), dtype)
     workspace = _workspace.struct("cuda", _workspace.moments(channels, dtype.itemsize))
-    return _ffi.call("jaxsparse_channel_moments_v1", [sums, sums, workspace], b, counts, *a_and_center)[:2]
+    return _ffi.call("jaxsparse_channel_moments_v1", [sums, sums, workspace], b, counts, *rest)[:2]
 
 
 def _two_sums(x, *_, implementation):
@@ -87,54 +108,68 @@ def _instantiate(tangent, like):
     return jnp.zeros_like(like) if type(tangent) is ad.Zero else tangent
 
 
+def _gated_moments(a, b, center, counts, gate, **params):
+    is_own = bool(gate) and gate[0] is a and gate[3] is center
+    return _moments(a, b, center, counts, *(gate[1:3] if is_own else gate), **params)
+
+
 def _moments_jvp(primals, tangents, **params):
-    a, b, center, counts = primals
+    a, b, center, counts, *given = primals
     a_dot, b_dot, *_ = tangents
     out = _moments(*primals, **params)
     sums = [zero_tangent(s) for s in out]
     if type(b_dot) is not ad.Zero:
-        sums = _moments(a, b_dot, center, counts, **params)
+        sums = _moments(a, b_dot, center, counts, *given, **params)
     if type(a_dot) is not ad.Zero:
-        product = _moments(a_dot, b, jnp.zeros_like(center), counts, **params)[1]
+        gate = _gate_of_moments(a, center, given)
+        product = _gated_moments(a_dot, b, jnp.zeros_like(center), counts, gate, **params)[1]
         sums = [sums[0], ad.add_tangents(sums[1], product)]
     return out, sums
 
 
-def _moments_transpose(cotangents, a, b, center, counts, **params):
+def _moments_transpose(cotangents, a, b, center, counts, *given, **params):
+    operands = (a, b, center, counts, *given)
     if all(type(ct) is ad.Zero for ct in cotangents):
-        return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in (a, b, center, counts)]
+        return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in operands]
     of_sum, of_product = (_instantiate(ct, center) for ct in cotangents)
+    found = [None] * len(operands)
     if ad.is_undefined_primal(b):
-        return [None, _affine(a, of_product, of_sum, center, counts, out_dtype=b.aval.dtype, **params)[0], None, None]
-    zero = jnp.zeros_like(center)
-    return [_affine(b, of_product, zero, zero, counts, out_dtype=a.aval.dtype, **params)[0], None, None, None]
+        gate = _gate_of_moments(a, center, given)
+        found[1] = _affine(a, of_product, of_sum, center, counts, *gate, out_dtype=b.aval.dtype, **params)[0]
+    else:
+        zero = jnp.zeros_like(center)
+        found[0] = _affine(b, of_product, zero, zero, counts, *given, out_dtype=a.aval.dtype, **params)[0]
+    return found
 
 
 def _affine_jvp(primals, tangents, **params):
-    x, scale, shift, center, counts = primals
+    x, scale, shift, center, counts, *gate = primals
     x_dot, scale_dot, shift_dot, *_ = tangents
     out = _affine(*primals, **params)
     tangent = zero_tangent(out[0])
     if type(x_dot) is not ad.Zero:
         zero = jnp.zeros_like(shift)
-        tangent = _affine(x_dot, scale, zero, zero, counts, **params)[0]
+        tangent = _affine(x_dot, scale, zero, zero, counts, *gate, **params)[0]
     if type(scale_dot) is not ad.Zero or type(shift_dot) is not ad.Zero:
         dots = _instantiate(scale_dot, scale), _instantiate(shift_dot, shift)
-        tangent = ad.add_tangents(tangent, _affine(x, *dots, center, counts, **params)[0])
+        tangent = ad.add_tangents(tangent, _affine(x, *dots, center, counts, *gate, **params)[0])
     return out, [tangent]
 
 
-def _affine_transpose(cotangents, x, scale, shift, center, counts, *, out_dtype, **params):
+def _affine_transpose(cotangents, x, scale, shift, center, counts, *gate, out_dtype, **params):
     (ct,) = cotangents
-    operands = (x, scale, shift, center, counts)
+    operands = (x, scale, shift, center, counts, *gate)
     undefined = [ad.is_undefined_primal(o) for o in operands]
     if type(ct) is ad.Zero:
         return [ad.Zero(o.aval) if u else None for o, u in zip(operands, undefined, strict=True)]
+    found = [None] * len(operands)
     if undefined[0]:
         zero = jnp.zeros_like(scale)
-        return [_affine(ct, scale, zero, zero, counts, out_dtype=x.aval.dtype, **params)[0], *[None] * 4]
-    of_shift, of_scale = _moments(x, ct.astype(x.dtype), center, counts, **params)
-    return [None, of_scale if undefined[1] else None, of_shift if undefined[2] else None, None, None]
+        found[0] = _affine(ct, scale, zero, zero, counts, *gate, out_dtype=x.aval.dtype, **params)[0]
+        return found
+    of_shift, of_scale = _gated_moments(x, ct.astype(x.dtype), center, counts, gate, **params)
+    found[1:3] = of_scale if undefined[1] else None, of_shift if undefined[2] else None
+    return found
 
 
 _moments.set_linear(_moments_jvp, _moments_transpose)
@@ -169,13 +204,18 @@ def _statistics_jvp(primals, tangents, **params):
 _statistics.set_jvp(_statistics_jvp)
 
 
-def affine(x: jax.Array, scale: jax.Array, shift: jax.Array, center: jax.Array, counts: jax.Array) -> jax.Array:
+def affine(
+    x: jax.Array, scale: jax.Array, shift: jax.Array, center: jax.Array, counts: jax.Array, *, relu: bool = False
+) -> jax.Array:
     """`(x - center) * scale + shift` on real rows, 0 on the others, in the dtype of `x`.
 
     Args:
       x: `[N, C]`.
       scale, shift: `[C]`, float32 or wider.
       center: `[C]`, the same dtype; taken as constant.
-      counts: int32 `[1]`, real rows.
+      counts: int32 `[1]`.
+      relu: whether negative results become 0.
     """
-    return _affine(x, scale, shift, jax.lax.stop_gradient(center), counts, out_dtype=x.dtype)[0]
+    center = jax.lax.stop_gradient(center)
+    gate = (x, scale, shift, center) if relu else ()
+    return _affine(x, scale, shift, center, counts, *gate, out_dtype=x.dtype)[0]

@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse.ops.elementwise import activate
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
@@ -46,17 +47,19 @@ def batch_norm(
     bias: jax.Array | None = None,
     *,
     epsilon: float = 1e-5,
+    activation: str | None = None,
 ) -> SparseTensor:
-    """`(x - mean) / sqrt(variance + epsilon) * scale + bias` on real rows, computed in float32 or wider.
+    """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias)` on real rows, computed in float32 or wider.
 
     Args:
       x: features `[N, C]`; the result has its dtype.
       mean, variance: `[C]`, from `batch_statistics` or running ones.
       scale, bias: `[C]` or None.
       epsilon: added to the variance.
+      activation: "relu", "leaky_relu", "gelu" or "silu"; a ReLU costs the backward pass nothing.
 
     Raises:
-      ValueError: where one of the vectors is not as long as the features are wide.
+      ValueError: where one of the vectors is not as long as the features are wide, or there is no such activation.
     """
     check_tensor("batch_norm", x)
     for name, numbers in {"mean": mean, "variance": variance, "scale": scale, "bias": bias}.items():
@@ -73,4 +76,6 @@ def batch_norm(
     shift = (center - mean) * factor
     if bias is not None:
         shift = shift + bias.astype(dtype)
-    return on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts))
+    is_relu = activation == "relu"
+    y = on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts, relu=is_relu))
+    return y if is_relu else activate(y, activation)
