@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from segmentation import batches, scans, training
-from segmentation.device import choose_device
-from segmentation.ray_casting import Lidar
+from segmentation.command_line import add_shared, choose_device, find_scans, positive
 
 import jaxsparse as js
 
@@ -118,15 +117,10 @@ def overlapped(server: Server, requests: list[scans.Scan]) -> Iterable[np.ndarra
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_shared(parser, data_help="labelled .npz scans; none: synthetic streets")
     add = parser.add_argument
-    add("--data", type=Path, nargs="+", default=[], help="labelled .npz scans; none: synthetic streets")
-    add("--beams", type=int, default=64, help="beams of the LiDAR that measures the streets")
-    add("--azimuths", type=int, default=600, help="its measurements a turn")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--width", type=float, default=0.25, help="multiplies the network's channels")
-    add("--voxel", type=float, default=0.2, help="voxel size in metres")
-    add("--requests", type=int, default=50, help="scans to serve, going round")
+    add("--voxel", type=positive(float), default=0.2, help="voxel size in metres")
+    add("--requests", type=positive(int), default=50, help="scans to serve, going round")
     add("--out", type=Path, default=Path("out/serve"), help="folder for the exported program")
     return parser.parse_args(arguments)
 
@@ -136,8 +130,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     options = parse(arguments)
     device = choose_device(options.device)
     print(f"device: {device.device_kind}")
-    streets = Lidar(options.beams, options.azimuths)
-    scan_set = scans.open_scans(options.data) if options.data else scans.synthetic_streets(3, 1, streets)
+    scan_set = find_scans(options, scenes=3, seed=1)
     rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))
     model = js.models.SparseResUNet42(
         4, width=options.width, num_classes=len(scan_set.classes), dtype=jnp.dtype(options.dtype), rngs=rngs

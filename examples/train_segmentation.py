@@ -30,8 +30,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from segmentation import batches, report, scans, training
-from segmentation.device import choose_device
-from segmentation.ray_casting import Lidar
+from segmentation.command_line import add_shared, choose_device, find_scans, positive
 
 import jaxsparse as js
 
@@ -42,24 +41,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    add = parser.add_argument
-    add("--data", type=Path, nargs="+", default=[], help="SemanticKITTI root, or .npz files or folders")
+    add_shared(parser, data_help="SemanticKITTI root, or .npz files or folders")
+    add, whole, real = parser.add_argument, positive(int), positive(float)
     add("--sequences", nargs="+", help="which SemanticKITTI sequences, such as 00 01; none: all that have labels")
-    add("--scenes", type=int, default=6, help="how many streets to make up when there is no --data")
-    add("--beams", type=int, default=64, help="beams of the LiDAR that measures the streets")
-    add("--azimuths", type=int, default=600, help="its measurements a turn")
+    add("--scenes", type=whole, default=6, help="how many streets to make up when there is no --data")
     add("--out", type=Path, default=Path("out/segmentation"), help="folder for checkpoints, scores and the picture")
     add("--fresh", action="store_true", help="delete the checkpoints below --out and start over")
-    add("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="parameters stay float32")
-    add("--width", type=float, default=0.25, help="multiplies the network's channels")
-    add("--voxel", type=float, default=None, help="voxel size in metres; none: 0.2 for streets, 0.1 for --data")
-    add("--batch", type=int, default=2, help="scans a step")
-    add("--steps", type=int, default=300, help="where training ends, counted from the first run")
-    add("--lr", type=float, default=6e-3, help="highest learning rate; warm-up before it, cosine after")
+    add("--voxel", type=real, default=None, help="voxel size in metres; none: 0.2 for streets, 0.1 for --data")
+    add("--batch", type=whole, default=2, help="scans a step")
+    add("--steps", type=whole, default=300, help="where training ends, counted from the first run")
+    add("--lr", type=real, default=6e-3, help="highest learning rate; warm-up before it, cosine after")
     add("--class-weights", choices=("sqrt", "none"), default="sqrt", help="a class weighs 1 / sqrt(points), or 1")
-    add("--slack", type=float, default=1.2, help="voxels to make room for, over those of the fullest batch")
-    add("--save-every", type=int, default=100, help="steps between checkpoints; the last step always writes one")
+    add("--slack", type=real, default=1.2, help="voxels to make room for, over those of the fullest batch")
+    add("--save-every", type=whole, default=100, help="steps between checkpoints; the last step always writes one")
     add("--seed", type=int, default=1, help="of the streets, the initial parameters, the order and the augmentation")
     options = parser.parse_args(arguments)
     if options.slack < 1:
@@ -113,16 +107,6 @@ class Job:
     sampler: batches.Sampler
     grids: dict[int, training.Grid]  # by bucket
     steps: training.Steps
-
-
-def find_scans(options: argparse.Namespace) -> scans.ScanSet:
-    """The scans that the command line names; ends the program where they will not do."""
-    try:
-        if options.data:
-            return scans.open_scans(options.data, options.sequences)
-        return scans.synthetic_streets(options.scenes, options.seed, Lidar(options.beams, options.azimuths))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 def prepare(options: argparse.Namespace, scan_set: scans.ScanSet) -> Job:
@@ -199,7 +183,7 @@ def main(arguments: list[str] | None = None) -> dict:
     """Trains, scores and draws; returns what `scores.json` holds."""
     options = parse(arguments)
     console.print(f"device: {choose_device(options.device).device_kind}")
-    scan_set = find_scans(options)
+    scan_set = find_scans(options, options.scenes, options.seed)
     classes, out = scan_set.classes, options.out
     out.mkdir(parents=True, exist_ok=True)
 

@@ -55,6 +55,8 @@ class Geometry:
 
         Padding defaults to `dilation * ((kernel - 1) // 2)`: kernel 3 reaches -1, 0, 1 and kernel 2 reaches 0, 1.
         """
+        if not 1 <= dims <= 4:
+            raise ValueError(f"`dims` (={dims}) must be 1 to 4 spatial axes.")
         kernel = per_axis("kernel_size", kernel_size, dims)
         dilation = per_axis("dilation", dilation, dims)
         if padding is None:
@@ -100,11 +102,12 @@ class Geometry:
 
     @property
     def tap_groups(self) -> tuple[tuple[int, ...], ...]:
-        """At most nine groups of taps: rows that have any tap of the same groups have much the same taps.
+        """At most nine groups of taps to sort rows by: rows with taps in the same groups have much the same taps.
 
-        The taps themselves where they are few. Else, from the sign of a tap's offset to the middle of the kernel: those
-        ahead and behind on the last axis, and the columns beside the middle; in four dimensions, ahead and behind on
-        each axis. Chosen by search over LiDAR and indoor scans, see `cuda/conv/schedule.cu`.
+        Up to nine taps are a group each. More are grouped by the signs of their offsets from the middle of the kernel:
+        all taps ahead on the last axis, all behind on it, and each column along it that is not in the middle. In four
+        dimensions: all ahead and all behind on each axis. Chosen by search over LiDAR and indoor scans, see
+        `cuda/conv/schedule.cu`.
         """
         if self.volume <= 9:
             return tuple((k,) for k in range(self.volume))
@@ -148,7 +151,7 @@ class Geometry:
 
     @property
     def drops_bits(self) -> bool:
-        """Whether coarse sites are the fine ones less their last bits: `coarse_shift` in cuda/coords/coarse_sites.h."""
+        """Whether a coarse site is a fine one without its last bits: `coarse_shift` in cuda/coords/coarse_sites.h."""
         size = self.stride[0]
         sizes, ones = (size,) * len(self.kernel), (1,) * len(self.kernel)
         is_power = size > 1 and size & (size - 1) == 0

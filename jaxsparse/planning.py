@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from jaxsparse.sites import Capacities
-from jaxsparse.tensor import SparseTensor
+from jaxsparse.tensor import SparseTensor, check_tensor
 
 
 class _Listener(Capacities):
@@ -59,6 +59,8 @@ def capacities(
     Raises:
       SiteError: where a sample itself reports a problem.
     """
+    if isinstance(samples, SparseTensor):
+        raise TypeError("capacities: `samples` must be a sequence of SparseTensors, got a single one; pass [x].")
     if not samples:
         raise ValueError("capacities: `samples` is empty; pass at least one scene.")
     if slack < 1 or multiple < 1:
@@ -71,6 +73,7 @@ def capacities(
 
     needed: dict[tuple[int, ...], int] = {}
     for x in samples:
+        check_tensor("capacities", x)
         x.check()
         plan = dict(x.sites.capacities)
         while True:  # a grid that overflows hides how many rows the grids below it need: enlarge it and look again

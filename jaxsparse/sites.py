@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +25,11 @@ class Capacities(Mapping[tuple[int, ...], int]):
     """
 
     def __init__(self, rows: Mapping[tuple[int, ...], int] = ()):  # type: ignore[assignment]
-        for grid in rows:
+        for grid, capacity in dict(rows).items():
             if not isinstance(grid, tuple):
                 raise TypeError(f"Capacities: keys are grid strides, a tuple of one integer an axis, got {grid!r}.")
-        self._rows = tuple(sorted((tuple(k), int(v)) for k, v in dict(rows).items()))
-        for grid, capacity in self._rows:
-            if capacity < 1:
-                raise ValueError(f"Capacities: grid {grid} has capacity {capacity}; it must be at least 1.")
+            check_capacity(capacity, f"Capacities: the capacity of grid {grid}")
+        self._rows = tuple(sorted((k, int(v)) for k, v in dict(rows).items()))
 
     def __getitem__(self, stride: tuple[int, ...]) -> int:
         return dict(self._rows)[tuple(stride)]
@@ -51,14 +50,14 @@ class Capacities(Mapping[tuple[int, ...], int]):
         return f"Capacities({dict(self._rows)})"
 
     def hear(self, stride: tuple[int, ...], rows: jax.Array) -> None:
-        """Told how many rows each new grid needs. Nothing is done with it here; planning listens."""
+        """Is told how many rows each new grid needs. Does nothing: `jaxsparse.capacities` overrides it to listen."""
 
 
 class _Memo:
     """What has been derived from one set of coordinates, kept while the same trace runs.
 
     Not part of the pytree: a `Sites` that crosses into another trace (a jit, scan or remat body) starts with none, so
-    no traced value leaves its trace.
+    no traced value leaves its trace. A pickle and a deep copy start with none too.
     """
 
     def __init__(self) -> None:
@@ -71,8 +70,16 @@ class _Memo:
             held = self._entries[key] = (state, make())
         return held[1]
 
+    def __reduce__(self):
+        return _Memo, ()
 
-@jax.tree_util.register_pytree_node_class
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["coords", "count", "status"],
+    meta_fields=["stride", "capacities", "batch_size", "bounds", "order"],
+    drop_fields=["_memo"],
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sites:
     """The sites of a sparse tensor.
@@ -115,6 +122,7 @@ class Sites:
     ) -> Sites:
         """Sites from coordinates in any row order; values are checked on the device, see `SparseTensor`."""
         coords, grid, size = _check_static(coords, stride, bounds, batch_size)
+        capacities = check_capacities(capacities, len(grid))
         rows = coords.shape[0]
         count, wrong_count = check_count(count, rows)
         if rows == 0:  # custom calls want rows; one of padding is the empty scene
@@ -122,22 +130,7 @@ class Sites:
         real = _keys.real_rows(count[None], coords.shape[0])
         coords = jnp.where(real[:, None], coords, _keys.PADDING_COORD)
         found = status.merge(wrong_count, _check_values(coords, count, batch_size, size))
-        return cls(coords, count, found, grid, capacities or Capacities(), batch_size, size, "any")
-
-    def tree_flatten(self):
-        """Arrays, then static facts; the memo stays behind."""
-        return (self.coords, self.count, self.status), (
-            self.stride,
-            self.capacities,
-            self.batch_size,
-            self.bounds,
-            self.order,
-        )
-
-    @classmethod
-    def tree_unflatten(cls, static, arrays) -> Sites:
-        """The inverse of `tree_flatten`, with an empty memo."""
-        return cls(*arrays, *static)
+        return cls(coords, count, found, grid, capacities, batch_size, size, "any")
 
     @property
     def capacity(self) -> int:
@@ -225,12 +218,13 @@ class Sites:
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             made = Sites(coords, kept[0], problems, stride, self.capacities, self.batch_size, bounds, "morton")
-            if implementation != "xla":  # whose index is none
+            if implementation != "xla":  # plain JAX makes no index
                 made.memo("index", lambda: (index,))
             return self.status, made
 
         reported, made = self.memo(("coarse", window, capacity, bounds, implementation), make)
-        return made if reported is self.status else made.with_status(self.status)  # of sites that share this memo
+        # Sites that share this memo may have another status than those for which it was made.
+        return made if reported is self.status else made.with_status(self.status)
 
 
 def as_int32(name: str, values: jax.Array) -> jax.Array:
@@ -243,10 +237,23 @@ def as_int32(name: str, values: jax.Array) -> jax.Array:
     return jnp.asarray(values)
 
 
-def check_capacity(capacity: int) -> None:
+def check_capacity(capacity: int, name: str = "`capacity`") -> None:
     """Refuses a capacity that is no number of rows."""
     if not isinstance(capacity, int | np.integer) or capacity < 1:
-        raise ValueError(f"`capacity` (={capacity!r}) must be an integer, at least 1.")
+        raise ValueError(f"{name} (={capacity!r}) must be an integer, at least 1.")
+
+
+def check_capacities(capacities: Capacities | None, dims: int) -> Capacities:
+    """The capacities, or none; refuses what are no capacities for so many spatial axes."""
+    if capacities is None:
+        return Capacities()
+    if not isinstance(capacities, Capacities):
+        kind = type(capacities).__name__
+        raise TypeError(f"`capacities` must be a Capacities, got {kind}; pass jaxsparse.Capacities({{stride: rows}}).")
+    wrong = [grid for grid in capacities if len(grid) != dims]
+    if wrong:
+        raise ValueError(f"`capacities` has the grid {wrong[0]}, but strides have {dims} entries here, one an axis.")
+    return capacities
 
 
 def check_count(count: jax.Array | int | None, rows: int) -> tuple[jax.Array, jax.Array]:
@@ -261,8 +268,8 @@ def check_count(count: jax.Array | int | None, rows: int) -> tuple[jax.Array, ja
 def check_batch_size(batch_size: int | None, dims: int) -> None:
     """Refuses a number of scenes that site keys cannot hold."""
     limit = _keys.batch_limit(dims)
-    if batch_size is not None and not 1 <= batch_size <= limit:
-        raise ValueError(f"`batch_size` (={batch_size}) must be 1 to {limit} in {dims} dimensions.")
+    if batch_size is not None and not (isinstance(batch_size, int | np.integer) and 1 <= batch_size <= limit):
+        raise ValueError(f"`batch_size` (={batch_size!r}) must be 1 to {limit} in {dims} dimensions.")
 
 
 def _check_static(

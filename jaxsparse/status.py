@@ -96,7 +96,13 @@ def check(status: jax.Array) -> None:
 
     Raises:
       SiteError: names the operation, the value and the remedy.
+      TypeError: inside a traced function, which has no values yet.
     """
+    if isinstance(status, jax.core.Tracer):
+        raise TypeError(
+            "check reads values, which a function does not have while it is traced: return `y.status` from the jitted "
+            "function, and call jaxsparse.status.check on what it returns."
+        )
     for entry in np.asarray(status).reshape(-1, 7):
         text = message(entry)
         if text is not None:

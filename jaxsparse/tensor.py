@@ -12,7 +12,7 @@ import numpy as np
 from jaxsparse import _keys, status
 from jaxsparse.geometry import AxisInts
 from jaxsparse.ops import _coords
-from jaxsparse.sites import Capacities, Sites, check_batch_size, check_capacity
+from jaxsparse.sites import Capacities, Sites, check_batch_size, check_capacities, check_capacity
 from jaxsparse.status import Problem
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
@@ -26,8 +26,17 @@ def check_float(name: str, x: jax.Array) -> None:
         )
 
 
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True, eq=False, init=False)
+def check_tensor(op: str, x: object) -> None:
+    """Refuses what is no SparseTensor, or several in one, as `vmap` returns them."""
+    if not isinstance(x, SparseTensor):
+        raise TypeError(f"{op}: expected a SparseTensor, got {type(x).__name__}.")
+    if x.coords.ndim != 2:
+        axes = x.coords.shape[:-2]
+        raise ValueError(f"{op}: the SparseTensor has leading axes {axes}, several in one; call this inside jax.vmap.")
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
 class SparseTensor:
     """Features on sites: a pytree that goes through `jit`, `grad`, `vmap` and `scan`.
 
@@ -54,9 +63,9 @@ class SparseTensor:
 
     sites: Sites
     feats: jax.Array
-    # Of `ops.concatenate`, what `feats` was made of: where layers read these alone, a compiled program has no
-    # concatenation. No leaves of the pytree: across `jit` and the like `feats` is what is left.
-    parts: tuple[jax.Array, ...] = dataclasses.field(repr=False)
+    # The arrays that `ops.concatenate` made `feats` of, else empty. Where layers read these in place of `feats`, the
+    # compiler drops the concatenation. They are no leaves of the pytree: only `feats` crosses the boundary of a `jit`.
+    parts: tuple[jax.Array, ...]
 
     def __init__(
         self,
@@ -94,6 +103,11 @@ class SparseTensor:
         """Sites and features; nothing is static here."""
         return (self.sites, self.feats), None
 
+    def tree_flatten_with_keys(self):
+        """The same with names, for error messages and tools that show paths."""
+        keys = (jax.tree_util.GetAttrKey(name) for name in ("sites", "feats"))
+        return tuple(zip(keys, (self.sites, self.feats), strict=True)), None
+
     @classmethod
     def tree_unflatten(cls, static, children) -> SparseTensor:
         """The inverse of `tree_flatten`; checks nothing, since JAX passes placeholders too."""
@@ -113,6 +127,15 @@ class SparseTensor:
     bounds = property(lambda self: self.sites.bounds, doc="Sizes of the grid, or None.")
     num_features = property(lambda self: self.feats.shape[-1], doc="Channels, C.")
     dtype = property(lambda self: self.feats.dtype, doc="Dtype of the features.")
+
+    def __repr__(self) -> str:
+        s = self.sites
+        if not isinstance(s, Sites) or not hasattr(self.feats, "dtype"):  # jax puts other things where arrays were
+            return f"SparseTensor(sites={s!r}, feats={self.feats!r})"
+        return (
+            f"SparseTensor({self.dtype}{list(self.feats.shape)}, count={s.count}, stride={s.stride}, "
+            f"batch_size={s.batch_size}, bounds={s.bounds}, order={s.order!r})"
+        )
 
     def check(self) -> SparseTensor:
         """Waits for the status, raises `SiteError` if it reports a problem, and returns the tensor."""
@@ -169,6 +192,7 @@ class SparseTensor:
                 f"`dense` must be [B, *grid, C] with one to four grid axes, none empty, got shape {dense.shape}."
             )
         check_capacity(capacity)
+        capacities = check_capacities(capacities, dense.ndim - 2)
         batch_size, *bounds = dense.shape[:-1]
         check_batch_size(batch_size, len(bounds))
         limit = _keys.axis_limit(len(bounds))
@@ -181,12 +205,13 @@ class SparseTensor:
         coords, *_ = _coords.unique_sites(at, count[None], capacity=capacity)
         too_many = status.report(Problem.DENSE_CAPACITY, needed > capacity, needed, capacity)
         stride = (1,) * len(bounds)
-        sites = Sites(coords, count, too_many, stride, capacities or Capacities(), batch_size, tuple(bounds), "morton")
+        sites = Sites(coords, count, too_many, stride, capacities, batch_size, tuple(bounds), "morton")
         feats = dense[tuple(jnp.where(sites.is_real[:, None], coords, 0).T)]
         return SparseTensor(sites, feats)
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """The real rows on the host, coordinates and features, after `check`."""
+        check_tensor("rows", self)
         self.check()
         n = int(self.count)
         return np.asarray(self.coords)[:n], np.asarray(self.feats)[:n]

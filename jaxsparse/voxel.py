@@ -15,9 +15,17 @@ from jaxsparse.kernel_map import check_implementation
 from jaxsparse.ops import _coords
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.rows import gather_rows, sum_rows
-from jaxsparse.sites import Capacities, Sites, as_int32, check_batch_size, check_capacity, check_count
+from jaxsparse.sites import (
+    Capacities,
+    Sites,
+    as_int32,
+    check_batch_size,
+    check_capacities,
+    check_capacity,
+    check_count,
+)
 from jaxsparse.status import Problem
-from jaxsparse.tensor import SparseTensor, check_float, on_sites
+from jaxsparse.tensor import SparseTensor, check_float, check_tensor, on_sites
 
 _REDUCTIONS = ("mean", "sum", "max", "first")
 
@@ -73,10 +81,14 @@ def voxelize(
         raise ValueError(f"`reduce` (={reduce!r}) must be one of {_REDUCTIONS}.")
     check_capacity(capacity)
     rows, dims = points.shape
-    sizes = np.asarray(voxel_size, np.float64)
-    if sizes.shape not in ((), (dims,)) or not (np.isfinite(sizes) & (sizes > 0)).all():
-        raise ValueError(f"`voxel_size` (={voxel_size}) must be positive, a number or one for each of the {dims} axes.")
-    scale = np.broadcast_to(1 / sizes, dims).astype(np.float32)
+    capacities = check_capacities(capacities, dims)
+    sizes = np.asarray(voxel_size)
+    is_size = sizes.dtype.kind in "iuf" and sizes.shape in ((), (dims,))
+    if not is_size or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise ValueError(
+            f"`voxel_size` (={voxel_size!r}) must be positive, a number or one for each of the {dims} axes."
+        )
+    scale = np.broadcast_to(1 / sizes.astype(np.float64), dims).astype(np.float32)
     origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
     if origin.shape != (dims,):
         raise ValueError(f"`origin` must be [{dims}], a number for each axis, got shape {origin.shape}.")
@@ -129,7 +141,7 @@ def voxelize(
         kept[0],
         status.merge(*problems),
         (1,) * dims,
-        capacities or Capacities(),
+        capacities,
         batch_size,
         grid,
         "morton",
@@ -207,8 +219,7 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
         raise ValueError("collate: `tensors` is empty; pass at least one.")
     first = tensors[0]
     for t in tensors:
-        if not isinstance(t, SparseTensor):
-            raise TypeError(f"collate: expected SparseTensors, got {type(t).__name__}.")
+        check_tensor("collate", t)
         same = (t.dims, t.stride, t.num_features, t.dtype) == (
             first.dims,
             first.stride,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,24 +16,46 @@ RNGS = nnx.Rngs(0)
 POINTS = np.random.default_rng(0).uniform(-3, 3, (50, 3)).astype(np.float32)
 
 
-def tensor(rows, features=4, **kwargs):
-    coords = np.asarray(rows, np.int32)
-    return js.SparseTensor(coords, jnp.ones((len(coords), features)), **kwargs)
-
-
 def test_wrong_feature_width():
     x = random_tensor(0, features=48)
-    message = f"kernel has 32 input features but x.feats has 48 (shape {x.feats.shape}); set in_features=48"
-    for layer in (js.nn.SubMConv(32, 8, 3, rngs=RNGS), js.nn.Linear(32, 8, rngs=RNGS), js.nn.BatchNorm(32, rngs=RNGS)):
-        with raises(ValueError, type(layer).__name__, message):
+    message = f"(=32) must be 48, the features of x (shape {x.feats.shape})"
+    for layer, argument in (
+        (js.nn.SubMConv(32, 8, 3, rngs=RNGS), "in_features"),
+        (js.nn.Linear(32, 8, rngs=RNGS), "in_features"),
+        (js.nn.BatchNorm(32, rngs=RNGS), "num_features"),
+    ):
+        with raises(ValueError, type(layer).__name__, f"`{argument}` {message}"):
             layer(x)
-    with raises(ValueError, message):
+    with raises(ValueError, "conv: `kernel` of shape (27, 32, 8)", "x has 48"):
         js.ops.conv(x, jnp.ones((27, 32, 8)), kernel_size=3)
+    with raises(ValueError, "linear: `bias` of shape (1,) must be [8]"):
+        js.ops.linear(x, jnp.ones((48, 8)), jnp.ones(1))
+    with raises(ValueError, "batch_norm: `scale` of shape (1,) must be [48]"):
+        js.ops.batch_norm(x, jnp.ones(48), jnp.ones(48), jnp.ones(1))
 
 
 def test_array_in_place_of_a_tensor():
-    with raises(TypeError, "SubMConv", "`x` must be a SparseTensor", "Array"):
-        js.nn.SubMConv(4, 8, 3, rngs=RNGS)(jnp.ones((3, 4)))
+    x = jnp.ones((3, 4))
+    for name, op in (
+        ("SubMConv", js.nn.SubMConv(4, 8, 3, rngs=RNGS)),
+        ("relu", js.nn.ReLU()),
+        ("map_features", js.ops.silu),
+        ("conv", lambda x: js.ops.conv(x, jnp.ones((27, 4, 4)), kernel_size=3)),
+        ("conv_transpose", lambda x: js.ops.conv_transpose(x, jnp.ones((27, 4, 4)), like=x, kernel_size=3)),
+        ("linear", lambda x: js.ops.linear(x, x.T)),
+        ("batch_statistics", js.ops.batch_statistics),
+        ("batch_norm", lambda x: js.ops.batch_norm(x, x[0], x[0])),
+        ("capacities", lambda x: js.capacities(js.ops.relu, [x])),
+    ):
+        with raises(TypeError, f"{name}: expected a SparseTensor, got Array"):
+            op(x)
+
+
+def test_several_tensors_in_one():
+    x = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), random_tensor(0))
+    for op in (js.nn.SubMConv(3, 8, 3, rngs=RNGS), js.ops.relu, js.SparseTensor.rows, lambda x: x + x):
+        with raises(ValueError, "leading axes (2,)", "jax.vmap"):
+            op(x)
 
 
 def test_float_coordinates():
@@ -77,9 +100,9 @@ def test_count_that_is_no_integer(count, described):
         js.voxelize(POINTS, POINTS, 0.5, capacity=8, count=count)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 1024])
+@pytest.mark.parametrize("batch_size", [0, -1, 1024, 2.5, "2"])
 def test_batch_size_that_keys_do_not_hold(batch_size):
-    message = f"`batch_size` (={batch_size}) must be 1 to 1023 in 3 dimensions"
+    message = f"`batch_size` (={batch_size!r}) must be 1 to 1023 in 3 dimensions"
     with raises(ValueError, message):
         js.SparseTensor(jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 2)), batch_size=batch_size)
     with raises(ValueError, message):
@@ -98,9 +121,32 @@ def test_capacity_that_is_no_number_of_rows(capacity):
         lambda: js.collate([x], capacity),
         lambda: js.SparseTensor.from_dense(jnp.ones((1, 2, 2, 1)), capacity),
         lambda: js.ops.conv(x, jnp.ones((8, 3, 3)), kernel_size=2, strides=2, sites="floor", capacity=capacity),
+        lambda: js.nn.SparseConv(3, 3, 2, strides=2, capacity=capacity, rngs=RNGS),
     ):
         with raises(ValueError, message):
             make()
+    with raises(ValueError, f"the capacity of grid (2, 2) (={capacity})"):
+        js.Capacities({(2, 2): capacity})
+
+
+def test_capacities_that_are_none():
+    coords, feats = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 1))
+    for make in (
+        lambda plan: js.SparseTensor(coords, feats, capacities=plan),
+        lambda plan: js.voxelize(POINTS, POINTS, 0.5, capacity=64, capacities=plan),
+        lambda plan: js.SparseTensor.from_dense(jnp.ones((1, 2, 2, 2, 1)), 8, capacities=plan),
+    ):
+        with raises(TypeError, "`capacities` must be a Capacities, got dict", "jaxsparse.Capacities"):
+            make({(2, 2, 2): 64})
+        with raises(ValueError, "`capacities` has the grid (2, 2)", "3 entries"):
+            make(js.Capacities({(2, 2): 64}))
+
+
+def test_values_read_while_a_function_is_traced():
+    x = random_tensor(0)
+    for read in (lambda x: x.check(), lambda x: x.rows(), lambda x: js.status.check(x.status)):
+        with raises(TypeError, "while it is traced", "return `y.status`", "jaxsparse.status.check"):
+            jax.jit(read)(x)
 
 
 def test_static_facts_given_twice():
@@ -127,6 +173,13 @@ def test_kernel_of_wrong_shape():
         ({"dilation": 0}, ("`dilation` (=0)",)),
         ({"strides": 2}, ("`strides` (=2)", "submanifold", "reachable")),
         ({"sites": "all"}, ("`sites` (='all')", "reachable", "floor")),
+        ({"sites": np.zeros((3, 4))}, ("`sites` must be a Sites", "ndarray", "y.sites")),
+        ({"capacity": 7}, ("`capacity` (=7)", "sites that are made")),
+        ({"norm": js.nn.BatchNorm(4, rngs=RNGS)}, ("`norm` must be a ChannelNorm", "BatchNorm")),
+        ({"norm": js.ops.ChannelNorm(scale=jnp.ones(5)), "bias": jnp.ones(4)}, ("`norm.scale` of shape (5,)", "[4]")),
+        ({"norm": js.ops.ChannelNorm(mean=jnp.ones(5)), "bias": jnp.ones(4)}, ("`norm.mean` of shape (5,)", "[4]")),
+        ({"config": "fast"}, ("`config` (='fast')", "ConvConfig")),
+        ({"kernel_map": (1, 2)}, ("`kernel_map` must be a KernelMap", "tuple")),
         ({"implementation": "cuda"}, ("`implementation` (='cuda')", '"xla"')),
         ({"precision": "exact"}, ("`precision` (='exact')", "highest")),
         ({"padding": (1, 2)}, ("`padding` (=(1, 2))", "3 spatial axes")),
@@ -147,11 +200,18 @@ def test_options_that_are_none(options, parts):
 def test_config_out_of_range():
     with raises(ValueError, "`tile_rows` (=48)", "32, 64 or 128"):
         js.ops.ConvConfig(tile_rows=48)
+    with raises(ValueError, "`sort` (='yes')", "True, False or None"):
+        js.ops.ConvConfig(sort="yes")
 
 
 def test_layer_options_are_refused_when_the_layer_is_made():
-    with raises(ValueError, "`in_features` (=0)"):
-        js.nn.SubMConv(0, 8, 3, rngs=RNGS)
+    for width in (0, 4.0):
+        with raises(ValueError, f"`in_features` (={width})", "integers, at least 1"):
+            js.nn.SubMConv(width, 8, 3, rngs=RNGS)
+    with raises(ValueError, "`dims` (=5)"):
+        js.nn.SubMConv(4, 8, 3, dims=5, rngs=RNGS)
+    with raises(ValueError, "`precision` (='exact')"):
+        js.nn.Linear(4, 8, precision="exact", rngs=RNGS)
     with raises(ValueError, "SubMConv", "`strides` (=(2, 2, 2))", "SparseConv"):
         js.nn.SubMConv(4, 8, 3, strides=2, rngs=RNGS)
     with raises(ValueError, "SparseConv", "`sites` (='same')"):
@@ -160,6 +220,27 @@ def test_layer_options_are_refused_when_the_layer_is_made():
         js.nn.BatchNorm(4, momentum=1.5, rngs=RNGS)
     with raises(TypeError, "colour"):
         js.nn.SubMConv(4, 8, 3, colour="red", rngs=RNGS)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_what_follows_a_layer_is_honoured_or_refused(is_training):
+    x = random_tensor(0)
+    conv, norm = js.nn.SubMConv(3, 4, 3, rngs=RNGS), js.nn.BatchNorm(4, use_running_average=not is_training, rngs=RNGS)
+    with raises(TypeError, "activtion"):
+        conv(x, activtion="relu")
+    with raises(ValueError, "`activation` (='relu6')", "leaky_relu"):
+        conv(x, norm=norm, activation="relu6")
+    with raises(TypeError, "SubMConv: `norm` must be a jaxsparse.nn.BatchNorm, got ChannelNorm"):
+        conv(x, norm=js.ops.ChannelNorm())
+    with raises(ValueError, "5", "4"):
+        conv(x, norm=js.nn.BatchNorm(5, use_running_average=not is_training, rngs=RNGS))
+    with raises(TypeError, "expected a SparseTensor, got Array"):
+        conv(x, norm=norm, residual=jnp.ones((x.capacity, 4)))
+
+
+def test_layer_of_other_dimensions():
+    with raises(ValueError, "SubMConv: made for 3 spatial axes, but x has 2; set dims=2"):
+        js.nn.SubMConv(3, 4, 3, rngs=RNGS)(random_tensor(0, dims=2))
 
 
 def test_transposed_layer_without_like():
@@ -243,6 +324,7 @@ def test_dense_array_beyond_the_key_range():
         ({"capacity": 0}, ("`capacity` (=0)", "at least 1")),
         ({"voxel_size": -1.0}, ("`voxel_size` (=-1.0)", "positive")),
         ({"voxel_size": float("nan")}, ("`voxel_size` (=nan)", "positive")),
+        ({"voxel_size": "0.5"}, ("`voxel_size` (='0.5')", "a number")),
         ({"voxel_size": (0.5, 0.5)}, ("`voxel_size` (=(0.5, 0.5))", "3 axes")),
         ({"origin": (0.0, 0.0)}, ("`origin` must be [3]", "(2,)")),
         ({"bounds": (4, 4)}, ("`bounds` (=(4, 4))", "3 spatial axes")),
@@ -268,9 +350,11 @@ def test_collate_and_capacities_arguments():
         js.collate([random_tensor(0, features=3), random_tensor(0, features=4)])
     with raises(ValueError, "capacities", "empty"):
         js.capacities(lambda x: x, [])
+    with raises(TypeError, "capacities: `samples`", "pass [x]"):
+        js.capacities(lambda x: x, random_tensor(0))
     with raises(ValueError, "`slack` (=0.5)"):
         js.capacities(lambda x: x, [random_tensor(0)], slack=0.5)
     with raises(js.SiteError, "another row has already"):
-        js.capacities(lambda x: x, [tensor([[0, 0], [0, 0]])])
+        js.capacities(lambda x: x, [js.SparseTensor(jnp.zeros((2, 2), jnp.int32), jnp.ones((2, 1)))])
     with raises(TypeError, "grid strides", "2"):
         js.Capacities({2: 5})

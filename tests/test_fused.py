@@ -459,7 +459,7 @@ def test_arguments_that_do_not_fit_are_refused():
         js.ops.conv(x, kernel, kernel_size=3, residual=x)
     with raises(ValueError, "equal sites", "(20, 4)"):
         js.ops.conv(x, kernel, kernel_size=3, residual=random_tensor(1, rows=10, capacity=20, features=4))
-    with raises(TypeError, "expected SparseTensors"):
+    with raises(TypeError, "expected a SparseTensor"):
         js.ops.conv(x, kernel, kernel_size=3, residual=x.feats)
 
 

@@ -1,4 +1,4 @@
-"""The package itself: import, version guard, command line, the README's quick start."""
+"""The package itself: import, version guard, command line, the programs that its pages show."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ def test_version_is_that_of_the_project_file():
     assert f'version = "{js.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_readme_quick_start_runs_as_shown():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks, "the README shows no Python"
+@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md"])
+def test_python_in_the_docs_runs_as_shown(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks, f"{page} shows no Python"
     for block in blocks:
         out = run_python(block)
         assert out.returncode == 0, out.stderr

@@ -239,5 +239,5 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32():
 def test_arguments_that_fit_no_network_are_refused(net):
     with pytest.raises(ValueError, match=r"`width` \(=0\) must be positive"):
         js.models.SparseResNet21D(4, width=0, rngs=quick_rngs())
-    with pytest.raises(ValueError, match="kernel_size"):
+    with pytest.raises(ValueError, match="made for 3 spatial axes, but x has 2"):
         net(random_tensor(0, rows=20, features=4, dims=2))

@@ -66,6 +66,15 @@ def test_the_server_gives_the_classes_and_confidences_of_the_model(served):
         assert (np.asarray(confidence)[count:] == 0).all()
 
 
+def test_a_wrong_command_line_ends_the_program_with_a_word(capsys):
+    for option, word in (("--requests", "0"), ("--beams", "0"), ("--width", "-1"), ("--voxel", "nan")):
+        with pytest.raises(SystemExit):
+            serve.main([option, word])
+        assert f"argument {option}: {word} must be positive" in capsys.readouterr().err
+    with raises(SystemExit, "error: no such file or folder: nowhere"):
+        serve.main(["--data", "nowhere"])
+
+
 def test_scans_sent_ahead_give_the_same_bits(served):
     *_, server = served
     requests = [scans.synthetic_streets(3, lidar=TINY).load(i) for i in (0, 1, 2, 0)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +38,36 @@ def test_tensor_is_a_frozen_pytree():
     np.testing.assert_array_equal(y.feats, x.feats)
     assert jax.tree.structure(x) == jax.tree.structure(y)
     jax.tree.unflatten(jax.tree.structure(x), [None] * len(jax.tree.leaves(x)))  # jax does this with placeholders
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(x)]
+    assert paths == [".sites.coords", ".sites.count", ".sites.status", ".feats"]
     z = jax.jit(lambda t: t.with_feats(t.feats * 2))(x)
     np.testing.assert_array_equal(z.feats, 2 * x.feats)
     assert z.stride == x.stride
+
+
+def test_tensor_prints_its_facts_and_no_rows():
+    x = js.SparseTensor(jnp.zeros((5, 4), jnp.int32), jnp.ones((5, 2)), count=1, bounds=(2, 2, 2))
+    assert repr(x) == (
+        "SparseTensor(float32[5, 2], count=1, stride=(1, 1, 1), batch_size=None, bounds=(2, 2, 2), order='any')"
+    )
+    assert "feats=None" in repr(jax.tree.map(lambda leaf: None, x))
+
+
+def test_flax_tabulates_layers():
+    with jax.numpy_rank_promotion("allow"):
+        text = nnx.tabulate(js.nn.SubMConv(3, 4, 3, rngs=nnx.Rngs(0)), random_tensor(0))
+    assert "coords" in text
+    assert "kernel" in text
+
+
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_tensor_with_maps_is_pickled_and_copied_without_them(copied):
+    x = random_tensor(0)
+    js.kernel_map(x.sites, x.sites, 3)
+    y = copied(x)
+    assert not y.sites.same_as(x.sites)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_static_facts_survive_jit():
@@ -254,6 +283,16 @@ def test_planning_hears_of_sites_made_in_inner_traces(wrap):
     assert set(plain) == {(2, 2, 2), (4, 4, 4)}
 
 
+def test_planning_hears_of_a_tensor_made_anew_with_the_same_capacities():
+    net, sample = Down(), random_tensor(0, rows=60, low=-30, high=31)
+    net.eval()
+
+    def anew(x):
+        return net(js.SparseTensor(x.coords, x.feats, x.count, capacities=x.sites.capacities))
+
+    assert js.capacities(anew, [sample], multiple=1) == js.capacities(net, [sample], multiple=1) != js.Capacities()
+
+
 def test_planning_an_empty_scene_reserves_a_row():
     empty = js.SparseTensor(jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 3)), count=0)
     assert dict(js.capacities(Down(), [empty], multiple=1)) == {(2, 2, 2): 2, (4, 4, 4): 2}
@@ -266,5 +305,3 @@ def test_capacities_are_hashable_and_compare_by_value():
     assert len(a) == 2
     assert a[(2, 2, 2)] == 5
     assert a != js.Capacities()
-    with pytest.raises(ValueError, match="at least 1"):
-        js.Capacities({(2, 2, 2): 0})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -289,8 +288,8 @@ def test_a_cache_that_cannot_be_read_or_written_warns_once_and_works(own_cache):
 
 def test_load_refuses_what_is_no_result(tmp_path):
     path = tmp_path / "result.json"
-    for text in (BROKEN["truncated"], BROKEN["older schema"]):
-        path.write_text(text)
+    for text in (BROKEN["truncated"], BROKEN["older schema"], "\udcff"):  # the last is no UTF-8
+        path.write_text(text, errors="surrogateescape")
         with raises(ValueError, str(path), "TuningResult.save"):
             TuningResult.load(path)
 
@@ -336,25 +335,6 @@ print(t.tile_rows(), t.measure.programs_timed, hashlib.sha256(t.hlo().encode()).
 
 def test_a_cache_is_found_by_device_kind(own_cache):
     assert store.cache_path("NVIDIA H100 80GB HBM3") == own_cache / "jaxsparse/tuning/nvidia_h100_80gb_hbm3.json"
-
-
-def test_shipped_tables_can_be_read_and_name_what_is_built():
-    tables = list(store.TABLES.glob("*.json"))
-    if not tables:
-        pytest.skip("no table is shipped")
-    for path in tables:
-        found, facts = store.decode(path.read_text())
-        assert found
-        assert path == store.table_path(facts["device"])
-        built = {
-            "conv": {*conv_choices.FORWARD_TILES, *conv_choices.NARROW_TILES, *conv_choices.PLAIN_TILE_ROWS},
-            "wgrad": {*conv_choices.WGRAD_TILES},
-            "sort": {False, True},
-            "builder": set(_coords.BUILDERS),
-        }
-        for k, chosen in found.items():
-            assert chosen in built[k.op], (k, chosen)
-            assert k.device == facts["device"]
 
 
 # --- the cost model ---
@@ -434,17 +414,17 @@ def test_executed_taps_lie_between_those_of_a_row_and_all():
     assert m.executed(128, True) < m.executed(128, False)
 
 
-def test_the_neighbours_of_a_map_change_the_prediction_and_not_the_heuristic():
+def test_the_neighbours_of_a_map_change_the_prediction():
     question, _ = questions(50_000, 64, 64)
     assert question.predict(question.heuristic(), 2.0) < question.predict(question.heuristic(), 20.0)
-    assert dataclasses.replace(question).heuristic() == question.heuristic()
 
 
 @pytest.mark.parametrize("path", sorted(store.TABLES.glob("*.json")), ids=lambda path: path.stem)
 def test_a_shipped_table_reads_and_names_what_is_built(path):
-    table = store.decode(path.read_text())[0]
+    table, facts = store.decode(path.read_text())
     assert table
-    assert {store.table_path(key.device).name for key in table} == {path.name}
+    assert path == store.table_path(facts["device"])
+    assert {key.device for key in table} == {facts["device"]}
     tiles = {"conv": {*FORWARD_TILES, *NARROW_TILES, *FLOAT_TILES}, "wgrad": {*WGRAD_TILES, *FLOAT_WGRAD_TILES}}
     built = {"builder": {"hash", "blocks"}, "sort": {True, False}, **tiles}
     assert all(choice in built[key.op] for key, choice in table.items())

@@ -343,6 +343,8 @@ def test_progress_says_how_far_and_how_long(capfd):
 def test_arguments_are_checked():
     with raises(ValueError, "`mode` (='serving')", '"inference" or "training"'):
         tune(Net(), scene(), mode="serving")
+    with raises(TypeError, "arrays, not shapes"):
+        tune(Net(), jax.eval_shape(lambda x: x, scene()))
     with raises(ValueError, "`budget_s` (=0)", "positive"):
         tune(Net(), scene(), budget_s=0)
 
@@ -390,3 +392,10 @@ def test_build_table_writes_what_programs_read(tmp_path, monkeypatch, capsys):
     assert store.shipped("cpu") == found
     store.shipped.cache_clear()
     assert TuningResult.load(path).choices == found
+
+
+def test_build_table_refuses_what_it_cannot_tune(tmp_path, capsys):
+    for option, value in (("--width", "0"), ("--budget", "-1"), ("--voxel", "nan"), ("--data", str(tmp_path))):
+        with pytest.raises(SystemExit):
+            command.main(["build-table", option, value])
+        assert f"error: {option} (=" in capsys.readouterr().err

@@ -18,7 +18,8 @@ from jaxsparse.nn.linear import check_features, check_input, compute_dtype
 from jaxsparse.nn.norm import BatchNorm
 from jaxsparse.ops import ConvConfig
 from jaxsparse.ops.conv.reference import canonical_precision
-from jaxsparse.sites import Sites
+from jaxsparse.ops.elementwise import check_activation
+from jaxsparse.sites import Sites, check_capacity
 from jaxsparse.tensor import SparseTensor
 
 Initializer = jax.nn.initializers.Initializer
@@ -103,9 +104,24 @@ class _Conv(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
 
-    def _run(self, op: Callable[..., SparseTensor], x: SparseTensor, options: dict, after: After) -> SparseTensor:
+    def _run(
+        self,
+        op: Callable[..., SparseTensor],
+        x: SparseTensor,
+        options: dict,
+        *,
+        norm: BatchNorm | None = None,
+        residual: SparseTensor | None = None,
+        activation: str | None = None,
+    ) -> SparseTensor:
         """The convolution `op` and what follows; a norm with running statistics goes into the same op."""
-        check_input(self, x, self.in_features)
+        check_input(self, x, "in_features")
+        name, dims = type(self).__name__, len(self.kernel_size)
+        if x.dims != dims:
+            raise ValueError(f"{name}: made for {dims} spatial axes, but x has {x.dims}; set dims={x.dims}.")
+        if norm is not None and not isinstance(norm, BatchNorm):
+            raise TypeError(f"{name}: `norm` must be a jaxsparse.nn.BatchNorm, got {type(norm).__name__}.")
+        check_activation(name, activation)
         kernel = self.kernel[...]
         options |= {
             "bias": None if self.bias is None else self.bias[...],
@@ -117,7 +133,6 @@ class _Conv(nnx.Module):
             "config": self.config,
         }
         x = x.astype(compute_dtype(self.dtype, x, kernel))
-        norm, residual, activation = after.get("norm"), after.get("residual"), after.get("activation")
         if norm is None or (norm.use_running_average and norm.dtype in (None, x.dtype)):
             known = None if norm is None else norm.running()
             return op(x, kernel, norm=known, residual=residual, activation=activation, **options)
@@ -154,7 +169,7 @@ class SubMConv(_Conv):
 
         **after: norm, residual and activation that follow, see `After`.
         """
-        return self._run(ops.conv, x, {"sites": "submanifold", "kernel_map": kernel_map}, after)
+        return self._run(ops.conv, x, {"sites": "submanifold", "kernel_map": kernel_map}, **after)
 
 
 class SparseConv(_Conv):
@@ -190,6 +205,8 @@ class SparseConv(_Conv):
         super().__init__(in_features, out_features, kernel_size, **options)
         if sites not in ("reachable", "floor"):
             raise ValueError(f'SparseConv: `sites` (={sites!r}) must be "reachable" or "floor".')
+        if capacity is not None:
+            check_capacity(capacity)
         self.sites, self.capacity = sites, capacity
 
     def __call__(
@@ -213,7 +230,7 @@ class SparseConv(_Conv):
             options |= {"sites": self.sites, "capacity": self.capacity}
         else:
             options["sites"] = like.sites if isinstance(like, SparseTensor) else like
-        return self._run(ops.conv, x, options, after)
+        return self._run(ops.conv, x, options, **after)
 
 
 class SparseConvTranspose(_Conv):
@@ -255,7 +272,7 @@ class SparseConvTranspose(_Conv):
                 f"{type(self).__name__}: `like` is missing; pass the tensor whose sites to compute, usually the input "
                 "of the strided layer: up(x, like=skip)."
             )
-        return self._run(ops.conv_transpose, x, {"like": like, "kernel_map": kernel_map}, after)
+        return self._run(ops.conv_transpose, x, {"like": like, "kernel_map": kernel_map}, **after)
 
 
 class SparseInverseConv(SparseConvTranspose):

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
 from jaxsparse import ops
-from jaxsparse.tensor import SparseTensor
+from jaxsparse.ops.conv.reference import canonical_precision
+from jaxsparse.tensor import SparseTensor, check_tensor
 
 Initializer = jax.nn.initializers.Initializer
 
 
 def check_features(in_features: int, out_features: int) -> None:
-    """Refuses widths below 1."""
-    if in_features < 1 or out_features < 1:
-        raise ValueError(f"`in_features` (={in_features}) and `out_features` (={out_features}) must be at least 1.")
-
-
-def check_input(layer: nnx.Module, x: SparseTensor, in_features: int) -> None:
-    """Refuses an input that is no SparseTensor or has another width."""
-    name = type(layer).__name__
-    if not isinstance(x, SparseTensor):
-        raise TypeError(f"{name}: `x` must be a SparseTensor, got {type(x).__name__}.")
-    if x.num_features != in_features:
+    """Refuses widths that are no integers from 1."""
+    if not all(isinstance(n, int | np.integer) and n >= 1 for n in (in_features, out_features)):
         raise ValueError(
-            f"{name}: kernel has {in_features} input features but x.feats has {x.num_features} (shape "
-            f"{x.feats.shape}); set in_features={x.num_features}."
+            f"`in_features` (={in_features}) and `out_features` (={out_features}) must be integers, at least 1."
+        )
+
+
+def check_input(layer: nnx.Module, x: SparseTensor, argument: str) -> None:
+    """Refuses an input that is no SparseTensor, or whose width is not the layer's attribute of that name."""
+    name, width = type(layer).__name__, getattr(layer, argument)
+    check_tensor(name, x)
+    if x.num_features != width:
+        raise ValueError(
+            f"{name}: `{argument}` (={width}) must be {x.num_features}, the features of x (shape {x.feats.shape})."
         )
 
 
@@ -71,6 +73,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_features(in_features, out_features)
+        canonical_precision(precision)  # refuses what is none
         self.in_features, self.out_features = in_features, out_features
         self.dtype, self.precision = dtype, precision
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, out_features), param_dtype))
@@ -78,7 +81,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: SparseTensor) -> SparseTensor:
         """Features `[N, C_in]` to `[N, C_out]` on the same sites."""
-        check_input(self, x, self.in_features)
+        check_input(self, x, "in_features")
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         return ops.linear(x.astype(compute_dtype(self.dtype, x, kernel)), kernel, bias, precision=self.precision)

@@ -71,7 +71,7 @@ class BatchNorm(nnx.Module):
         self, x: SparseTensor, *, use_running_average: bool | None = None, activation: str | None = None
     ) -> SparseTensor:
         """Normalises `[N, C]` features; `use_running_average` overrides the attribute, `activation` follows."""
-        check_input(self, x, self.num_features)
+        check_input(self, x, "num_features")
         mean, variance = self.mean[...], self.var[...]
         if not (self.use_running_average if use_running_average is None else use_running_average):
             mean, variance, count = ops.batch_statistics(x, self.axis_name)

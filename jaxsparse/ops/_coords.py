@@ -141,7 +141,7 @@ def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds, i
     results = [_int32(capacity, columns), *[_int32(1)] * 3, index, _workspace.struct(platform, size)]
     attributes = {**geometry.attributes(), "bounds": bounds or (), "is_sorted": int(is_sorted)}
     sites, kept, *found, index, _ = _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)
-    if not makes_index:  # XLA drops it where nobody reads it
+    if not makes_index:  # in a call of its own, which XLA drops where nobody reads the index
         index = _site_index(sites, kept, of_blocks=True)
     return sites, kept, *found, index
 

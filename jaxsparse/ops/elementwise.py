@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
-from jaxsparse.tensor import SparseTensor, on_sites
+from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
 def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> SparseTensor:
@@ -18,6 +18,7 @@ def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> Spars
     Padding is set to zero before `fn` as well as after: its derivative at whatever padding holds could be NaN, and zero
     times NaN would reach the gradient.
     """
+    check_tensor("map_features", x)
     real = x.sites.is_real[:, None]
     return on_sites(x.sites, jnp.where(real, fn(jnp.where(real, x.feats, 0)), 0))
 
@@ -48,6 +49,7 @@ def _relu_jvp(primals, tangents):
 
 def relu(x: SparseTensor) -> SparseTensor:
     """`max(x, 0)`; the derivative at 0 is 0."""
+    check_tensor("relu", x)
     return on_sites(x.sites, _relu(x.feats, x.sites.counts))
 
 
@@ -76,8 +78,15 @@ ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
 """By name, with their defaults, in the order in which `cuda/conv/gemm.h` numbers them."""
 
 
+def check_activation(op: str, activation: str | None) -> None:
+    """Refuses a name that is no activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: `activation` (={activation!r}) must be one of {list(ACTIVATIONS)}.")
+
+
 def activate(x: SparseTensor, activation: str | None) -> SparseTensor:
     """The activation of that name, with its defaults; None leaves `x` as it is."""
+    check_activation("activate", activation)
     if activation is None:
         return x
     return relu(x) if activation == "relu" else map_features(ACTIVATIONS[activation], x)

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 from jaxsparse import status
 from jaxsparse.sites import Sites
 from jaxsparse.status import Problem
-from jaxsparse.tensor import SparseTensor, on_sites
+from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
 def common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
     """The sites of the first tensor, with a report where another's differ."""
     for t in tensors:
-        if not isinstance(t, SparseTensor):
-            raise TypeError(f"{op}: expected SparseTensors, got {type(t).__name__}.")
+        check_tensor(op, t)
     sites = tensors[0].sites
     for other in (t.sites for t in tensors[1:]):
         if (sites.coords.shape, sites.stride) != (other.coords.shape, other.stride):

@@ -16,7 +16,7 @@ from jax import lax
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
-from jaxsparse.tensor import SparseTensor, on_sites
+from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
 def _dot(a, b, contract, dtype, out_dtype, precision):
@@ -79,13 +79,16 @@ def linear(
       precision: of float32 products, as jax spells it.
 
     Raises:
-      ValueError: where the kernel does not fit the features.
+      ValueError: where kernel, bias and features do not fit each other.
     """
+    check_tensor("linear", x)
     if kernel.ndim != 2 or kernel.shape[0] != x.num_features:
         raise ValueError(
             f"linear: kernel of shape {kernel.shape} does not fit x.feats with {x.num_features} features (shape "
             f"{x.feats.shape}); it must be [{x.num_features}, C_out]."
         )
+    if bias is not None and bias.shape != kernel.shape[1:]:
+        raise ValueError(f"linear: `bias` of shape {bias.shape} must be [{kernel.shape[1]}], the output features.")
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
     (y,) = linear_rows(x.feats, kernel, x.sites.counts, transposed=False, **options)
     if bias is not None:

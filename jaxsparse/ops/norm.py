@@ -11,7 +11,7 @@ from jax import lax
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import activate
-from jaxsparse.tensor import SparseTensor, on_sites
+from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
 def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -25,6 +25,7 @@ def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tupl
     Returns:
       Mean `[C]`, biased variance `[C]`, and the number of rows, a scalar. Without rows, zeros.
     """
+    check_tensor("batch_statistics", x)
     mean, squares = statistics(x.feats, x.sites.counts)
     count = jnp.clip(x.sites.counts[0], 0, x.capacity).astype(mean.dtype)
     rows = jnp.maximum(count, 1)
@@ -56,7 +57,14 @@ def batch_norm(
       scale, bias: `[C]` or None.
       epsilon: added to the variance.
       activation: "relu", "leaky_relu", "gelu" or "silu"; a ReLU costs the backward pass nothing.
+
+    Raises:
+      ValueError: where one of the vectors is not as long as the features are wide, or there is no such activation.
     """
+    check_tensor("batch_norm", x)
+    for name, numbers in {"mean": mean, "variance": variance, "scale": scale, "bias": bias}.items():
+        if numbers is not None and numbers.shape != (x.num_features,):
+            raise ValueError(f"batch_norm: `{name}` of shape {numbers.shape} must be [{x.num_features}], the features.")
     dtype = accumulation_dtype(x.dtype)
     factor = lax.rsqrt(variance.astype(dtype) + epsilon)
     if scale is not None:

@@ -30,6 +30,7 @@ NETWORKS = {
     "SparseResNet21D": (js.models.SparseResNet21D, (0.1, 0.1, 0.15)),
 }
 IN_FEATURES = 4
+_SUFFIXES = (".npz", ".npy", ".bin")
 SYNTHETIC = {"synthetic-64": (64, 2000), "synthetic-32": (32, 1000)}  # beams and azimuths
 
 
@@ -49,9 +50,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.voxel is not None and len(options.voxel) not in (1, 3):
         parser.error(f"--voxel (={options.voxel}) must be one number, or one an axis")
+    for name in ("width", "voxel", "budget"):
+        values = getattr(options, name)
+        if values is not None and not np.all(np.array(values) > 0):
+            parser.error(f"--{name} (={values}) must be positive")
     if options.data is not None and not options.data.exists():
         parser.error(f"--data (={options.data}): no such file or folder")
+    if options.data is not None and not _paths(options):
+        parser.error(f"--data (={options.data}): holds no {', '.join(_SUFFIXES)} file (of --scan)")
     return options
+
+
+def _paths(options: argparse.Namespace) -> list[Path]:
+    paths = sorted(options.data.iterdir()) if options.data.is_dir() else [options.data]
+    return [p for p in paths if p.suffix in _SUFFIXES and (options.scan is None or p.stem in options.scan)]
 
 
 def _scenes(options: argparse.Namespace) -> Iterator[tuple[str, np.ndarray]]:
@@ -59,10 +71,8 @@ def _scenes(options: argparse.Namespace) -> Iterator[tuple[str, np.ndarray]]:
         for name, (beams, azimuths) in SYNTHETIC.items():
             yield name, synthetic.scan(0, beams, azimuths)
         return
-    paths = sorted(options.data.iterdir()) if options.data.is_dir() else [options.data]
-    for path in paths:
-        if path.suffix in (".npz", ".npy", ".bin") and (options.scan is None or path.stem in options.scan):
-            yield path.stem, read_points(path)
+    for path in _paths(options):
+        yield path.stem, read_points(path)
 
 
 def _tensor(model: nnx.Module, points: np.ndarray, voxel_size: Sequence[float], dtype: str) -> js.SparseTensor:

@@ -70,14 +70,15 @@ class Gpu:
     Attributes:
       multiprocessors: how many.
       memory_bytes: of the whole, bytes a microsecond.
-      step_us, step_bytes: a step takes this time, and that of its copies at so many bytes a microsecond.
-      chain_us, chain_bytes: the same for a block that waits for itself alone; the former a fifth more by the stages: a
-        deeper ring divides it.
-      lone: how much more a step takes where no second block fits on the multiprocessor.
-      block_us: of a block's beginning and end.
-      split_us: what a block of a cluster takes besides, which starts, waits for the others' sums, and ends with them.
-      launch_us: of a kernel.
-      shared_bytes, registers: of a multiprocessor.
+      step_us, step_bytes: a step of a block that shares its multiprocessor with others takes step_us, and its copies at
+        step_bytes a microsecond.
+      chain_us, chain_bytes: the same where nothing else hides the waits between a block's own steps. With fewer stages
+        less is copied ahead, which adds up to a fifth to chain_us.
+      lone: the share by which a step takes longer where no second block fits on the multiprocessor.
+      block_us: for the beginning and end of a block.
+      split_us: what a block of a cluster takes beyond that, to start together and to exchange sums.
+      launch_us: for the launch of a kernel.
+      shared_bytes, registers: what a multiprocessor has.
     """
 
     multiprocessors: int = 132
@@ -109,10 +110,10 @@ class Gpu:
     def blocks_us(
         self, blocks: float, resident: int, steps: float, most_steps: float, step: float, chain: float, splits: int = 1
     ) -> float:
-        """Blocks of `steps` steps on average, the longest of `most_steps` first.
+        """Microseconds of all blocks, which have `steps` steps on average and at most `most_steps`.
 
-        Blocks of unlike length fill the multiprocessors evenly, and the longest bounds the time from below; where both
-        are alike neither hides the other.
+        The multiprocessors share the blocks evenly, but none ends before the longest block does. The fourth powers make
+        the result a little more than the larger of the two times where they are close.
         """
         if resident == 1:
             step *= 1 + self.lone
@@ -123,7 +124,7 @@ class Gpu:
 
 
 H100 = Gpu()
-STEP_BYTES = 128  # of depth, that a step multiplies
+STEP_BYTES = 128  # of each row and column that a step multiplies
 PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5}
 """Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
 FLOAT_ROW_US, FLOAT_COL_US = 0.0027, 0.0014  # of a step of float32: tiles of 64 rows cost half of those of 128
@@ -168,7 +169,7 @@ FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 16, "reverse": 96}, 256  #
 
 
 def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu = H100) -> float:
-    """A schedule and the layers that typically use it: those of the program at hand are not known to any of them."""
+    """A schedule and the layers that typically use it. When a layer is lowered the others are unknown."""
     channels = min(FIRST_CHANNELS[direction] * max(grid, default=1), MOST_CHANNELS)
     layer = min(conv_us(tile, kernel_map, channels, channels, "float16", sorts, gpu) for tile in tiles)
     return schedule_us(kernel_map, sorts, gpu) + LAYERS_OF_A_MAP[direction] * layer
@@ -177,7 +178,7 @@ def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu 
 def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
     """Shares of the pairs in wgrad: as many as make two blocks of 128 x 128 a multiprocessor, and two a tap.
 
-    They decide how sums are split, so they depend on nothing that a choice or a capacity may change.
+    The number of shares decides how sums are split and so how they round: it must not depend on tile or capacity.
     """
     pieces = math.ceil(c_in / 128) * math.ceil(c_out / 128)
     return max(2 * taps, 2 * gpu.multiprocessors // pieces)
@@ -202,7 +203,7 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu 
 
 CPU_PRODUCTS = 3e4  # of one core, multiply-adds a microsecond, float32
 CPU_TILE_TAP_US = 0.08  # a tap of a tile, besides its pairs
-CPU_ENTRY_US = 0.0005  # an entry of the table
+CPU_ENTRY_US = 0.0005  # to read an entry of the table
 CPU_CORES = 8
 CPU_FAST_BYTES = 32 * 1024
 
@@ -219,7 +220,7 @@ def cpu_conv_us(tile_rows: int, kernel_map: Map, c_in: int, c_out: int, dtype: s
     return math.ceil(tiles / CPU_CORES) * tile_us
 
 
-LOOK_UP_BYTES = 110  # of memory, that a key looked up or entered reads at random
+LOOK_UP_BYTES = 110  # of memory read at random for each key that is looked up or entered
 SITES_IN_BLOCK = 3.0  # of LiDAR scans
 
 

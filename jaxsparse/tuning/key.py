@@ -16,18 +16,17 @@ Choice = int | bool | str | tuple[int, ...]
 class Key(NamedTuple):
     """One decision: what is known of it when a program is lowered.
 
-    The neighbours a site, which decide how much a tile computes in vain, are values and not known then. The grid
-    stands in
-    for them: scans get denser from level to level, by much the same factor whatever the sensor. It is a static fact, so
-    tuning and tracing agree on the key without reading anything.
+    How many neighbours a site has decides how much a tile computes in vain, but it is a value and not known then. The
+    grid stands in for it: scans get denser from level to level, by much the same factor whatever the sensor. It is a
+    static fact, so tuning and tracing agree on the key without reading anything.
 
     Attributes:
       op: "conv" or "wgrad" for a layer's own tile; "sort" for the order of rows, which all layers of one map and
         direction share; "builder" for the way in which the maps of the same sites are built.
       device: kind of device, as `jax.Device.device_kind`.
-      dtype: of the products: "float16" (bfloat16 too, whose kernels differ in one instruction), "tf32", "float32",
+      dtype: of the products: "float16" (for bfloat16 too, whose kernels differ in one instruction), "tf32", "float32",
         "float64"; "" where it makes no difference.
-      c_in, c_out: channels, as the kernel takes them padded; 0 where they make no difference.
+      c_in, c_out: channels, padded as the kernel takes them; 0 where they make no difference.
       taps: number of taps, K.
       direction: "same" for a map that is its own reverse, "table" for a map as it is, "reverse" for its reverse.
       grid: stride of the map's fine grid.

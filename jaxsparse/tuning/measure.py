@@ -27,7 +27,7 @@ ROUNDS = 5
 ROUND_US = {"cpu": 0, "cuda": 1500}  # the least time of a program's turn
 
 programs_timed = 0
-"""In this process: a program that only looks its choices up leaves it at 0."""
+"""How many this process has timed: 0 where choices were only looked up."""
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def compile_all(makers: Sequence[Callable[[], Program]]) -> list[Program | Excep
     return compiled
 
 
-MARGIN = 0.99  # of another time, that a quicker one stays below: differences within it are noise
+MARGIN = 0.99  # a time counts as quicker if it is below this share of the other: less is noise
 
 
 class Time(NamedTuple):
@@ -132,7 +132,7 @@ def error(found: jax.Array, expected: jax.Array) -> float:
 
 
 def error_limit(layer, platform: str) -> float:
-    """The largest error that passes: a few roundings of result and, in TF32, operands, and sums in another order."""
+    """The largest error that passes: a few roundings of the result (or of TF32 operands), and sums in another order."""
     is_tf32 = layer.spec.dtype_name(platform) == "tf32"
     eps = max(float(jnp.finfo(layer.out_dtype).eps), 2.0**-10 if is_tf32 else 0.0)
     return 4 * eps + (1e-12 if layer.spec.dtype == jnp.float64 else 1e-4)

@@ -159,7 +159,10 @@ def record(fn: Callable, samples: Sequence[tuple]) -> Recorded:
 
     Raises:
       ValueError: where samples differ in shapes or structure.
+      TypeError: where they hold shapes in place of arrays.
     """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(samples)):
+        raise TypeError("arguments must be arrays, not shapes: the maps of their sites decide what is quickest.")
     call, first = as_function(fn, samples[0])
     closed = jax.make_jaxpr(call)(*first)
     tree: Any = jax.tree.structure(first)

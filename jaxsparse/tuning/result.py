@@ -117,9 +117,8 @@ class TuningResult:
         Raises:
           OSError, ValueError: where the file cannot be read or is none; says what is wrong with it.
         """
-        text = pathlib.Path(path).read_text()
         try:
-            choices, facts = store.decode(text)
+            choices, facts = store.decode(pathlib.Path(path).read_text())
             facts = {f.name: facts[f.name] for f in dataclasses.fields(cls) if f.name in facts}
             return cls(choices, tuple(map(_group_from_json, facts.pop("groups", []))), **facts)
         except (ValueError, KeyError, TypeError) as error:

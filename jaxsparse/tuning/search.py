@@ -245,7 +245,7 @@ class Search:
         variants = [heuristic, chosen, *({**chosen, **change} for change in changes)]
         times, rejected = self._time_group(work, variants)
         gains = [change for change, t in zip(changes, times[2:], strict=True) if t.beats(times[1])]
-        if len(gains) > 1:  # of two changes of one decision the better, of different ones all
+        if len(gains) > 1:  # all together; the better of two changes of one decision comes last and stays
             gains.sort(key=lambda change: times[2 + changes.index(change)], reverse=True)
             variants.append({**chosen, **{k: v for change in gains for k, v in change.items()}})
             (_, combined), wrong = self._time_group(work, [chosen, variants[-1]])
@@ -308,13 +308,13 @@ class Search:
         return measure.Program(function, arguments, choices)
 
     def _wrong(self, work: Work, program: measure.Program) -> str | None:
-        """What is wrong with the numbers of a group, the first product of each kind."""
+        """What is wrong with a group's numbers, judged by the first product of each kind; None where nothing is."""
         outputs = iter(program())
         of_tasks = {(task.layer, task.which) for task in work.tasks.values()}
         for which, layers in work.layers.items():
             for layer, count in layers.items():
                 found, *_ = (next(outputs) for _ in range(count))
-                if of_tasks and (layer, which) not in of_tasks:  # runs the kernel of one that is
+                if of_tasks and (layer, which) not in of_tasks:  # has the kernel of one that is compared
                     continue
                 expected = self._reference(layer, which)
                 limit, error = measure.error_limit(layer, self.platform), measure.error(found, expected)

@@ -20,7 +20,7 @@ def scan(seed: int, beams: int = 64, azimuths: int = 2000) -> np.ndarray:
     rng = np.random.default_rng(seed)
     azimuth = np.linspace(-np.pi, np.pi, azimuths, endpoint=False)
     elevation = np.linspace(math.radians(-24), math.radians(3), beams)[:, None]
-    wall = np.repeat(rng.uniform(5, 50, azimuths // 25 + 1), 25)[:azimuths]  # 80 of them around
+    wall = np.repeat(rng.uniform(5, 50, azimuths // 25 + 1), 25)[:azimuths]  # each over 25 azimuths
     ground = np.where(elevation < 0, 1.7 / np.maximum(np.tan(-elevation), 1e-3), np.inf)
     flat = np.minimum(np.minimum(wall, ground), 80) + rng.normal(0, 0.01, (beams, azimuths))
     return (

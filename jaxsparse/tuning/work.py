@@ -9,17 +9,17 @@ from jaxsparse.tuning.choice import Question
 from jaxsparse.tuning.key import Choice, Key, row_bucket
 from jaxsparse.tuning.record import Layer, Recorded
 
-WITHIN = 1.6  # of the least predicted time: candidates beyond are not tried
+WITHIN = 1.6  # candidates predicted to take more than this times the best are not tried
 MOST_TRIED = 7
 
 
 @dataclasses.dataclass
 class Task:
-    """A decision that belongs to one layer, or to several equal ones."""
+    """A decision that belongs to one layer, or to several equal ones; `which` is the number of their map."""
 
     question: Question
     layer: Layer
-    which: int  # map
+    which: int
     neighbours: float
     sort: Question | None  # whether its rows are sorted, where the group decides that
     count: int = 0

@@ -10,15 +10,15 @@ from jax import lax
 
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap, check_implementation, map_between
-from jaxsparse.ops import elementwise
 from jaxsparse.ops.channel_norm import ChannelNorm
 from jaxsparse.ops.conv import fused, primitives
 from jaxsparse.ops.conv.config import ConvConfig
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
+from jaxsparse.ops.elementwise import check_activation
 from jaxsparse.ops.join import common_sites
 from jaxsparse.ops.linear import linear
 from jaxsparse.sites import Sites
-from jaxsparse.tensor import SparseTensor, on_sites
+from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
 def conv(
@@ -73,8 +73,15 @@ def conv(
       ValueError: where arguments do not fit each other.
     """
     check_implementation(implementation)
+    check_tensor("conv", x)
     geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
     _check_kernel("conv", x, kernel, bias, geometry)
+    if not isinstance(sites, str | Sites):
+        raise TypeError(
+            f"conv: `sites` must be a Sites or the name of a rule, got {type(sites).__name__}; pass y.sites."
+        )
+    if capacity is not None and sites not in ("reachable", "floor"):
+        raise ValueError(f"conv: `capacity` (={capacity}) is for sites that are made; the given ones have theirs.")
     if isinstance(sites, Sites):
         out_sites = sites
     elif sites == "submanifold":
@@ -140,6 +147,7 @@ def conv_transpose(
       ValueError: where arguments do not fit each other, the grids included.
     """
     check_implementation(implementation)
+    check_tensor("conv_transpose", x)
     fine = like.sites if isinstance(like, SparseTensor) else like
     if not isinstance(fine, Sites):
         raise ValueError(
@@ -164,7 +172,7 @@ def _bind(product, x, kernel, kernel_map, in_rows, end, precision, config, imple
         x.dtype,
         canonical_precision(precision),
         in_rows,
-        config or ConvConfig(),
+        ConvConfig.of(config),
         m.is_symmetric,
         m.tap_groups,
         m.grid,
@@ -184,7 +192,7 @@ def _bind_linear(x, kernel, end, precision, config, implementation):
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
     params = options | {
         "product": "linear",
-        "tile": None if config is None else config.forward,
+        "tile": ConvConfig.of(config).forward,
         "ending": ending,
         "implementation": implementation,
     }
@@ -194,18 +202,19 @@ def _bind_linear(x, kernel, end, precision, config, implementation):
 def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ended]:
     """The sites of the result, and what follows the product."""
     width = kernel.shape[2]
-    if activation not in elementwise.ACTIVATIONS:
-        raise ValueError(f"{op}: `activation` (={activation!r}) must be one of {list(elementwise.ACTIVATIONS)}.")
+    check_activation(op, activation)
+    if not isinstance(norm, ChannelNorm | None):
+        raise TypeError(f"{op}: `norm` must be a ChannelNorm, got {type(norm).__name__}; a BatchNorm goes to a layer.")
+    for name in ("mean", "variance", "scale", "bias"):
+        numbers = getattr(norm, name, None)
+        if numbers is not None and numbers.shape != (width,):
+            raise ValueError(f"{op}: `norm.{name}` of shape {numbers.shape} must be [{width}], the output features.")
     if norm is None:
         norm = ChannelNorm(bias=bias)
     elif bias is not None:
         wide = accumulation_dtype(x.dtype)
         mean = 0 if norm.mean is None else norm.mean.astype(wide)
         norm = dataclasses.replace(norm, mean=mean - bias.astype(wide))
-    for name in ("mean", "variance", "scale", "bias"):
-        numbers = getattr(norm, name)
-        if numbers is not None and numbers.shape != (width,):
-            raise ValueError(f"{op}: `norm.{name}` of shape {numbers.shape} must be [{width}], the output features.")
     if residual is None:
         return sites, fused.Ending.of(norm, None, activation)
     sites = common_sites(op, (on_sites(sites, x.feats), residual))
@@ -222,14 +231,16 @@ def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) ->
         )
     if kernel.shape[1] != x.num_features:
         raise ValueError(
-            f"{op}: kernel has {kernel.shape[1]} input features but x.feats has {x.num_features} (shape "
-            f"{x.feats.shape}); set in_features={x.num_features}."
+            f"{op}: `kernel` of shape {kernel.shape} has {kernel.shape[1]} input features, but x has {x.num_features} "
+            f"(shape {x.feats.shape})."
         )
     if bias is not None and bias.shape != kernel.shape[2:]:
         raise ValueError(f"{op}: `bias` of shape {bias.shape} must be [{kernel.shape[2]}], the output features.")
 
 
 def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, coarse: Sites) -> None:
+    if not isinstance(kernel_map, KernelMap):
+        raise TypeError(f"{op}: `kernel_map` must be a KernelMap, got {type(kernel_map).__name__}.")
     expected = (geometry.volume, coarse.capacity)
     if kernel_map.table.shape != expected:
         raise ValueError(

@@ -54,9 +54,18 @@ class ConvConfig:
     wgrad: Tile | None = None
     sort: bool | None = None
 
+    @staticmethod
+    def of(config: ConvConfig | None) -> ConvConfig:
+        """The config, or the default where there is none; refuses what is no config."""
+        if not isinstance(config, ConvConfig | None):
+            raise TypeError(f"`config` (={config!r}) must be a jaxsparse.ops.ConvConfig.")
+        return config or ConvConfig()
+
     def __post_init__(self):
         if self.tile_rows not in (None, *PLAIN_TILE_ROWS):
             raise ValueError(f"ConvConfig: `tile_rows` (={self.tile_rows}) must be 32, 64 or 128.")
+        if self.sort not in (None, False, True):
+            raise ValueError(f"ConvConfig: `sort` (={self.sort!r}) must be True, False or None.")
         rows = FORWARD_TILES + NARROW_TILES + FLOAT_TILES
         for name, tiles in {"forward": rows, "dgrad": rows, "wgrad": WGRAD_TILES + FLOAT_WGRAD_TILES}.items():
             tile = getattr(self, name)

@@ -52,7 +52,7 @@ class Ending:
         return Ending(tuple(arrays), norm.epsilon, activation), list(arrays.values())
 
     def __call__(self, sums: jax.Array, counts: jax.Array, operands: Sequence[jax.Array], dtype) -> jax.Array:
-        """The steps on sums `[N, C]`, in float32 or wider; padding is selected away before and after."""
+        """The steps on sums `[N, C]`, in float32 or wider. Padding is set to 0 before and after."""
         numbers = dict(zip(self.given, operands, strict=True))
         residual = numbers.pop("residual", None)
         real = real_rows(counts, sums.shape[0])[:, None]
@@ -98,12 +98,12 @@ def _as_call(ending, operands, others):
 
 
 def _counts(rows, product: str):
-    """Real rows of the result, from (table, masks, in_counts, out_counts), or for "linear" from them alone."""
+    """The counts of the result's real rows: one of the map's four arrays, or the only one of "linear"."""
     return rows[{"forward": 3, "dgrad": 2, "linear": 0}[product]]
 
 
 def _split(rest, rows, ending):
-    """What follows x and w: so many arrays that describe rows, the ending's operands, further inputs."""
+    """Splits the operands after x and w: `rows` arrays that describe rows, the ending's operands, further inputs."""
     end = rows + len(ending.given)
     return rest[:rows], rest[rows:end], rest[end:]
 

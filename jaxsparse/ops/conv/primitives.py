@@ -35,7 +35,7 @@ class Spec:
     """What the three products of one convolution have in common.
 
     Attributes:
-      dtype: dtype in which operands are multiplied; they are cast to it. Sums are float32 or wider.
+      dtype: operands are cast to it and multiplied in it. Sums are float32 or wider.
       precision: of float32 products, as jax spells it; see `is_exact`.
       in_rows: rows of the input, N_in.
       config: choice of kernel.
@@ -54,7 +54,7 @@ class Spec:
     strides: tuple[int, ...] = ()
 
     def attributes(self, tile_rows: int | None = None) -> dict[str, int]:
-        """As attributes of the custom calls for CPUs and for float64; what has no use for `tile_rows` takes any."""
+        """Attributes of the custom calls for CPUs and for float64. Some ignore `tile_rows`, but all take it."""
         return {"tile_rows": tile_rows or self.config.tile_rows or PLAIN_TILE_ROWS[0]}
 
     def dtype_name(self, platform: str) -> str:
@@ -81,11 +81,10 @@ class Spec:
         return self.dtype == jnp.float32 and self.precision != lax.Precision.DEFAULT
 
 
-# Operands of all three: two of (x, w, g) in that order, then the map: table, masks, in_counts, out_counts.
-
-
-# `ended` is what follows in the same kernel, where that is served: attributes and operands of `fused.Ending`, and the
-# arrays beside x.
+# All three primitives take two of (x, w, g), in that order, and then the map: table, masks, in_counts, out_counts.
+#
+# `ended` is for the kernel that also computes what follows the product. It is what `fused._as_call` makes: attributes,
+# operands, and the second input where x is one of two.
 
 
 def forward_call(platform, x, w, table, masks, in_counts, out_counts, *, spec, out_dtype, ended=None):
@@ -121,7 +120,7 @@ def _rows_call(platform, x, w, table, masks, counts, spec, out_dtype, tile, ende
         (y,) = _ffi.call("jaxsparse_conv_forward_v1", [struct], *operands, **spec.attributes(own))
         return [y.astype(out_dtype)]
     widths = problem.widths(platform)
-    if x.shape[1] == c_in:  # of two inputs neither needs it
+    if x.shape[1] == c_in:  # else x is the first of two inputs, which have widths that need no padding
         x = _padded(x, widths[0])
     w = _padded(w, *widths)
     struct = jax.ShapeDtypeStruct((rows, widths[1]), result)
@@ -168,7 +167,7 @@ def _schedule(table, masks, counts, tap_groups):
 
 
 def _to_tf32(w):
-    """Rounded to nearest, while it is being transposed: tensor cores round what they are given towards 0."""
+    """Rounds to the nearest TF32 number: tensor cores would cut the last bits off. XLA does it while it transposes."""
     return lax.reduce_precision(w, exponent_bits=8, mantissa_bits=10)
 
 
