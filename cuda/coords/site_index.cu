@@ -25,7 +25,11 @@ __device__ Key key_of(const Site<D>& site) {
 
 template <typename Slot>
 __global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  clear_slots(index, Slot::number(real_rows(a.count, a.rows)));
+  const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
+  clear_slots(index, 0, slots, global_thread(), all_threads());
+  if constexpr (std::is_same_v<Slot, BlockSlot>) {
+    if (global_thread() == 0) index->slots = slots;
+  }
 }
 
 template <int D>

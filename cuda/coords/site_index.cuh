@@ -32,15 +32,12 @@ struct alignas(32) BlockSlot {
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };
 
-// Empties slots; all threads of the grid call it. Neighbours write neighbouring words, and whole sectors of the cache.
+// Empties slots `begin` to `end`; so many threads call it. Neighbours write neighbouring words, and whole sectors of the cache.
 template <typename Slot>
-__device__ void clear_slots(Slot* index, uint32_t slots) {
+__device__ void clear_slots(Slot* index, int64_t begin, int64_t end, int64_t thread, int64_t threads) {
+  constexpr int kWords = sizeof(Slot) / sizeof(uint4);
   uint4* const words = reinterpret_cast<uint4*>(index);
-  const int64_t number = int64_t{slots} * (sizeof(Slot) / sizeof(uint4));
-  for (int64_t i = global_thread(); i < number; i += all_threads()) words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-  if constexpr (std::is_same_v<Slot, BlockSlot>) {
-    if (global_thread() == 0) index->slots = slots;
-  }
+  for (int64_t i = begin * kWords + thread; i < end * kWords; i += threads) words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
 }
 
 }  // namespace jaxsparse::cuda

@@ -5,7 +5,8 @@
 // those of the others have the numbers 0, 1 .. in the order of their codes. The top is marked by whoever lists the entries;
 // then, level by level, in a cooperative kernel:
 //
-//     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin
+//     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin; of the
+//             top, whose children are counted as they are marked, each block sums groups of nodes up for itself
 //     mark    each entry sets its bits in its node below; a block of threads first gathers in shared memory what goes to
 //             one node above the leaves
 //
@@ -30,14 +31,15 @@ struct Level {
 };
 
 struct Tree {
-  Level top;            // [kTopNodes]
+  uint64_t* top;        // [kTopNodes], the children of each node
+  int32_t* top_of;      // [kTopGroups], children in a group of them
   Level odd, even;      // [entries], the levels below in turn
   int32_t* node_of;     // [entries], on the level at hand
   uint64_t* block_of;   // [entries], the key of each leaf
   int32_t* nodes_of;    // [kMostLevels, kMostBlocks], children in a block's share of nodes
   int32_t* sites_of;    // [kMostBlocks], sites in groups of leaves
 
-  __device__ Level level(int depth) const { return depth == 0 ? top : depth % 2 == 1 ? odd : even; }
+  __device__ Level level(int depth) const { return depth % 2 == 1 ? odd : even; }  // from 1
 };
 
 inline Tree take_tree(Workspace& workspace, int64_t entries) {
@@ -48,7 +50,8 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
     return level;
   };
   Tree tree;
-  tree.top = take_level(kTopNodes);
+  tree.top = workspace.take<uint64_t>(kTopNodes);
+  tree.top_of = workspace.take<int32_t>(kTopGroups);
   tree.odd = take_level(entries);
   tree.even = take_level(entries);
   tree.node_of = workspace.take<int32_t>(entries);
@@ -58,9 +61,11 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
   return tree;
 }
 
-// A kernel's end must follow before the top is marked.
+// A kernel's end must follow before the top is marked. The nodes below it, as many as entries, are cleared by whoever lists
+// those.
 __device__ inline void clear_tree(const Tree& tree) {
-  for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top.children[node] = 0;
+  for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top[node] = 0;
+  for (int64_t i = global_thread(); i < kTopGroups; i += all_threads()) tree.top_of[i] = 0;
   for (int64_t i = global_thread(); i < kMostLevels * kMostBlocks; i += all_threads()) tree.nodes_of[i] = 0;
 }
 
@@ -82,17 +87,25 @@ struct Gathered {
   uint32_t bits[2][kSlots];
 };
 
-// Marks children of a node of a level, and counts those that are new in its share, of `each` nodes.
-__device__ inline void mark_child(const Tree& tree, int depth, uint32_t each, int32_t node, uint64_t children) {
-  const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(tree.level(depth).children + node),
-                                   static_cast<unsigned long long>(children));
-  const int added = __popcll(children & ~before);
-  if (added != 0) atomicAdd(tree.nodes_of + depth * kMostBlocks + node / each, added);
-}
+// Where children of a level's nodes are marked, and counted by shares of so many nodes.
+struct Marks {
+  uint64_t* children;
+  int32_t* counts;
+  uint32_t each;
 
-// The same for a child for each thread of the block for which `exists` holds. All threads of the block call it.
+  __device__ void add(int32_t node, uint64_t bits) const {
+    const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(children + node),
+                                     static_cast<unsigned long long>(bits));
+    const int added = __popcll(bits & ~before);
+    if (added != 0) atomicAdd(counts + node / each, added);
+  }
+};
+
+__device__ inline Marks top_marks(const Tree& tree) { return {tree.top, tree.top_of, kTopGroup}; }
+
+// Marks a child for each thread of the block for which `exists` holds. All threads of the block call it.
 template <int kThreads>
-__device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool exists, int32_t node, int digit) {
+__device__ void mark_children(const Marks& marks, bool exists, int32_t node, int digit) {
   __shared__ Gathered<kThreads> gathered;
   const int own = threadIdx.x, slot = node % kThreads;
   gathered.node[own] = -1;
@@ -103,12 +116,12 @@ __device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool e
     if (holder == -1 || holder == node) {
       atomicOr(&gathered.bits[digit / 32][slot], 1u << digit % 32);
     } else {
-      mark_child(tree, depth, each, node, uint64_t{1} << digit);
+      marks.add(node, uint64_t{1} << digit);
     }
   }
   __syncthreads();
   const uint64_t high = gathered.bits[1][own], low = gathered.bits[0][own];
-  if (gathered.node[own] != -1) mark_child(tree, depth, each, gathered.node[own], high << 32 | low);
+  if (gathered.node[own] != -1) marks.add(gathered.node[own], high << 32 | low);
   __syncthreads();
 }
 
@@ -123,40 +136,99 @@ struct Leaves {
   int32_t number;
 };
 
+// The top's children before each group of its nodes, in shared memory.
+struct TopSums {
+  int4 before[kTopGroups / 4];
+
+  // Returns how many there are in all. All threads of the block call it.
+  __device__ int32_t fill(const Tree& tree) {
+    constexpr int kEach = kTopGroups / 4 / kGridThreads;  // of a thread
+    int4 of[kEach];
+    int32_t sum = 0, all;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      of[i] = reinterpret_cast<const int4*>(tree.top_of)[threadIdx.x * kEach + i];
+      sum += of[i].x + of[i].y + of[i].z + of[i].w;
+    }
+    int32_t next = block_exclusive_scan<kGridThreads>(sum, &all);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int32_t x = next + of[i].x, y = x + of[i].y, z = y + of[i].z;
+      before[threadIdx.x * kEach + i] = make_int4(next, x, y, z);
+      next = z + of[i].w;
+    }
+    __syncthreads();
+    return all;
+  }
+
+  __device__ int32_t of_group(int32_t group) const { return reinterpret_cast<const int32_t*>(before)[group]; }
+};
+
+// The children of a group of the top's nodes, all on their way at once.
+struct TopGroup {
+  uint4 pairs[kTopGroup / 2];
+
+  __device__ void read(const Tree& tree, int32_t group) {
+#pragma unroll
+    for (int i = 0; i < kTopGroup / 2; ++i) {
+      pairs[i] = reinterpret_cast<const uint4*>(tree.top)[group * (kTopGroup / 2) + i];
+    }
+  }
+
+  // How many the first so many nodes have.
+  __device__ int32_t children_of(int nodes) const {
+    int32_t children = 0;
+#pragma unroll
+    for (int i = 0; i < kTopGroup / 2; ++i) {
+      children += 2 * i < nodes ? __popc(pairs[i].x) + __popc(pairs[i].y) : 0;
+      children += 2 * i + 1 < nodes ? __popc(pairs[i].z) + __popc(pairs[i].w) : 0;
+    }
+    return children;
+  }
+};
+
+// Says where the children of a level's nodes begin and clears those, while meanwhile() what the next barrier is not for;
+// returns how many there are. All blocks call it; it ends with a barrier of the grid.
+template <typename Meanwhile>
+__device__ int32_t number_nodes(Grid grid, const Tree& tree, int depth, int32_t nodes, Meanwhile meanwhile) {
+  const Level level = tree.level(depth), below = tree.level(depth + 1);
+  const Range own = share(nodes, kWarp, gridDim.x);
+  const auto read_children = [&](int32_t node) { return node < own.end ? level.children[node] : 0; };
+  uint64_t held = read_children(own.begin + threadIdx.x);  // on its way while the sums are made
+  const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
+  int32_t next = children.before;
+  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
+    const int32_t node = begin + threadIdx.x;
+    int32_t total;
+    const int32_t before = block_exclusive_scan<kGridThreads>(__popcll(held), &total);
+    if (node < own.end) level.first[node] = next + before;
+    next += total;
+    held = read_children(node + kGridThreads);
+  }
+  for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below.children[child] = 0;
+  sync_while(grid, meanwhile);
+  return children.all;
+}
+
 // Numbers and marks all levels below the top, whose marks must be set, for entries entry_of(i, whether all of it is
-// needed). Asks the output, at least a barrier after the call, for a number for each entry's block: enter(block), or where
-// `late` is set enter_leaf(leaf, block). All blocks call it; it ends with a barrier of the grid.
+// needed). Asks the output for a number for each entry's block: enter(block), or where `late` is set enter_leaf(leaf,
+// block). All blocks call it; it ends with a barrier of the grid.
 template <typename EntryOf, typename Output>
 __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of,
                             const Output& output) {
+  __shared__ TopSums sums;
   const auto read_entry = [&](int64_t i, bool is_leaf) {
     return i < entries ? entry_of(static_cast<int32_t>(i), is_leaf) : Listed{};
   };
-  int32_t nodes = kTopNodes;  // whatever the shape, which is still on its way
+  Listed entry = read_entry(global_thread(), shape.levels == 1);
+  int32_t nodes = sums.fill(tree);
   for (int depth = 0;; ++depth) {
-    const Level level = tree.level(depth), below = tree.level(depth + 1);
-    const Range own = share(nodes, kWarp, gridDim.x);
-    const auto read_children = [&](int32_t node) { return node < own.end ? level.children[node] : 0; };
-    uint64_t held = read_children(own.begin + threadIdx.x);  // on its way while the sums are made
-    const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
-    int32_t next = children.before;
-    for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-      const int32_t node = begin + threadIdx.x;
-      int32_t total;
-      const int32_t before = block_exclusive_scan<kGridThreads>(__popcll(held), &total);
-      if (node < own.end) level.first[node] = next + before;
-      next += total;
-      held = read_children(node + kGridThreads);
-    }
-    for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below.children[child] = 0;
-    nodes = children.all;
     const bool to_leaves = depth == shape.levels - 1;
-    Listed entry;
-    sync_while(grid, [&] {
-      entry = read_entry(global_thread(), to_leaves);
-    });
-
-    const uint32_t each = share_size(nodes, kWarp, gridDim.x);
+    if (depth > 0) {
+      nodes = number_nodes(grid, tree, depth, nodes, [&] { entry = read_entry(global_thread(), to_leaves); });
+    }
+    const Level level = tree.level(depth), below = tree.level(depth + 1);
+    const Marks marks{below.children, tree.nodes_of + (depth + 1) * kMostBlocks, share_size(nodes, kWarp, gridDim.x)};
     for (int64_t begin = int64_t{blockIdx.x} * kGridThreads; begin < entries; begin += all_threads()) {
       const int32_t i = static_cast<int32_t>(begin) + threadIdx.x;
       const bool exists = i < entries;
@@ -164,10 +236,13 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       if (exists) {
         const int32_t parent = depth == 0 ? shape.top_node(entry.code) : tree.node_of[i];
         const uint64_t before = (uint64_t{1} << shape.digit(entry.code, depth)) - 1;
-        const int32_t first = level.first[parent];  // on their way while the block is entered
-        const uint64_t of_parent = level.children[parent];
+        const uint64_t of_parent = depth == 0 ? tree.top[parent] : level.children[parent];
+        const int32_t first = depth == 0 ? sums.of_group(parent / kTopGroup) : level.first[parent];
+        TopGroup group{};
+        if (depth == 0) group.read(tree, parent / kTopGroup);  // on their way while the block is entered
         int32_t entered = to_leaves && !output.late ? output.enter(entry.block) : 0;
         node = first + __popcll(of_parent & before);
+        if (depth == 0) node += group.children_of(parent % kTopGroup);
         if (to_leaves) {
           if (output.late) entered = output.enter_leaf(node, entry.block);
           below.first[node] = entered;
@@ -178,9 +253,7 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
           tree.node_of[i] = node;
         }
       }
-      if (!to_leaves) {
-        mark_children<kGridThreads>(tree, depth + 1, each, exists, node, shape.digit(entry.code, depth + 1));
-      }
+      if (!to_leaves) mark_children<kGridThreads>(marks, exists, node, shape.digit(entry.code, depth + 1));
       entry = read_entry(i + all_threads(), to_leaves);
     }
     grid.sync();
@@ -188,9 +261,25 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
   }
 }
 
+// The place of a mask's n-th bit that is set, from 0.
+__device__ inline int nth_bit(uint64_t mask, int n) {
+  uint32_t word = static_cast<uint32_t>(mask);
+  int bit = 0;
+  const auto skip = [&](int bits, int set, uint32_t rest) {
+    if (n < set) return;
+    n -= set;
+    word = rest;
+    bit += bits;
+  };
+  skip(32, __popc(word), static_cast<uint32_t>(mask >> 32));
+#pragma unroll
+  for (int bits = 16; bits > 0; bits /= 2) skip(bits, __popc(word & ((1u << bits) - 1)), word >> bits);
+  return bit;
+}
+
 // Hands leaves and sites over. Calls begin(how many sites there are); hold(leaf, what was entered for it, row of its first
 // site, its sites); and write(row, block, bit) for each site, `bit` its place in the block with that key. All blocks call it.
-// A warp has a few leaves at a time, a lane two sites of each.
+// A warp has a few leaves at a time, and a lane each of their sites in turn.
 template <typename Output>
 __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
   constexpr int kLeaves = 8;
@@ -243,17 +332,19 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
   output.begin(all);
   __syncthreads();
   while (first < leaves.number) {
-    int32_t row = before_group[static_cast<int32_t>(first) / each] + before;
-    const int32_t up_to = warp_inclusive_scan(lane < kLeaves ? __popcll(own_sites) : 0);
-    if (lane < kLeaves && first + lane < leaves.number) {
-      output.hold(first + lane, entered, row + up_to - __popcll(own_sites), own_sites);
-    }
-    for (int i = 0; i < kLeaves; ++i) {
-      const uint64_t sites = __shfl_sync(kAllLanes, own_sites, i), block = __shfl_sync(kAllLanes, own_block, i);
-      for (int bit = lane; bit < 64; bit += kWarp) {
-        if ((sites >> bit & 1) != 0) output.write(row + __popcll(sites & ((uint64_t{1} << bit) - 1)), block, bit);
-      }
-      row += __popcll(sites);
+    const int32_t row = before_group[static_cast<int32_t>(first) / each] + before;
+    const int32_t own = lane < kLeaves ? __popcll(own_sites) : 0, up_to = warp_inclusive_scan(own), begin = up_to - own;
+    if (own > 0) output.hold(first + lane, entered, row + begin, own_sites);
+    const int32_t sites = __shfl_sync(kAllLanes, up_to, kWarp - 1);
+    int32_t last = -1;  // leaf that begins before `done`
+    for (int32_t done = 0; done < sites; done += kWarp) {
+      const bool begins = own > 0 && begin >= done && begin < done + kWarp;
+      const unsigned all_that_begin = __reduce_or_sync(kAllLanes, begins ? 1u << (begin - done) : 0u);
+      const int32_t leaf = last + __popc(all_that_begin & (kAllLanes >> (kWarp - 1 - lane)));
+      last += __popc(all_that_begin);
+      const uint64_t of_leaf = __shfl_sync(kAllLanes, own_sites, leaf), block = __shfl_sync(kAllLanes, own_block, leaf);
+      const int32_t nth = done + lane - __shfl_sync(kAllLanes, begin, leaf);
+      if (done + lane < sites) output.write(row + done + lane, block, nth_bit(of_leaf, nth));
     }
     first += all_threads() / kWarp * kLeaves;
     read_leaves();
