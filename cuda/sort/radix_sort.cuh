@@ -115,11 +115,11 @@ __device__ void put_keys(const SortBuffers& b, int32_t n, SortShared& shared, Ke
 }
 
 // Moves the keys and values at [tile.begin, tile.end), at most kSortTile, to shared.next[digit] and on in the other buffers,
-// and where `counts_next` is set adds the next pass's digits to shared.arrived. Where `number` is set the values are those
-// positions. *in_tile: see Ranks.
-template <typename Digit>
-__device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint32_t chunk_keys, bool counts_next,
-                             uint32_t* in_tile, SortShared& shared, Digit digit_of) {
+// and where `counts_next` is set adds the next pass's digits to shared.arrived. In the first pass keys become their codes, and
+// the values are those positions. *in_tile: see Ranks.
+template <typename Digit, typename ToCodes>
+__device__ void scatter_tile(const SortBuffers& b, bool is_first, Range tile, uint32_t chunk_keys, bool counts_next,
+                             uint32_t* in_tile, SortShared& shared, Digit digit_of, ToCodes to_codes) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int each = (tile.end - tile.begin + kSortThreads - 1) / kSortThreads;  // sets of 32 keys of a warp
   const int32_t first = tile.begin + warp * each * kWarp + lane;
@@ -131,8 +131,9 @@ __device__ void scatter_tile(const SortBuffers& b, bool number, Range tile, uint
   for (int i = 0; i < kSortPerThread; ++i) {
     const int32_t at = first + i * kWarp;
     keys[i] = at < end ? b.keys[at] : 0;
-    values[i] = number ? static_cast<uint32_t>(at) : at < end ? b.values[at] : 0;
+    values[i] = is_first ? static_cast<uint32_t>(at) : at < end ? b.values[at] : 0;
   }
+  if (is_first) to_codes(keys);
   shared.ranks.clear();
 #pragma unroll
   for (int i = 0; i < kSortPerThread; ++i) {
@@ -201,17 +202,18 @@ __device__ inline void hand_over(int32_t* next_counts, SortShared& shared) {
   }
 }
 
-// Sorts b.keys, n of them, by the low `bits` bits of code(key), whose last digit must be the key's own. The values become
-// the keys' first positions. All blocks call it, after put_keys and a barrier of the grid; it ends with one.
-template <typename Code>
-__device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortShared& shared, Code code) {
+// Replaces b.keys, n of them, by what to_codes(keys of a thread) makes of them, whose last digits must be the keys' own, and
+// sorts those by their low `bits` bits. The values become the keys' first positions. All blocks call it, after put_keys and a
+// barrier of the grid; it ends with one.
+template <typename ToCodes>
+__device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortShared& shared, ToCodes to_codes) {
   const SortShares shares(n);
   const int passes = bits > 0 ? (bits + kDigitBits - 1) / kDigitBits : 1;
   const int t = threadIdx.x;
   for (int i = t; i < kSortChunks * kDigits / 2; i += kSortThreads) shared.arrived[i] = 0;
   for (int pass = 0; pass < passes; ++pass) {
     const auto digit_of = [&](uint64_t key, int later) {  // in this pass, or in the next
-      return static_cast<int>((code(key) >> ((pass + later) * kDigitBits)) % kDigits);
+      return static_cast<int>((key >> ((pass + later) * kDigitBits)) % kDigits);
     };
     if (t < kDigits) shared.next[t] = 0;
     __syncthreads();
@@ -238,7 +240,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     int tiles = 0;
     for (int32_t begin = shares.own.begin; begin < shares.own.end; begin += kSortTile) {
       const Range tile{begin, min(begin + kSortTile, shares.own.end)};
-      scatter_tile(b, pass == 0, tile, shares.chunk_keys, counts_next, &in_tile, shared, digit_of);
+      scatter_tile(b, pass == 0, tile, shares.chunk_keys, counts_next, &in_tile, shared, digit_of, to_codes);
       if (counts_next && (++tiles % kTilesCounted == 0 || tile.end == shares.own.end)) {
         hand_over(counts + kSortChunks * kDigits, shared);
       }
