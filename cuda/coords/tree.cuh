@@ -67,6 +67,7 @@ __device__ inline void clear_tree(const Tree& tree) {
   for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top[node] = 0;
   for (int64_t i = global_thread(); i < kTopGroups; i += all_threads()) tree.top_of[i] = 0;
   for (int64_t i = global_thread(); i < kMostLevels * kMostBlocks; i += all_threads()) tree.nodes_of[i] = 0;
+  for (int64_t i = global_thread(); i < kMostBlocks; i += all_threads()) tree.sites_of[i] = 0;
 }
 
 // How a tree is laid out whose codes have so many bits.
@@ -129,6 +130,10 @@ __device__ void mark_children(const Marks& marks, bool exists, int32_t node, int
 struct Listed {
   uint64_t code, block, sites;
 };
+
+// Leaves that a warp has at a time, and how many of so many lie in a group whose sites are counted together.
+constexpr int kLeaves = 8;
+__device__ inline uint32_t leaf_group(int32_t leaves) { return share_size(leaves, kLeaves, kMostBlocks); }
 
 struct Leaves {
   const uint64_t* sites;   // of each, those that exist
@@ -229,6 +234,7 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
     }
     const Level level = tree.level(depth), below = tree.level(depth + 1);
     const Marks marks{below.children, tree.nodes_of + (depth + 1) * kMostBlocks, share_size(nodes, kWarp, gridDim.x)};
+    const Marks leaf_marks{below.children, tree.sites_of, leaf_group(nodes)};
     for (int64_t begin = int64_t{blockIdx.x} * kGridThreads; begin < entries; begin += all_threads()) {
       const int32_t i = static_cast<int32_t>(begin) + threadIdx.x;
       const bool exists = i < entries;
@@ -246,8 +252,7 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
         if (to_leaves) {
           if (output.late) entered = output.enter_leaf(node, entry.block);
           below.first[node] = entered;
-          atomicOr(reinterpret_cast<unsigned long long*>(below.children + node),
-                   static_cast<unsigned long long>(entry.sites));
+          leaf_marks.add(node, entry.sites);
           tree.block_of[node] = entry.block;
         } else {
           tree.node_of[i] = node;
@@ -282,14 +287,10 @@ __device__ inline int nth_bit(uint64_t mask, int n) {
 // A warp has a few leaves at a time, and a lane each of their sites in turn.
 template <typename Output>
 __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
-  constexpr int kLeaves = 8;
-  // Sites are counted in groups of leaves: of so many each block counts all, of more only some, and a barrier follows. On an
-  // H200 5,927 leaves took 1.5 us more where each block counted all.
-  constexpr int32_t kCountedByAll = 4096;
   __shared__ int32_t before_group[kMostBlocks];
   static_assert(kMostBlocks == kGridThreads, "a group a thread");
   const int lane = threadIdx.x % kWarp;
-  const int32_t each = static_cast<int32_t>(share_size(leaves.number, kLeaves, kMostBlocks));
+  const int32_t each = static_cast<int32_t>(leaf_group(leaves.number));
   int64_t first = global_thread() / kWarp * kLeaves;
   uint64_t own_sites, own_block;
   int32_t entered;
@@ -309,26 +310,10 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
     before = warp_sum(before);
   };
   read_leaves();
-  int32_t of_group = 0;
-  if (leaves.number <= kCountedByAll) {
-    const int32_t begin = threadIdx.x * each, end = min(begin + each, leaves.number);
-#pragma unroll 8
-    for (int32_t leaf = begin; leaf < end; ++leaf) of_group += __popcll(leaves.sites[leaf]);
-    count_before();
-  } else {
-    for (int64_t group = global_thread() / kWarp; group < kMostBlocks; group += all_threads() / kWarp) {
-      const int64_t begin = group * each, end = min(begin + each, int64_t{leaves.number});
-      int32_t sites = 0;
-      for (int64_t leaf = begin + lane; leaf < end; leaf += kWarp) sites += __popcll(leaves.sites[leaf]);
-      sites = warp_sum(sites);
-      if (lane == 0) tree.sites_of[group] = sites;
-    }
-    sync_while(grid, count_before);
-    of_group = tree.sites_of[threadIdx.x];
-  }
+  count_before();
 
   int32_t all;
-  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(of_group, &all);
+  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(tree.sites_of[threadIdx.x], &all);
   output.begin(all);
   __syncthreads();
   while (first < leaves.number) {
