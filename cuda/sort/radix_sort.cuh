@@ -3,8 +3,9 @@
 // Least significant digit first, 9 bits a pass: 36 bits, a scan's, are four. In a pass each block moves its share of the keys;
 // a barrier of the grid ends it. Where a block's keys of a digit go depends on the keys before them: those of lesser digits,
 // those of its digit in earlier chunks of eight or nine shares, and those in earlier shares of its chunk. Chunks are counted
-// as keys arrive, by the pass before; the shares before its own in its chunk a block counts itself. So there is neither a
-// phase nor a barrier to count or to sum up. No block ever waits for its neighbour, only all for all, so there is nothing to
+// as keys arrive, by the pass before; the shares before its own in its chunk a block counts itself, unless they are large:
+// then each counts its own, and a barrier follows. So of few keys there is neither a phase nor a barrier to count or to sum
+// up. No block ever waits for its neighbour, only all for all, so there is nothing to
 // get out of order.
 //
 // A block moves its share a tile at a time. The keys of a large one are first put by digit in shared memory, so that a warp
@@ -33,7 +34,8 @@ struct SortBuffers {
   uint32_t* values;
   uint64_t* other_keys;  // where a pass writes; then they change places
   uint32_t* other_values;
-  int32_t* counts;  // [kMostPasses, kSortChunks, kDigits], 0 when the kernel begins
+  int32_t* counts;    // [kMostPasses, kSortChunks, kDigits], 0 when the kernel begins
+  int32_t* of_share;  // [blocks, kDigits], where shares are large
 };
 
 inline cudaError_t take_sort_buffers(Workspace& workspace, int64_t n, cudaStream_t stream, SortBuffers* b) {
@@ -42,6 +44,7 @@ inline cudaError_t take_sort_buffers(Workspace& workspace, int64_t n, cudaStream
   b->other_keys = workspace.take<uint64_t>(n);
   b->other_values = workspace.take<uint32_t>(n);
   b->counts = workspace.take<int32_t>(kSortCounts);
+  b->of_share = workspace.take<int32_t>(share_counts(n));
   return cudaMemsetAsync(b->counts, 0, 4 * kSortCounts, stream);
 }
 
@@ -68,16 +71,17 @@ __device__ void swap(T*& a, T*& b) {
 
 // How n keys are shared out.
 struct SortShares {
-  uint32_t chunk_keys;
-  int32_t chunk;  // this block's
+  uint32_t in_chunk, keys;  // shares in a chunk, keys in a share
+  int32_t chunk;            // this block's
   Range own;
 
-  __device__ explicit SortShares(int32_t n) {
-    const uint32_t in_chunk = (gridDim.x + kSortChunks - 1) / kSortChunks;
-    chunk_keys = in_chunk * share_size(n, kWarp, gridDim.x);
-    chunk = static_cast<int32_t>(blockIdx.x / in_chunk);
-    own = share(n, kWarp, gridDim.x);
-  }
+  __device__ explicit SortShares(int32_t n)
+      : in_chunk((gridDim.x + kSortChunks - 1) / kSortChunks),
+        keys(share_size(n, kWarp, gridDim.x)),
+        chunk(static_cast<int32_t>(blockIdx.x / in_chunk)),
+        own(share(n, kWarp, gridDim.x)) {}
+
+  __device__ uint32_t chunk_keys() const { return in_chunk * keys; }
 };
 
 // Calls use(i, read(i)) for i in the range, so many reads of a thread in flight.
@@ -217,10 +221,25 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     };
     if (t < kDigits) shared.next[t] = 0;
     __syncthreads();
-    const int32_t chunk_begin = static_cast<int32_t>(shares.chunk * shares.chunk_keys);
-    for_keys<8>(
-        {chunk_begin, shares.own.begin}, [&](int32_t i) { return b.keys[i]; },
-        [&](int32_t, uint64_t key) { atomicAdd(&shared.next[digit_of(key, 0)], 1); });
+    const auto count = [&](Range range) {
+      for_keys<8>(
+          range, [&](int32_t i) { return b.keys[i]; },
+          [&](int32_t, uint64_t key) { atomicAdd(&shared.next[digit_of(key, 0)], 1); });
+    };
+    const uint32_t first_share = shares.chunk * shares.in_chunk;
+    if (shares.keys < kLargeShare) {
+      count({static_cast<int32_t>(first_share * shares.keys), shares.own.begin});
+    } else {
+      count(shares.own);
+      __syncthreads();
+      if (t < kDigits && shares.own.begin < shares.own.end) b.of_share[blockIdx.x * kDigits + t] = shared.next[t];
+      grid.sync();
+      if (t < kDigits && shares.own.begin < shares.own.end) {
+        int32_t earlier = 0;
+        for (uint32_t i = first_share; i < blockIdx.x; ++i) earlier += b.of_share[i * kDigits + t];
+        shared.next[t] = earlier;
+      }
+    }
     int32_t before = 0, all = 0;  // keys of the thread's digit in the chunks before this one, and in all
     int32_t* const counts = b.counts + pass * kSortChunks * kDigits;
     if (t < kDigits) {
@@ -240,7 +259,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
     int tiles = 0;
     for (int32_t begin = shares.own.begin; begin < shares.own.end; begin += kSortTile) {
       const Range tile{begin, min(begin + kSortTile, shares.own.end)};
-      scatter_tile(b, pass == 0, tile, shares.chunk_keys, counts_next, &in_tile, shared, digit_of, to_codes);
+      scatter_tile(b, pass == 0, tile, shares.chunk_keys(), counts_next, &in_tile, shared, digit_of, to_codes);
       if (counts_next && (++tiles % kTilesCounted == 0 || tile.end == shares.own.end)) {
         hand_over(counts + kSortChunks * kDigits, shared);
       }
