@@ -30,7 +30,6 @@ namespace {
 constexpr int kListThreads = 256;
 constexpr int kListSlots = 1024;
 constexpr int kExtentBlocks = kListThreads;  // at most, so that one thread can look at each one's result
-constexpr int kSlotsAnEntry = 4;             // of the index, where it may have so many
 
 // A block of coarse sites, and those of it that some rows reach.
 struct alignas(16) Entry {
@@ -67,7 +66,6 @@ __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a,
   read(row);  // on their way together with the count
   clear_tree(s.tree);
   if (row == 0) *s.number = *a.outside = 0;
-  if (row == 0 && a.index != nullptr) static_cast<BlockSlot*>(a.index)->key = kNoKey;  // the one that there is without entries
   const int32_t rows = real_rows(a.count, a.rows);
   uint32_t highest[1 + D] = {};
   while (row < rows) {
@@ -129,7 +127,7 @@ struct BlockList {
 
 template <int D>
 __global__ void __launch_bounds__(kListThreads, 4)
-    list_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s, int extent_blocks) {
+    list_kernel(CoarseSitesArgs a, CoarseAxes<D> axes, Scratch s, int extent_blocks, int tree_blocks) {
   __shared__ BlockList list;
   __shared__ BlockCodes<D> codes;
   static_assert(BlockCodes<D>::kEntries <= kListThreads);
@@ -146,6 +144,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
   __syncthreads();
   const TreeShape shape(codes.bits());
   if (global_thread() == 0) *s.bits = codes.bits();
+  const uint32_t each = share_size(kTopNodes, kWarp, tree_blocks);
   int32_t outside = 0;
   for (int64_t begin = int64_t{blockIdx.x} * kListThreads; begin < rows; begin += all_threads()) {
     bool more = begin + threadIdx.x < rows && has_key(site);
@@ -187,16 +186,10 @@ __global__ void __launch_bounds__(kListThreads, 4)
           sites = static_cast<uint64_t>(list.sites[1][slot]) << 32 | list.sites[0][slot];
           code = codes.code(block);
         }
-        mark_children<kListThreads>(top_marks(s.tree), exists, shape.top_node(code), shape.digit(code, 0));
+        mark_children<kListThreads>(s.tree, 0, each, exists, shape.top_node(code), shape.digit(code, 0));
         if (exists) {
           s.entries[first_entry + i] = {block, sites};
           s.codes[first_entry + i] = code;
-          s.tree.level(1).children[first_entry + i] = 0;
-        }
-        if (a.index != nullptr) {
-          const int64_t begin = first_entry + next, end = first_entry + min(next + kListThreads, list.number);
-          clear_slots(static_cast<BlockSlot*>(a.index), kSlotsAnEntry * begin,
-                      min(kSlotsAnEntry * end, int64_t{BlockSlot::number(a.capacity)}), threadIdx.x, kListThreads);
         }
       }
       __syncthreads();  // the list is no longer read
@@ -206,7 +199,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
   if (outside != 0) atomicAdd(a.outside, outside);
 }
 
-// What the tree's leaves become: sites, and an index of their blocks where it is wanted, in slots that list_kernel cleared.
+// What the tree's leaves become: sites, and an index of their blocks where it is wanted.
 template <int D>
 struct Output {
   const CoarseSitesArgs& a;
@@ -217,10 +210,9 @@ struct Output {
   __device__ Output(const CoarseSitesArgs& a, int32_t entries)
       : a(a),
         index(static_cast<BlockSlot*>(a.index)),
-        slots(static_cast<uint32_t>(
-            max(min(int64_t{kSlotsAnEntry} * entries, int64_t{BlockSlot::number(a.capacity)}), int64_t{1}))),
+        slots(static_cast<uint32_t>(min(int64_t{4} * entries + 1, int64_t{BlockSlot::number(a.capacity)}))),
         late(slots <= static_cast<uint32_t>(entries)) {
-    if (index != nullptr && global_thread() == 0) index->slots = slots;
+    if (index != nullptr) clear_slots(index, slots);
   }
 
   // The slot.
@@ -276,7 +268,7 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   JAXSPARSE_TRY(blocks_at_once(tree_kernel<D>, std::max(blocks, least), &tree_blocks));
   JAXSPARSE_TRY(launch(extent_kernel<D>, extent_blocks, {kGridThreads}, stream, a, s));
   JAXSPARSE_TRY(launch(list_kernel<D>, striding_blocks(a.rows, kListThreads), {kListThreads}, stream, a, axes, s,
-                       extent_blocks));
+                       extent_blocks, tree_blocks));
   return launch_grid(tree_kernel<D>, tree_blocks, stream, a, s);
 }
 

@@ -1,6 +1,7 @@
 // site_index clears a hash map and enters the input sites, in two kernels; of sites that coarse_sites makes it makes the index
-// of blocks itself, which costs less there. By blocks 2 and 7 us for a scan of 91,767 sites on an H200, 1 and 3 for 5,925, 10
-// and 25 for 1 million. What seems to bound the second is compare-and-swaps, some 9 thousand million a second.
+// of blocks itself, which costs less there. By blocks 2 and 6 us for a scan of 91,767 sites on an H200, 10 and 24 for 1
+// million, 37 and 125 for 4 million. Where lanes looked ahead for what the next warps hold of a block, so that nothing but
+// the compare-and-swap was an atomic, the second took 7, 25 and 108.
 //
 // Of each slot the key alone cleared: as long for a scan, 22 us for 1 million sites.
 #include "cuda/coords/site_index.cuh"
@@ -22,11 +23,7 @@ __device__ Key key_of(const Site<D>& site) {
 
 template <typename Slot>
 __global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  const uint32_t slots = Slot::number(real_rows(a.count, a.rows));
-  clear_slots(index, 0, slots, global_thread(), all_threads());
-  if constexpr (std::is_same_v<Slot, BlockSlot>) {
-    if (global_thread() == 0) index->slots = slots;
-  }
+  clear_slots(index, Slot::number(real_rows(a.count, a.rows)));
 }
 
 template <int D>

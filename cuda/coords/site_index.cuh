@@ -38,14 +38,17 @@ struct alignas(32) BlockSlot {
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };
 
-// Empties slots `begin` to `end`; so many threads call it. Neighbours write neighbouring words, and whole sectors of the cache.
+// Empties slots; all threads of the grid call it. Neighbours write neighbouring words, and whole sectors of the cache.
 template <typename Slot>
-__device__ void clear_slots(Slot* index, int64_t begin, int64_t end, int64_t thread, int64_t threads) {
+__device__ void clear_slots(Slot* index, uint32_t slots) {
   constexpr int kWords = sizeof(Slot) / sizeof(uint4);
   uint4* const words = reinterpret_cast<uint4*>(index);
-  for (int64_t i = begin * kWords + thread; i < end * kWords; i += threads) {
-    const uint32_t mask = i % kWords == 0 ? ~0u : 0;
-    words[i] = make_uint4(mask, mask, ~0u, ~0u);  // a key and no row, or no sites and no row
+  for (int64_t i = global_thread(); i < int64_t{slots} * kWords; i += all_threads()) {
+    const uint32_t half = i % kWords == 0 ? ~0u : 0;  // no key, or of a block no sites
+    words[i] = make_uint4(half, half, ~0u, ~0u);
+  }
+  if constexpr (std::is_same_v<Slot, BlockSlot>) {
+    if (global_thread() == 0) index->slots = slots;
   }
 }
 

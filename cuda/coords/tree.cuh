@@ -5,8 +5,7 @@
 // those of the others have the numbers 0, 1 .. in the order of their codes. The top is marked by whoever lists the entries;
 // then, level by level, in a cooperative kernel:
 //
-//     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin; of the
-//             top, whose children are counted as they are marked, each block sums groups of nodes up for itself
+//     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin
 //     mark    each entry sets its bits in its node below; a block of threads first gathers in shared memory what goes to
 //             one node above the leaves
 //
@@ -15,7 +14,10 @@
 //
 // Tried and left, on an H100, with more entries a node than now:
 //     each warp marks inner nodes in global memory: 9 and 22 us for two levels, atomics wait for one address
-//     who sets a leaf's bits adds to its share's count: 12 us, where a phase that counts takes 2
+//     who sets a leaf's bits adds to its share's count: 12 us, where a phase that counts takes 2; on an H200 all of the kernel
+//         815 us instead of 352 for 6.2 million sites
+//     besides that the top numbered without a barrier, each block summing up counts of 16 nodes, each entry the rest: 53
+//         us for four trees of a network on an H200, and 53 without both
 //     each block writes its own share of leaves: 7 us (now 3), shares differ in sites
 //     18 bits for the top level: as fast where that saves no level, 6 us more where the tree is small
 #pragma once
@@ -31,15 +33,14 @@ struct Level {
 };
 
 struct Tree {
-  uint64_t* top;        // [kTopNodes], the children of each node
-  int32_t* top_of;      // [kTopGroups], children in a group of them
+  Level top;            // [kTopNodes]
   Level odd, even;      // [entries], the levels below in turn
   int32_t* node_of;     // [entries], on the level at hand
   uint64_t* block_of;   // [entries], the key of each leaf
   int32_t* nodes_of;    // [kMostLevels, kMostBlocks], children in a block's share of nodes
   int32_t* sites_of;    // [kMostBlocks], sites in groups of leaves
 
-  __device__ Level level(int depth) const { return depth % 2 == 1 ? odd : even; }  // from 1
+  __device__ Level level(int depth) const { return depth == 0 ? top : depth % 2 == 1 ? odd : even; }
 };
 
 inline Tree take_tree(Workspace& workspace, int64_t entries) {
@@ -50,8 +51,7 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
     return level;
   };
   Tree tree;
-  tree.top = workspace.take<uint64_t>(kTopNodes);
-  tree.top_of = workspace.take<int32_t>(kTopGroups);
+  tree.top = take_level(kTopNodes);
   tree.odd = take_level(entries);
   tree.even = take_level(entries);
   tree.node_of = workspace.take<int32_t>(entries);
@@ -61,13 +61,10 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
   return tree;
 }
 
-// A kernel's end must follow before the top is marked. The nodes below it, as many as entries, are cleared by whoever lists
-// those.
+// A kernel's end must follow before the top is marked.
 __device__ inline void clear_tree(const Tree& tree) {
-  for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top[node] = 0;
-  for (int64_t i = global_thread(); i < kTopGroups; i += all_threads()) tree.top_of[i] = 0;
+  for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top.children[node] = 0;
   for (int64_t i = global_thread(); i < kMostLevels * kMostBlocks; i += all_threads()) tree.nodes_of[i] = 0;
-  for (int64_t i = global_thread(); i < kMostBlocks; i += all_threads()) tree.sites_of[i] = 0;
 }
 
 // How a tree is laid out whose codes have so many bits.
@@ -88,25 +85,17 @@ struct Gathered {
   uint32_t bits[2][kSlots];
 };
 
-// Where children of a level's nodes are marked, and counted by shares of so many nodes.
-struct Marks {
-  uint64_t* children;
-  int32_t* counts;
-  uint32_t each;
+// Marks children of a node of a level, and counts those that are new in its share, of `each` nodes.
+__device__ inline void mark_child(const Tree& tree, int depth, uint32_t each, int32_t node, uint64_t children) {
+  const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(tree.level(depth).children + node),
+                                   static_cast<unsigned long long>(children));
+  const int added = __popcll(children & ~before);
+  if (added != 0) atomicAdd(tree.nodes_of + depth * kMostBlocks + node / each, added);
+}
 
-  __device__ void add(int32_t node, uint64_t bits) const {
-    const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(children + node),
-                                     static_cast<unsigned long long>(bits));
-    const int added = __popcll(bits & ~before);
-    if (added != 0) atomicAdd(counts + node / each, added);
-  }
-};
-
-__device__ inline Marks top_marks(const Tree& tree) { return {tree.top, tree.top_of, kTopGroup}; }
-
-// Marks a child for each thread of the block for which `exists` holds. All threads of the block call it.
+// The same for a child for each thread of the block for which `exists` holds. All threads of the block call it.
 template <int kThreads>
-__device__ void mark_children(const Marks& marks, bool exists, int32_t node, int digit) {
+__device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool exists, int32_t node, int digit) {
   __shared__ Gathered<kThreads> gathered;
   const int own = threadIdx.x, slot = node % kThreads;
   gathered.node[own] = -1;
@@ -117,12 +106,12 @@ __device__ void mark_children(const Marks& marks, bool exists, int32_t node, int
     if (holder == -1 || holder == node) {
       atomicOr(&gathered.bits[digit / 32][slot], 1u << digit % 32);
     } else {
-      marks.add(node, uint64_t{1} << digit);
+      mark_child(tree, depth, each, node, uint64_t{1} << digit);
     }
   }
   __syncthreads();
   const uint64_t high = gathered.bits[1][own], low = gathered.bits[0][own];
-  if (gathered.node[own] != -1) marks.add(gathered.node[own], high << 32 | low);
+  if (gathered.node[own] != -1) mark_child(tree, depth, each, gathered.node[own], high << 32 | low);
   __syncthreads();
 }
 
@@ -131,110 +120,46 @@ struct Listed {
   uint64_t code, block, sites;
 };
 
-// Leaves that a warp has at a time, and how many of so many lie in a group whose sites are counted together.
-constexpr int kLeaves = 8;
-__device__ inline uint32_t leaf_group(int32_t leaves) { return share_size(leaves, kLeaves, kMostBlocks); }
-
 struct Leaves {
   const uint64_t* sites;   // of each, those that exist
   const int32_t* entered;  // what the output said
   int32_t number;
 };
 
-// The top's children before each group of its nodes, in shared memory.
-struct TopSums {
-  int4 before[kTopGroups / 4];
-
-  // Returns how many there are in all. All threads of the block call it.
-  __device__ int32_t fill(const Tree& tree) {
-    constexpr int kEach = kTopGroups / 4 / kGridThreads;  // of a thread
-    int4 of[kEach];
-    int32_t sum = 0, all;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      of[i] = reinterpret_cast<const int4*>(tree.top_of)[threadIdx.x * kEach + i];
-      sum += of[i].x + of[i].y + of[i].z + of[i].w;
-    }
-    int32_t next = block_exclusive_scan<kGridThreads>(sum, &all);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int32_t x = next + of[i].x, y = x + of[i].y, z = y + of[i].z;
-      before[threadIdx.x * kEach + i] = make_int4(next, x, y, z);
-      next = z + of[i].w;
-    }
-    __syncthreads();
-    return all;
-  }
-
-  __device__ int32_t of_group(int32_t group) const { return reinterpret_cast<const int32_t*>(before)[group]; }
-};
-
-// The children of a group of the top's nodes, all on their way at once.
-struct TopGroup {
-  uint4 pairs[kTopGroup / 2];
-
-  __device__ void read(const Tree& tree, int32_t group) {
-#pragma unroll
-    for (int i = 0; i < kTopGroup / 2; ++i) {
-      pairs[i] = reinterpret_cast<const uint4*>(tree.top)[group * (kTopGroup / 2) + i];
-    }
-  }
-
-  // How many the first so many nodes have.
-  __device__ int32_t children_of(int nodes) const {
-    int32_t children = 0;
-#pragma unroll
-    for (int i = 0; i < kTopGroup / 2; ++i) {
-      children += 2 * i < nodes ? __popc(pairs[i].x) + __popc(pairs[i].y) : 0;
-      children += 2 * i + 1 < nodes ? __popc(pairs[i].z) + __popc(pairs[i].w) : 0;
-    }
-    return children;
-  }
-};
-
-// Says where the children of a level's nodes begin and clears those, while meanwhile() what the next barrier is not for;
-// returns how many there are. All blocks call it; it ends with a barrier of the grid.
-template <typename Meanwhile>
-__device__ int32_t number_nodes(Grid grid, const Tree& tree, int depth, int32_t nodes, Meanwhile meanwhile) {
-  const Level level = tree.level(depth), below = tree.level(depth + 1);
-  const Range own = share(nodes, kWarp, gridDim.x);
-  const auto read_children = [&](int32_t node) { return node < own.end ? level.children[node] : 0; };
-  uint64_t held = read_children(own.begin + threadIdx.x);  // on its way while the sums are made
-  const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
-  int32_t next = children.before;
-  for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
-    const int32_t node = begin + threadIdx.x;
-    int32_t total;
-    const int32_t before = block_exclusive_scan<kGridThreads>(__popcll(held), &total);
-    if (node < own.end) level.first[node] = next + before;
-    next += total;
-    held = read_children(node + kGridThreads);
-  }
-  for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below.children[child] = 0;
-  sync_while(grid, meanwhile);
-  return children.all;
-}
-
 // Numbers and marks all levels below the top, whose marks must be set, for entries entry_of(i, whether all of it is
-// needed). Asks the output for a number for each entry's block: enter(block), or where `late` is set enter_leaf(leaf,
-// block). All blocks call it; it ends with a barrier of the grid.
+// needed). Asks the output, at least a barrier after the call, for a number for each entry's block: enter(block), or where
+// `late` is set enter_leaf(leaf, block). All blocks call it; it ends with a barrier of the grid.
 template <typename EntryOf, typename Output>
 __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of,
                             const Output& output) {
-  __shared__ TopSums sums;
   const auto read_entry = [&](int64_t i, bool is_leaf) {
     return i < entries ? entry_of(static_cast<int32_t>(i), is_leaf) : Listed{};
   };
-  Listed entry = read_entry(global_thread(), shape.levels == 1);
-  int32_t nodes = sums.fill(tree);
+  int32_t nodes = kTopNodes;  // whatever the shape, which is still on its way
   for (int depth = 0;; ++depth) {
-    const bool to_leaves = depth == shape.levels - 1;
-    if (depth > 0) {
-      nodes = number_nodes(grid, tree, depth, nodes, [&] { entry = read_entry(global_thread(), to_leaves); });
-    }
     const Level level = tree.level(depth), below = tree.level(depth + 1);
-    const Marks marks{below.children, tree.nodes_of + (depth + 1) * kMostBlocks, share_size(nodes, kWarp, gridDim.x)};
-    const Marks leaf_marks{below.children, tree.sites_of, leaf_group(nodes)};
+    const Range own = share(nodes, kWarp, gridDim.x);
+    const auto read_children = [&](int32_t node) { return node < own.end ? level.children[node] : 0; };
+    uint64_t held = read_children(own.begin + threadIdx.x);  // on its way while the sums are made
+    const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
+    int32_t next = children.before;
+    for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
+      const int32_t node = begin + threadIdx.x;
+      int32_t total;
+      const int32_t before = block_exclusive_scan<kGridThreads>(__popcll(held), &total);
+      if (node < own.end) level.first[node] = next + before;
+      next += total;
+      held = read_children(node + kGridThreads);
+    }
+    for (int32_t child = children.before + threadIdx.x; child < next; child += kGridThreads) below.children[child] = 0;
+    nodes = children.all;
+    const bool to_leaves = depth == shape.levels - 1;
+    Listed entry;
+    sync_while(grid, [&] {
+      entry = read_entry(global_thread(), to_leaves);
+    });
+
+    const uint32_t each = share_size(nodes, kWarp, gridDim.x);
     for (int64_t begin = int64_t{blockIdx.x} * kGridThreads; begin < entries; begin += all_threads()) {
       const int32_t i = static_cast<int32_t>(begin) + threadIdx.x;
       const bool exists = i < entries;
@@ -242,23 +167,23 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       if (exists) {
         const int32_t parent = depth == 0 ? shape.top_node(entry.code) : tree.node_of[i];
         const uint64_t before = (uint64_t{1} << shape.digit(entry.code, depth)) - 1;
-        const uint64_t of_parent = depth == 0 ? tree.top[parent] : level.children[parent];
-        const int32_t first = depth == 0 ? sums.of_group(parent / kTopGroup) : level.first[parent];
-        TopGroup group{};
-        if (depth == 0) group.read(tree, parent / kTopGroup);  // on their way while the block is entered
+        const int32_t first = level.first[parent];  // on their way while the block is entered
+        const uint64_t of_parent = level.children[parent];
         int32_t entered = to_leaves && !output.late ? output.enter(entry.block) : 0;
         node = first + __popcll(of_parent & before);
-        if (depth == 0) node += group.children_of(parent % kTopGroup);
         if (to_leaves) {
           if (output.late) entered = output.enter_leaf(node, entry.block);
           below.first[node] = entered;
-          leaf_marks.add(node, entry.sites);
+          atomicOr(reinterpret_cast<unsigned long long*>(below.children + node),
+                   static_cast<unsigned long long>(entry.sites));
           tree.block_of[node] = entry.block;
         } else {
           tree.node_of[i] = node;
         }
       }
-      if (!to_leaves) mark_children<kGridThreads>(marks, exists, node, shape.digit(entry.code, depth + 1));
+      if (!to_leaves) {
+        mark_children<kGridThreads>(tree, depth + 1, each, exists, node, shape.digit(entry.code, depth + 1));
+      }
       entry = read_entry(i + all_threads(), to_leaves);
     }
     grid.sync();
@@ -287,10 +212,14 @@ __device__ inline int nth_bit(uint64_t mask, int n) {
 // A warp has a few leaves at a time, and a lane each of their sites in turn.
 template <typename Output>
 __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
+  constexpr int kLeaves = 8;
+  // Sites are counted in groups of leaves: of so many each block counts all, of more only some, and a barrier follows. On an
+  // H200 5,927 leaves took 1.5 us more where each block counted all.
+  constexpr int32_t kCountedByAll = 4096;
   __shared__ int32_t before_group[kMostBlocks];
   static_assert(kMostBlocks == kGridThreads, "a group a thread");
   const int lane = threadIdx.x % kWarp;
-  const int32_t each = static_cast<int32_t>(leaf_group(leaves.number));
+  const int32_t each = static_cast<int32_t>(share_size(leaves.number, kLeaves, kMostBlocks));
   int64_t first = global_thread() / kWarp * kLeaves;
   uint64_t own_sites, own_block;
   int32_t entered;
@@ -310,10 +239,26 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
     before = warp_sum(before);
   };
   read_leaves();
-  count_before();
+  int32_t of_group = 0;
+  if (leaves.number <= kCountedByAll) {
+    const int32_t begin = threadIdx.x * each, end = min(begin + each, leaves.number);
+#pragma unroll 8
+    for (int32_t leaf = begin; leaf < end; ++leaf) of_group += __popcll(leaves.sites[leaf]);
+    count_before();
+  } else {
+    for (int64_t group = global_thread() / kWarp; group < kMostBlocks; group += all_threads() / kWarp) {
+      const int64_t begin = group * each, end = min(begin + each, int64_t{leaves.number});
+      int32_t sites = 0;
+      for (int64_t leaf = begin + lane; leaf < end; leaf += kWarp) sites += __popcll(leaves.sites[leaf]);
+      sites = warp_sum(sites);
+      if (lane == 0) tree.sites_of[group] = sites;
+    }
+    sync_while(grid, count_before);
+    of_group = tree.sites_of[threadIdx.x];
+  }
 
   int32_t all;
-  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(tree.sites_of[threadIdx.x], &all);
+  before_group[threadIdx.x] = block_exclusive_scan<kGridThreads>(of_group, &all);
   output.begin(all);
   __syncthreads();
   while (first < leaves.number) {

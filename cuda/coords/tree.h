@@ -10,14 +10,12 @@ namespace jaxsparse::cuda {
 // be for codes of 64 bits.
 constexpr int kTopBits = 16;
 constexpr int64_t kTopNodes = int64_t{1} << kTopBits;
-constexpr int kTopGroup = 16;  // nodes whose children are counted together
-constexpr int kTopGroups = kTopNodes / kTopGroup;
 constexpr int kTreeDigitBits = 6;
 constexpr int kMostLevels = (64 - kTopBits + kTreeDigitBits - 1) / kTreeDigitBits;
 
 // Bytes of the nodes for so many entries, and of the counts of up to kMostBlocks blocks.
 constexpr int64_t tree_workspace(int64_t entries) {
-  return 8 * kTopNodes + 4 * kTopGroups + 3 * padded(8 * entries) + 3 * padded(4 * entries) + (kMostLevels + 1) * padded(4 * 512);
+  return 12 * kTopNodes + 3 * padded(8 * entries) + 3 * padded(4 * entries) + (kMostLevels + 1) * padded(4 * 512);
 }
 
 }  // namespace jaxsparse::cuda

@@ -32,7 +32,7 @@ def _sort(keys: int) -> int:
 
 def _tree(entries: int) -> int:
     """`tree_workspace` in cuda/coords/tree.h."""
-    return 8 * 2**16 + 4 * 2**12 + 3 * _padded(8 * entries) + 3 * _padded(4 * entries) + 9 * 4 * 512
+    return 12 * 2**16 + 3 * _padded(8 * entries) + 3 * _padded(4 * entries) + 9 * 4 * 512
 
 
 def unique_sites(points: int) -> int:
