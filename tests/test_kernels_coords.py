@@ -44,9 +44,8 @@ def unique_results(points, capacity, dims):
     return [((capacity, 1 + dims), I32), counts, counts, rows, rows, ends, reasons, ((size,), U8)]
 
 
-def coarse_results(rows, capacity, geometry, is_sorted=0):
-    size = _workspace.coarse_sites(rows, geometry)
-    index = 1 if is_sorted and geometry.drops_bits else _workspace.site_index(capacity)
+def coarse_results(rows, capacity, geometry):
+    size, index = _workspace.coarse_sites(rows, geometry), _workspace.site_index(capacity)
     return [((capacity, 1 + len(geometry.kernel)), I32), *[((1,), I32)] * 3, ((index,), U8), ((size,), U8)]
 
 
@@ -162,18 +161,19 @@ def sorted_sites(rng, rows, dims, spread):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 4])
-@pytest.mark.parametrize("bounded", [False, True])
-def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded):
+@pytest.mark.parametrize(("bounded", "capacity"), [(False, 1500), (True, 1500), (False, 90)])
+def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded, capacity):
     coords = sorted_sites(np.random.default_rng(dims), 1500, dims, {1: 2000, 2: 40, 3: 10, 4: 5}[dims])
     bounds = [3] * dims if bounded else []
     coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
     expected = sorted((c for c in coarse if not bounded or all(0 <= v < 3 for v in c[1:])), key=key)
     geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
-    results = coarse_results(len(coords), 1500, Geometry(*geometry), is_sorted=1)
+    results = coarse_results(len(coords), capacity, Geometry(*geometry))
     attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=1)
-    got, kept, found, outside, *_ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
-    assert (kept[0], found[0], outside[0]) == (min(len(expected), 1500), len(expected), 0)
-    np.testing.assert_array_equal(got, sites_array(expected, 1500, dims))
+    got, kept, found, outside, index, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)
+    assert (kept[0], found[0], outside[0]) == (min(len(expected), capacity), len(expected), 0)
+    np.testing.assert_array_equal(got, sites_array(expected, capacity, dims))
+    kernel_map(got, kept[0], got, kept[0], ((2,) * dims, (1,) * dims, (0,) * dims, (1,) * dims), builder=1, index=index)
 
 
 @pytest.mark.parametrize(("dims", "stride", "rows"), [*itertools.product([1, 2, 3, 4], [1, 2, 3], [600]), (3, 1, 3000)])
@@ -311,7 +311,7 @@ def test_kernels_give_the_bits_of_the_cpu_handlers():
         geometry = Geometry.create(3, kernel, 2)
         options = {"geometry": geometry, "capacity": 4 * capacity, "bounds": None, "is_sorted": True}
         expected = _coords.coarse_sites(sites, number, implementation="auto", **options)
-        results = coarse_results(capacity, 4 * capacity, geometry, is_sorted=1)
+        results = coarse_results(capacity, 4 * capacity, geometry)
         attrs = {**geometry.attributes(), "bounds": np.array([], I32), "is_sorted": 1}
         for a, b in zip(call("coarse_sites", results, sites, number, **attrs)[:4], expected[:4], strict=True):
             np.testing.assert_array_equal(a, b)

@@ -46,7 +46,7 @@ struct CoarseSitesArgs {
   int32_t* kept;     // [1]
   int32_t* found;    // [1]
   int32_t* outside;  // [1]
-  void* index;       // of blocks of the kept sites, as of site_index; may be null, and must be where they are shifted
+  void* index;       // of blocks of the kept sites, as of site_index; may be null
   void* workspace;   // coarse_sites_workspace(rows * windows_per_site(geometry))
 };
 

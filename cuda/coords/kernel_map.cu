@@ -24,13 +24,12 @@
 //     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
 #include "cuda/coords/kernel_map.h"
 
+#include "cuda/coords/block_window.cuh"
 #include "cuda/coords/site_index.cuh"
-#include "cuda/coords/window.h"
 
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kTileWarps = 3;  // they share the taps of the tile's outputs
 constexpr int kTileThreads = kTileWarps * kWarp;
 constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
@@ -195,78 +194,6 @@ __global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(
   }
 }
 
-// What of a geometry is the same for all outputs.
-template <int D>
-struct WindowShape {
-  int32_t stride[D], dilation[D];
-  int64_t shift[D];  // of a window's first tap, counted from the lower end of the coordinate range
-  int32_t reach[D];  // from the first tap to the last
-
-  explicit WindowShape(const Geometry& g) {
-    for (int d = 0; d < D; ++d) {
-      stride[d] = static_cast<int32_t>(g.stride[d]);
-      dilation[d] = static_cast<int32_t>(g.dilation[d]);
-      shift[d] = (int64_t{1} << (axis_bits(D) - 1)) - g.padding[d];
-      reach[d] = static_cast<int32_t>(g.dilation[d] * (g.kernel[d] - 1));
-    }
-  }
-};
-
-// The window of one output.
-template <int D>
-struct Window {
-  uint64_t first_key;  // of the first block under it
-  uint32_t exists[D];  // a bit for each block on an axis: under the window, and within the coordinate range
-  int32_t offset[D];   // of the first tap, in the first block
-
-  __device__ Window(const WindowShape<D>& shape, const Site<D>& out) {
-    constexpr BlockNumbers<D> numbers;
-    const bool has_batch = out.batch >= 0 && out.batch <= max_batch(D);
-    first_key = static_cast<uint64_t>(out.batch) << numbers.batch_shift;
-#pragma unroll
-    for (int d = 0; d < D; ++d) {
-      const int bits = block_axis_bits(D, d);
-      const int64_t first = static_cast<int64_t>(shape.stride[d]) * out.coord[d] + shape.shift[d], block = first >> bits;
-      offset[d] = static_cast<int32_t>(first) & ((1 << bits) - 1);
-      first_key += static_cast<uint64_t>(block) << numbers.shift[d];
-      const int32_t limit = 1 << numbers.bits[d];  // blocks from 0 to there have a key
-      const int32_t nearest = block < -31 ? -31 : block > limit ? limit : static_cast<int32_t>(block);
-      const int32_t blocks = has_batch ? min(((offset[d] + shape.reach[d]) >> bits) + 1, limit - nearest) : 0;
-      exists[d] = ((1u << blocks) - 1) & ~0u << max(-nearest, 0);
-    }
-  }
-};
-
-// The share of a tap's coordinate on one axis, counted from the first block under the window, in its site's number there:
-// 64 times that of its block, `step` for a block more on this axis, plus its place in it, counted from the last. The axes'
-// shares add up.
-template <int D>
-__device__ int32_t place_share(int axis, int32_t at, int32_t step) {
-  return (at >> block_axis_bits(D, axis)) * step + bits_in_block<D>(axis, ~at);
-}
-
-// Half of a block under a window: which of its 32 sites exist, and the row before that of the first. The second half comes
-// first.
-struct alignas(8) Half {
-  uint32_t mask;  // the last site is the lowest bit
-  int32_t row_before;
-};
-
-// What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
-__device__ inline void put_block(Half* under, int32_t block, const uint4& sites) {
-  const int32_t row_before = static_cast<int32_t>(sites.z) - 1;
-  under[2 * block * kWarp] = {sites.y, row_before + __popc(sites.x)};
-  under[(2 * block + 1) * kWarp] = {sites.x, row_before};
-}
-
-// The row of a site, -1 where there is none.
-__device__ inline int32_t row_at(const Half* under, int32_t place, int32_t in_rows) {
-  const Half half = under[place & ~31];  // 32 places, kWarp halves
-  const uint32_t up_to = half.mask << (place & 31);  // the site is the highest bit, those before it lie below
-  const int32_t row = half.row_before + __popc(up_to);
-  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // too large only where sites are not sorted
-}
-
 // Most layers: kernels of 3 at most on the last two axes and of 32 taps at most, windows over at most two blocks on each
 // axis. A thread an output, and no barrier. kLast: the kernel's size on the last axis.
 constexpr int kSmallThreads = 64;
@@ -358,30 +285,6 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
   }
 }
 
-// What of a geometry is the same for all outputs where windows may lie over more blocks.
-template <int D>
-struct BlocksUnder {
-  int32_t across[D], number;  // on each axis and in all, at most
-  int32_t step[D];            // see place_share()
-  struct {
-    uint64_t step;  // what it adds to the key of the first one
-    uint8_t at[D];  // its number on each axis
-  } block[kMostUnderWindow];
-
-  explicit BlocksUnder(const Geometry& g) {
-    constexpr BlockNumbers<D> numbers;
-    number = blocks_under_window<D>(g, across);
-    for (int d = D - 1, each = 1 << kBlockBits; d >= 0; each *= across[d--]) step[d] = each;
-    for (int32_t u = 0; u < number; ++u) {
-      block[u].step = 0;
-      for (int d = D - 1, rest = u; d >= 0; rest /= across[d--]) {
-        block[u].at[d] = static_cast<uint8_t>(rest % across[d]);
-        block[u].step += static_cast<uint64_t>(block[u].at[d]) << numbers.shift[d];
-      }
-    }
-  }
-};
-
 template <int D>
 __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, BlockSlot* index) {
@@ -439,31 +342,6 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
   }
 }
 
-// --- reverse ---
-
-// On an H200, 3^3 stride 2 map of 128,053 outputs and 375,575 pairs: 9.8 us and 1.0 to clear the masks; one entry a thread,
-// found by a 64-bit division, took 18.8, and 4.8 to clear masks and table.
-constexpr int kReversedAtOnce = 4;  // outputs that a thread looks at under one tap
-constexpr int kReverseTile = kReversedAtOnce * kThreads;
-
-__global__ void reverse_table_kernel(ReverseTableArgs a) {
-  const uint32_t tiles = static_cast<uint32_t>(div_up(a.out_rows.rows, kReverseTile));
-  const int32_t k = static_cast<int32_t>(blockIdx.x / tiles);
-  const int32_t first = static_cast<int32_t>(blockIdx.x % tiles) * kReverseTile + static_cast<int32_t>(threadIdx.x);
-  int32_t rows[kReversedAtOnce];
-#pragma unroll
-  for (int i = 0; i < kReversedAtOnce; ++i) {
-    const int32_t m = first + i * kThreads;
-    rows[i] = row_is_real(a.out_rows, m) ? a.table[static_cast<int64_t>(k) * a.out_rows.rows + m] : -1;
-  }
-#pragma unroll
-  for (int i = 0; i < kReversedAtOnce; ++i) {
-    if (rows[i] < 0 || rows[i] >= a.in_rows) continue;
-    a.reverse[static_cast<int64_t>(k) * a.in_rows + rows[i]] = first + i * kThreads;
-    atomicOr(&a.masks[static_cast<int64_t>(rows[i]) * a.mask_words + k / 32], 1u << (k % 32));
-  }
-}
-
 }  // namespace
 
 cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
@@ -490,13 +368,6 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
     }
     return cudaErrorInvalidValue;
   });
-}
-
-cudaError_t reverse_table(const ReverseTableArgs& a, cudaStream_t stream) {
-  const size_t mask_bytes = sizeof(uint32_t) * a.in_rows * a.mask_words;
-  JAXSPARSE_TRY(cudaMemsetAsync(a.masks, 0, mask_bytes, stream));
-  const int64_t blocks = a.taps * div_up(a.out_rows.rows, kReverseTile);
-  return blocks > 0 ? launch(reverse_table_kernel, blocks, {kThreads}, stream, a) : cudaSuccess;
 }
 
 }  // namespace jaxsparse::cuda

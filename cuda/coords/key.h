@@ -162,44 +162,6 @@ JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
   return bits;
 }
 
-// The bits in which a set of keys can differ. Coordinates far from the ends of their range leave the bits above them
-// equal to the sign's complement, and those need no sorting: a scan has about 36 bits of the 64.
-template <int D>
-class KeySpan {
- public:
-  // Bits of one key; the OR over a set of keys makes its span.
-  static JAXSPARSE_HD uint64_t bits_of(Key key) {
-    const Key top = key >> kLowBits;                 // batch, then a group of sign bits
-    const Key signs = (~top & kGroup) * kEachGroup;  // what the groups below hold where they say nothing
-    return (top >> D) << kLowBits | ((key & kLow) ^ signs);
-  }
-
-  // `has_no_key`: whether kNoKey is among the keys; it sorts last.
-  JAXSPARSE_HD KeySpan(uint64_t bits_of_all, bool has_no_key) {
-    const uint64_t low = bits_of_all & kLow;
-    groups_ = (kBlockBits + D - 1) / D;  // so that a block's bits are always low ones
-    while (groups_ < axis_bits(D) - 1 && low >> (groups_ * D) != 0) ++groups_;
-    bits_ = groups_ * D + D + (has_no_key ? 1 : 0);
-    for (uint64_t batches = bits_of_all >> kLowBits; batches != 0; batches >>= 1) ++bits_;
-  }
-
-  // The key without the bits that say nothing: the same order in bits() bits.
-  JAXSPARSE_HD uint64_t code(Key key) const {
-    if (key == kNoKey) return ~uint64_t{0};
-    return key >> kLowBits << (groups_ * D) | (key & ((Key{1} << (groups_ * D)) - 1));
-  }
-
-  JAXSPARSE_HD int bits() const { return bits_; }
-
- private:
-  static constexpr int kLowBits = D * (axis_bits(D) - 1);  // below the sign bits
-  static constexpr Key kLow = (Key{1} << kLowBits) - 1;
-  static constexpr Key kGroup = (Key{1} << D) - 1;
-  static constexpr Key kEachGroup = kLow / kGroup;  // the lowest bit of each group
-
-  int groups_, bits_;
-};
-
 // The kernel's geometry, an entry an axis. One relation serves every op:
 //     fine = stride * coarse - padding + dilation * tap,   tap = 0 .. kernel - 1
 // Taps are numbered row-major over the axes, the last axis fastest.

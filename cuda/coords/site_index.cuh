@@ -27,6 +27,12 @@ struct alignas(32) BlockSlot {
     sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(first_row), 0);
   }
 
+  // The same of some of its sites, whoever else has others.
+  __device__ void add(uint64_t mask, int32_t first_row) {
+    atomicOr(reinterpret_cast<unsigned long long*>(&sites), static_cast<unsigned long long>(mask));
+    atomicMin(&sites.z, static_cast<uint32_t>(first_row));
+  }
+
   // How many for so many sites. There are far fewer blocks than sites, so the map may be small; were each site alone in its
   // block it would still leave a fifth empty.
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
@@ -35,12 +41,46 @@ struct alignas(32) BlockSlot {
 // Empties slots; all threads of the grid call it. Neighbours write neighbouring words, and whole sectors of the cache.
 template <typename Slot>
 __device__ void clear_slots(Slot* index, uint32_t slots) {
+  constexpr int kWords = sizeof(Slot) / sizeof(uint4);
   uint4* const words = reinterpret_cast<uint4*>(index);
-  const int64_t number = int64_t{slots} * (sizeof(Slot) / sizeof(uint4));
-  for (int64_t i = global_thread(); i < number; i += all_threads()) words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  for (int64_t i = global_thread(); i < int64_t{slots} * kWords; i += all_threads()) {
+    const uint32_t half = i % kWords == 0 ? ~0u : 0;  // no key, or of a block no sites
+    words[i] = make_uint4(half, half, ~0u, ~0u);
+  }
   if constexpr (std::is_same_v<Slot, BlockSlot>) {
     if (global_thread() == 0) index->slots = slots;
   }
+}
+
+// A site's block, kNoKey if the site has no key, and which of the block's sites it is.
+struct InBlock {
+  uint64_t block;
+  int32_t bit;
+};
+
+template <int D>
+__device__ InBlock in_block(const Site<D>& site) {
+  constexpr BlockNumbers<D> numbers;
+  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
+  InBlock in{static_cast<uint64_t>(site.batch) << numbers.batch_shift, 0};
+#pragma unroll
+  for (int d = 0; d < D; ++d) {
+    const uint32_t at = static_cast<uint32_t>(site.coord[d]) + (uint32_t{1} << (axis_bits(D) - 1));
+    fits = fits && at < uint32_t{1} << axis_bits(D);
+    in.block |= static_cast<uint64_t>(at >> block_axis_bits(D, d)) << numbers.shift[d];
+    in.bit |= bits_in_block<D>(d, static_cast<int32_t>(at));
+  }
+  if (!fits) in.block = kNoKey;
+  return in;
+}
+
+// Enters a site for each lane of a warp for which `exists` holds: of neighbours that lie in one block the first does it for
+// all, so `row` is that of its site, or if it has none that of the next lane that has one. All lanes call it.
+__device__ inline void enter_in_order(HashMap<BlockSlot>& map, const InBlock& in, bool exists, int32_t row) {
+  const uint64_t below = __shfl_up_sync(kAllLanes, in.block, 1);
+  const bool leads = threadIdx.x % kWarp == 0 || below != in.block;
+  const uint64_t mask = or_of_run(exists ? uint64_t{1} << in.bit : 0, leads);
+  if (leads && mask != 0) map.insert_if_absent(in.block)->add(mask, row);
 }
 
 }  // namespace jaxsparse::cuda

@@ -5,14 +5,16 @@
 //     count   how many keys each block's share has that differ from the one before
 //     write   rows: sites, their points, the row of each point; then padding
 //
-// Bound by the sort's passes, four for a scan of 36 bits: each is a few microseconds of latency up to some hundred thousand
-// points, 24 bytes a point beyond. On an H200 39.0 us with 124,668 points and 57.3 with 271,156; digits counted anew for each
-// tile 41.2 and 64.0, a sort with three barriers a pass and blocks of 1,536 keys 67.0 and 87.9.
+// Bound by the sort's passes, four for a scan, whose keys differ in 33 bits: each is a few microseconds of latency up to some
+// hundred thousand points, 24 bytes a point beyond. On an H200 38 us with 124,668 points, 52 with 271,156, 155 with 1 million,
+// 605 with 4 million. With as many bits on each axis as the longest needs, up to 54, and codes made anew in each pass it took
+// 39, 57, 204 and 857, of which 5 and 100 went with the counts of large shares.
 //
 // Tried and left: sites by the tree of tree.cuh with marks straight to global memory, then points sorted by row, 17 bits
 // instead of 36 to 45. On an H100 with 271,156 points 123 us (101 by sorting then): 60 for the tree, 20 for each pass.
 #include "cuda/coords/unique_sites.h"
 
+#include "cuda/coords/key_span.cuh"
 #include "cuda/coords/padding.cuh"
 #include "cuda/sort/radix_sort.cuh"
 
@@ -27,23 +29,21 @@ struct Scratch {
   int32_t* with_key;    // [1], points that have one
 };
 
-constexpr uint64_t kSomeHaveNone = uint64_t{1} << 63;  // beside the bits of keys
-
 // Neighbours in the sorted list, a thread's: where a warp's 32 are done it has the next 32.
 struct Part {
-  Key key[kSortPerThread];
+  uint64_t code[kSortPerThread];
   bool is_head[kSortPerThread];
 
-  __device__ Part(const Key* keys, int32_t first, int32_t end) {
-    Key below[kSortPerThread];
+  __device__ Part(const uint64_t* codes, int32_t first, int32_t end) {
+    uint64_t below[kSortPerThread];
 #pragma unroll
     for (int i = 0; i < kSortPerThread; ++i) {
       const int32_t at = first + i * kWarp;
-      key[i] = at < end ? keys[at] : kNoKey;
-      below[i] = at < end && at > 0 ? keys[at - 1] : kNoKey;
+      code[i] = at < end ? codes[at] : kNoKey;
+      below[i] = at < end && at > 0 ? codes[at - 1] : kNoKey;
     }
 #pragma unroll
-    for (int i = 0; i < kSortPerThread; ++i) is_head[i] = key[i] != kNoKey && key[i] != below[i];
+    for (int i = 0; i < kSortPerThread; ++i) is_head[i] = code[i] != kNoKey && code[i] != below[i];
   }
 };
 
@@ -51,6 +51,7 @@ template <int D>
 __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSitesArgs a, Scratch s) {
   __shared__ SortShared shared;
   __shared__ int32_t without[kReasons];
+  __shared__ KeySpan<D> span;
   const Grid grid = cooperative_groups::this_grid();
   const int64_t first_thread = global_thread();
   const int32_t n = real_rows(a.count, a.points);
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
     int64_t coord[D];
     for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
     const Key key = make_key<D>(site.batch, coord);
-    bits |= key == kNoKey ? kSomeHaveNone : KeySpan<D>::bits_of(key);
+    bits |= KeySpan<D>::bits_of(key);
     const int64_t why = -1 - int64_t{site.batch};
     if (key == kNoKey && why >= 0 && why < kReasons) atomicAdd(&without[why], 1);
     return key;
@@ -78,10 +79,10 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   });
 
   bits = or_blocks<kSortThreads>(s.bits_of);
-  // The last digit is counted whatever the span: it is part of it.
-  const KeySpan<D> span((bits & ~kSomeHaveNone) | (1 << (kDigitBits - 1)), (bits & kSomeHaveNone) != 0);
-  radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key key) { return span.code(key); });
-  const Key* keys = s.sort.keys;
+  if (threadIdx.x == 0) span.make(bits, kDigits - 1);  // the last digit is counted already
+  __syncthreads();
+  radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key (&keys)[kSortPerThread]) { span.to_codes(keys); });
+  const uint64_t* codes = s.sort.keys;
   const uint32_t* points = s.sort.values;
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -89,12 +90,12 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   int32_t heads = 0;
   for (int32_t begin = own.begin; begin < own.end; begin += kSortTile) {
     const int32_t first = begin + warp * kSortPerThread * kWarp + lane;
-    const Part part(keys, first, own.end);
+    const Part part(codes, first, own.end);
 #pragma unroll
     for (int i = 0; i < kSortPerThread; ++i) {
       const int32_t at = first + i * kWarp;
       heads += part.is_head[i];
-      if (at < own.end && part.key[i] == kNoKey && (at == 0 || keys[at - 1] != kNoKey)) *s.with_key = at;
+      if (at < own.end && part.code[i] == kNoKey && (at == 0 || codes[at - 1] != kNoKey)) *s.with_key = at;
     }
   }
   heads = block_sum<kSortThreads>(heads);
@@ -106,7 +107,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   int32_t next = rows.before;
   for (int32_t begin = own.begin; begin < own.end; begin += kSortTile) {
     const int32_t first = begin + warp * kSortPerThread * kWarp + lane;
-    const Part part(keys, first, own.end);
+    const Part part(codes, first, own.end);
     unsigned votes[kSortPerThread];
     int32_t of_warp = 0, total;
 #pragma unroll
@@ -124,16 +125,16 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
       row += __popc(votes[i]);
       if (at >= own.end) continue;
       if (part.is_head[i] && own_row < a.capacity) {
-        write_site<D>(part.key[i], a.sites + static_cast<int64_t>(own_row) * (1 + D));
+        write_site<D>(span.key(part.code[i]), a.sites + static_cast<int64_t>(own_row) * (1 + D));
       }
       if (part.is_head[i] && own_row <= a.capacity) a.offsets[own_row] = at;
-      const bool kept = part.key[i] != kNoKey && own_row < a.capacity;
+      const bool kept = part.code[i] != kNoKey && own_row < a.capacity;
       const uint32_t point = points[at];
       a.row_of[point] = kept ? own_row : -1;
       a.order[at] = kept ? static_cast<int32_t>(point) : -1;
     }
   }
-  fill_padding<D>(a.sites, rows.all, min(n, a.capacity));
+  end_sites<D>(a, rows.all, min(n, a.capacity));
   for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) a.offsets[row] = with_key;
   if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kReasons * kWarp) {  // a warp a reason
     const int why = threadIdx.x / kWarp;
@@ -143,10 +144,6 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
     }
     points_without = warp_sum(points_without);
     if (threadIdx.x % kWarp == 0) a.without[why] = points_without;
-  }
-  if (first_thread == 0) {
-    *a.kept = min(rows.all, a.capacity);
-    *a.found = rows.all;
   }
 }
 

@@ -136,12 +136,11 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sor
 def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds, is_sorted):
     rows, columns = coords.shape
     size = _workspace.coarse_sites(rows, geometry)
-    makes_index = platform == "cuda" and not (is_sorted and geometry.drops_bits)
-    index = _index(capacity) if makes_index else jax.ShapeDtypeStruct((1,), jnp.uint8)
+    index = _index(capacity) if platform == "cuda" else jax.ShapeDtypeStruct((1,), jnp.uint8)
     results = [_int32(capacity, columns), *[_int32(1)] * 3, index, _workspace.struct(platform, size)]
     attributes = {**geometry.attributes(), "bounds": bounds or (), "is_sorted": int(is_sorted)}
     sites, kept, *found, index, _ = _ffi.call("jaxsparse_coarse_sites_v1", results, coords, count, **attributes)
-    if not makes_index:  # in a call of its own, which XLA drops where nobody reads the index
+    if platform != "cuda":  # in a call of its own, which XLA drops where nobody reads the index
         index = _site_index(sites, kept, of_blocks=True)
     return sites, kept, *found, index
 

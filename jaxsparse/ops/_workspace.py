@@ -27,7 +27,7 @@ def _padded(size: int) -> int:
 
 def _sort(keys: int) -> int:
     """`sort_workspace` in cuda/sort/workspace.h."""
-    return 2 * _padded(8 * keys) + 2 * _padded(4 * keys) + 4 * 8 * 16 * 512
+    return 2 * _padded(8 * keys) + 2 * _padded(4 * keys) + 4 * 8 * 16 * 512 + 4 * 512 * (keys // 4096 + 1)
 
 
 def _tree(entries: int) -> int:

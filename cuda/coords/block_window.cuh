@@ -1,0 +1,105 @@
+// What lies under the window of an output, by blocks of 64 sites.
+#pragma once
+
+#include "cuda/coords/blocks.cuh"
+#include "cuda/coords/window.h"
+
+namespace jaxsparse::cuda {
+
+// What of a geometry is the same for all outputs.
+template <int D>
+struct WindowShape {
+  int32_t stride[D], dilation[D];
+  int64_t shift[D];  // of a window's first tap, counted from the lower end of the coordinate range
+  int32_t reach[D];  // from the first tap to the last
+
+  explicit WindowShape(const Geometry& g) {
+    for (int d = 0; d < D; ++d) {
+      stride[d] = static_cast<int32_t>(g.stride[d]);
+      dilation[d] = static_cast<int32_t>(g.dilation[d]);
+      shift[d] = (int64_t{1} << (axis_bits(D) - 1)) - g.padding[d];
+      reach[d] = static_cast<int32_t>(g.dilation[d] * (g.kernel[d] - 1));
+    }
+  }
+};
+
+// The window of one output.
+template <int D>
+struct Window {
+  uint64_t first_key;  // of the first block under it
+  uint32_t exists[D];  // a bit for each block on an axis: under the window, and within the coordinate range
+  int32_t offset[D];   // of the first tap, in the first block
+
+  __device__ Window(const WindowShape<D>& shape, const Site<D>& out) {
+    constexpr BlockNumbers<D> numbers;
+    const bool has_batch = out.batch >= 0 && out.batch <= max_batch(D);
+    first_key = static_cast<uint64_t>(out.batch) << numbers.batch_shift;
+#pragma unroll
+    for (int d = 0; d < D; ++d) {
+      const int bits = block_axis_bits(D, d);
+      const int64_t first = static_cast<int64_t>(shape.stride[d]) * out.coord[d] + shape.shift[d], block = first >> bits;
+      offset[d] = static_cast<int32_t>(first) & ((1 << bits) - 1);
+      first_key += static_cast<uint64_t>(block) << numbers.shift[d];
+      const int32_t limit = 1 << numbers.bits[d];  // blocks from 0 to there have a key
+      const int32_t nearest = block < -31 ? -31 : block > limit ? limit : static_cast<int32_t>(block);
+      const int32_t blocks = has_batch ? min(((offset[d] + shape.reach[d]) >> bits) + 1, limit - nearest) : 0;
+      exists[d] = ((1u << blocks) - 1) & ~0u << max(-nearest, 0);
+    }
+  }
+};
+
+// The share of a tap's coordinate on one axis, counted from the first block under the window, in its site's number there:
+// 64 times that of its block, `step` for a block more on this axis, plus its place in it, counted from the last. The axes'
+// shares add up.
+template <int D>
+__device__ int32_t place_share(int axis, int32_t at, int32_t step) {
+  return (at >> block_axis_bits(D, axis)) * step + bits_in_block<D>(axis, ~at);
+}
+
+// Half of a block under a window: which of its 32 sites exist, and the row before that of the first. The second half comes
+// first.
+struct alignas(8) Half {
+  uint32_t mask;  // the last site is the lowest bit
+  int32_t row_before;
+};
+
+// What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
+__device__ inline void put_block(Half* under, int32_t block, const uint4& sites) {
+  const int32_t row_before = static_cast<int32_t>(sites.z) - 1;
+  under[2 * block * kWarp] = {sites.y, row_before + __popc(sites.x)};
+  under[(2 * block + 1) * kWarp] = {sites.x, row_before};
+}
+
+// The row of a site, -1 where there is none.
+__device__ inline int32_t row_at(const Half* under, int32_t place, int32_t in_rows) {
+  const Half half = under[place & ~31];  // 32 places, kWarp halves
+  const uint32_t up_to = half.mask << (place & 31);  // the site is the highest bit, those before it lie below
+  const int32_t row = half.row_before + __popc(up_to);
+  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // too large only where sites are not sorted
+}
+
+// What of a geometry is the same for all outputs where windows may lie over more blocks.
+template <int D>
+struct BlocksUnder {
+  int32_t across[D], number;  // on each axis and in all, at most
+  int32_t step[D];            // see place_share()
+  struct {
+    uint64_t step;  // what it adds to the key of the first one
+    uint8_t at[D];  // its number on each axis
+  } block[kMostUnderWindow];
+
+  explicit BlocksUnder(const Geometry& g) {
+    constexpr BlockNumbers<D> numbers;
+    number = blocks_under_window<D>(g, across);
+    for (int d = D - 1, each = 1 << kBlockBits; d >= 0; each *= across[d--]) step[d] = each;
+    for (int32_t u = 0; u < number; ++u) {
+      block[u].step = 0;
+      for (int d = D - 1, rest = u; d >= 0; rest /= across[d--]) {
+        block[u].at[d] = static_cast<uint8_t>(rest % across[d]);
+        block[u].step += static_cast<uint64_t>(block[u].at[d]) << numbers.shift[d];
+      }
+    }
+  }
+};
+
+}  // namespace jaxsparse::cuda
