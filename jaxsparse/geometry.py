@@ -149,17 +149,6 @@ class Geometry:
         periods = [s // math.gcd(s, d) for s, d in zip(self.stride, self.dilation, strict=True)]
         return math.prod(-(-k // p) for k, p in zip(self.kernel, periods, strict=True))
 
-<<<<<<< HEAD
-    @property
-    def drops_bits(self) -> bool:
-        """Whether a coarse site is a fine one without its last bits: `coarse_shift` in cuda/coords/coarse_sites.h."""
-        size = self.stride[0]
-        sizes, ones = (size,) * len(self.kernel), (1,) * len(self.kernel)
-        is_power = size > 1 and size & (size - 1) == 0
-        return is_power and self.kernel == self.stride == sizes and not any(self.padding) and self.dilation == ones
-
-=======
->>>>>>> coords
     def coarse_bounds(self, bounds: Sequence[int]) -> tuple[int, ...]:
         """Sizes of the coarse grid whose windows lie over a fine grid of sizes `bounds`, as in a dense convolution."""
         return tuple(
