@@ -98,17 +98,27 @@ def run_steps(step, inputs, steps):
         jax.block_until_ready(step(inputs[i % len(inputs)]))
 
 
+def busy_ms(kernels):
+    """Milliseconds in which at least one of the kernels and copies runs: the sum of their times, if none overlap."""
+    busy, end = 0.0, 0.0
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start_ns):
+        kernel_end = kernel.start_ns + kernel.ns
+        busy += max(kernel_end - max(kernel.start_ns, end), 0.0)
+        end = max(end, kernel_end)
+    return busy / 1e6
+
+
 def kernel_figures(kernels, steps):
     """GPU milliseconds and number of kernels (copies aside) of a step, from those of several."""
     launched = [kernel for kernel in kernels if not kernel.name.lower().startswith("mem")]
-    return {"gpu_ms": sum(k.ns for k in kernels) / 1e6 / steps, "kernels": round(len(launched) / steps)}
+    return {"gpu_ms": busy_ms(kernels) / steps, "kernels": round(len(launched) / steps)}
 
 
 def jax_gpu_ms(step, inputs, steps):
-    """Sum of kernel and copy times on the GPU's streams for one step, from a trace; None without a GPU."""
+    """Milliseconds of a step in which the GPU runs kernels or copies, from a trace; None without a GPU."""
     if jax.default_backend() != "gpu":
         return None
-    return sum(k.ns for k in gpu_kernels(lambda: run_steps(step, inputs, steps))) / 1e6 / steps
+    return busy_ms(gpu_kernels(lambda: run_steps(step, inputs, steps))) / steps
 
 
 class ProgramTimes(NamedTuple):
@@ -178,7 +188,7 @@ def torch_kernels(step, inputs, steps):
 
 
 def torch_gpu_ms(step, inputs, steps):
-    """Sum of kernel and copy times of one step of a PyTorch program, from torch.profiler; None without a GPU."""
+    """Milliseconds of a step of a PyTorch program in which the GPU runs kernels or copies; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

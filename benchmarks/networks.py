@@ -4,6 +4,7 @@
     python benchmarks/networks.py --data SCANS --workload seg-nuscenes --dtype float32 --steps 3 --share 0.25   # a CPU
     python benchmarks/networks.py --data SCANS --workload seg-kitti --scans 1 2 4 8 16        # how time grows
     python benchmarks/networks.py --data SCANS --workload seg-kitti --capacity 1 1.25 4       # what padding costs
+    python benchmarks/networks.py --data SCANS --concurrent     # kernels side by side, in more memory
 
 Where torch and spconv are installed, spconv runs the same network with the same weights on the same voxels beside it.
 seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its last stage's output.
@@ -21,6 +22,7 @@ seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its las
 - On a CPU spconv gets one thread: with more, its scatter adds race and its results are wrong.
 - error: of outputs (of the first scan) or gradients against float64 on the first batch, |difference| / |float64| in the
   2-norm; a result beyond the limit for its dtype gets no time.
+- GPU ms: while kernels or copies run, from a trace.
 - `--breakdown` adds where the GPU time goes, from a program without CUDA graphs, and a picture of it.
 """
 
@@ -172,6 +174,7 @@ def main():
     parser.add_argument("--capacity", type=float, nargs="+", default=[1.1], help="rows for each voxel of the largest")
     parser.add_argument("--steps", type=int, default=50, help="timed steps; published figures take at least 30")
     parser.add_argument("--calls", type=int, default=0, help="further steps for p50 and p99; published: 1,000")
+    parser.add_argument("--concurrent", action="store_true", help="compile with jaxsparse.COMPILER_OPTIONS")
     parser.add_argument("--breakdown", action="store_true", help="where the GPU time goes (compiles once more)")
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
     parser.add_argument("--cache", default=None, help="folder that keeps the float64 results from run to run")

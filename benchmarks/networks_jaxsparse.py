@@ -179,8 +179,8 @@ def row_of(program, batches, args, expected):
         def step(state, x):
             return run(state, x)
 
-        options = {"donate_argnums": (0,) if program.donates else (), "compiler_options": js.COMPILER_OPTIONS}
-        return jax.jit(step, **options).lower(shapes, batches[0])
+        options = {"compiler_options": js.COMPILER_OPTIONS} if args.concurrent else {}
+        return jax.jit(step, donate_argnums=(0,) if program.donates else (), **options).lower(shapes, batches[0])
 
     compiled, *seconds = measure.compile_seconds(lower)
     memory = measure.memory_mb(compiled)

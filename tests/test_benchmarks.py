@@ -87,6 +87,16 @@ def test_error_counts_in_units_of_the_bound():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the calls of the CPU are named here")
+def test_the_gpu_is_busy_while_at_least_one_kernel_runs():
+    def kernel(start, ns):
+        return measure.Kernel("k", "", "", start, ns)
+
+    assert measure.busy_ms([]) == 0
+    apart, inside, after = kernel(1e6, 2e6), kernel(1.5e6, 1e6), kernel(2.5e6, 1e6)
+    assert measure.busy_ms([apart, kernel(5e6, 1e6)]) == 3
+    assert measure.busy_ms([after, apart, inside]) == 2.5
+
+
 def test_kernels_are_told_apart_by_their_instruction():
     x = random_tensor(0, rows=60, features=8)
     kernels = jnp.ones((27, 8, 8)), jnp.ones((8, 8, 8))

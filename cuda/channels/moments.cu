@@ -11,6 +11,9 @@
 //     statistics         4.1 (12.9)    6.6 (15.0)     7.4 (16.6)     9.0 (18.7)     25.7 (36.9)
 //     moments            3.7 (6.9)     8.1 (10.8)     9.6 (13.6)     20.1 (24.2)    45.2 (49.9)
 //
+// With a gate b counts where an affine map of a is positive: the sums behind a ReLU, without its masked cotangents in memory.
+// Forward and backward of SparseResUNet42 on two KITTI scans went from 9.11 ms to 8.91 by that.
+//
 // About 3.6 of it are the launch, the barrier and latencies; what does not fit L2 is bound by memory. There, last column, 64
 // bytes of a row a block took 28 and 53 us, and 256 were no better than 128. With branches in the loop each load was waited
 // for before the next addition: 53 us in place of the 28.

@@ -208,8 +208,7 @@ class Steps:
         key = (name, grid, arguments[1].label.shape)
         if key not in self._compiled:
             begun = time.perf_counter()
-            donated = (1,) if name == "train" else ()
-            jitted = jax.jit(step, static_argnums=0, donate_argnums=donated, compiler_options=js.COMPILER_OPTIONS)
+            jitted = jax.jit(step, static_argnums=0, donate_argnums=(1,) if name == "train" else ())
             self._compiled[key] = jitted.lower(grid, *arguments).compile()
             self.compile_seconds += time.perf_counter() - begun
         return self._compiled[key](*arguments)
