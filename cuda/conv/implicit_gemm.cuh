@@ -79,18 +79,17 @@
 // its shortcuts, of one tap and without a map, in place of XLA's products and norms made no difference by themselves.
 #pragma once
 
-#include <cstring>
-
 #include "cuda/common/cluster.cuh"
+#include "cuda/conv/block_taps.cuh"
 #include "cuda/conv/entries.cuh"
 #include "cuda/conv/epilogue.cuh"
 #include "cuda/conv/gemm.h"
 #include "cuda/conv/product32.cuh"
 #include "cuda/conv/schedule.h"
+#include "cuda/conv/tile_sums.cuh"
 
 namespace jaxsparse::cuda {
 
-constexpr int kTapsAtOnce = 32;     // a word of a mask
 constexpr int kDepthTogether = 16;  // products that tensor cores add at a time
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -98,29 +97,6 @@ constexpr bool kHasRegisterForPlace = true;
 #else
 constexpr bool kHasRegisterForPlace = false;  // with mma.sync it would spill
 #endif
-
-template <typename T>
-__device__ uint32_t pack(float low, float high) {
-  const T both[2] = {narrow<T>(low), narrow<T>(high)};
-  uint32_t bits;
-  memcpy(&bits, both, 4);
-  return bits;
-}
-
-// Turns v[i], a lane's part of column group i, into the four parts of the lane's own group: a transpose within a quad.
-__device__ inline void transpose_quad(uint32_t (&v)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? v[i] : v[i + 1], 1);
-    (odd ? v[i] : v[i + 1]) = other;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t other = __shfl_xor_sync(kAllLanes, high ? v[i] : v[i + 2], 2);
-    (high ? v[i] : v[i + 2]) = other;
-  }
-}
 
 // Sizes of one kernel.
 template <typename Arithmetic, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_, int kSplits_ = 1>
@@ -146,103 +122,12 @@ struct ImplicitGemm {
   }
 };
 
-// The place of a copying thread in the depth: a tap of the block's list, and a channel.
-struct Place {
-  int32_t tap, channel;
-  int32_t step_taps, step_channels;  // what a step adds: one tap too many, and fewer than no channels
-
-  __device__ Place(int32_t depth, int32_t channels, int32_t step)
-      : tap(depth / channels),
-        channel(depth % channels),
-        step_taps(step / channels + 1),
-        step_channels(step % channels - channels) {}
-  __device__ void advance(int32_t channels) {
-    tap += step_taps;
-    channel += step_channels;
-    if (channel < 0) {
-      channel += channels;
-      --tap;
-    }
-  }
-};
-
-// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are
-// no more, they are on their way before it is known which taps there are: 0.3 us of 6.
-template <class P>
-class Entries {
-  static constexpr int kInTile = kScheduleRows / 4, kPieces = kInTile * P::kGroups, kTapsAtATime = P::kThreads / kPieces;
-
- public:
-  template <class Args>
-  __device__ Entries(const Args& a, int32_t first_tile, int32_t all_tiles, int word)
-      : tap_(static_cast<int>(threadIdx.x) / kPieces),
-        piece_(static_cast<int>(threadIdx.x) % kPieces),
-        is_early_(a.taps <= kTapsAtATime) {
-    const int32_t tile = first_tile + group();
-    from_ = a.tile_table + (int64_t{tile} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece_ % kInTile * 4;
-    if (is_early_ && tap_ < a.taps && tile < all_tiles) early_ = *reinterpret_cast<const int4*>(from_ + tap_ * kScheduleRows);
-  }
-
-  // Which of the block's tiles the thread's are of.
-  __device__ int group() const { return piece_ / kInTile; }
-
-  // Lays those of the taps in `mask` into [taps, kRows], -1 where the thread's tile, of own_mask, lacks the tap.
-  __device__ void put(int32_t* in_row_of, uint32_t mask, uint32_t own_mask) const {
-    int4* to = reinterpret_cast<int4*>(in_row_of) + piece_;
-    if (is_early_) {
-      const uint32_t bit = 1u << tap_;
-      if (mask & bit) to[__popc(mask & (bit - 1)) * kPieces] = own_mask & bit ? early_ : make_int4(-1, -1, -1, -1);
-      return;
-    }
-    for (int i = 0; mask != 0; ++i, mask &= mask - 1, to += kPieces) {
-      if (i % kTapsAtATime != tap_) continue;
-      const int bit = __ffs(static_cast<int>(mask)) - 1;
-      if (own_mask >> bit & 1) {
-        copy_piece<16>(reinterpret_cast<char*>(to), from_ + bit * kScheduleRows, true);
-      } else {
-        *to = make_int4(-1, -1, -1, -1);
-      }
-    }
-  }
-
- private:
-  int tap_, piece_;
-  bool is_early_;
-  const int32_t* from_;
-  int4 early_ = {};
-};
-
 template <class Args>
 constexpr bool kHasEpilogue = std::is_same_v<Args, FusedConvArgs>;
 
 // An epilogue must not cost a block of the multiprocessor: at most 128 registers.
 template <class P, class Args>
 constexpr int kBlocksAtLeast = (kHasEpilogue<Args> ? 512 : P::Product::kThreadsAtLeast) / P::kThreads;
-
-// Adds the sums of all blocks of a cluster, in the order of their ranks, and leaves those of the block's own columns in the
-// first of `sums`. The cluster has a barrier to wait for before the block ends.
-template <class P>
-__device__ void add_splits(float (&sums)[P::kCols / 2], char* shared, int rank) {
-  constexpr int kOwn = P::kOwnCols / 8;
-  float4* const shown = reinterpret_cast<float4*>(shared) + threadIdx.x;  // [kCols / 8, kThreads]
-#pragma unroll
-  for (int j = 0; j < P::kCols / 8; ++j) {
-    shown[j * P::kThreads] = make_float4(sums[j * 4], sums[j * 4 + 1], sums[j * 4 + 2], sums[j * 4 + 3]);
-  }
-  cluster_arrive();
-  cluster_wait();
-#pragma unroll
-  for (int j = 0; j < kOwn; ++j) {
-    float4 sum = load_from_block(shown + (rank * kOwn + j) * P::kThreads, 0);
-#pragma unroll
-    for (int from = 1; from < P::kSplits; ++from) {
-      const float4 v = load_from_block(shown + (rank * kOwn + j) * P::kThreads, from);
-      sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-    }
-    sums[j * 4] = sum.x, sums[j * 4 + 1] = sum.y, sums[j * 4 + 2] = sum.z, sums[j * 4 + 3] = sum.w;
-  }
-  cluster_arrive();
-}
 
 // Args: ConvGemmArgs, or FusedConvArgs for what has an epilogue.
 template <class P, class Args>
