@@ -9,6 +9,7 @@
 
 namespace jaxsparse::cuda {
 
+// Two numbers as a word, rounded.
 template <typename T>
 __device__ uint32_t pack(float low, float high) {
   const T both[2] = {narrow<T>(low), narrow<T>(high)};
