@@ -1,4 +1,4 @@
-// The depth that a block walks over: its taps, the rows of x under them, and a thread's place in it.
+// The depth of a block's implicit GEMM: its list of taps, the input row of each (tap, output row), and a thread's place.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -7,12 +7,12 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kTapsAtOnce = 32;  // a word of a mask
+constexpr int kTapsAtOnce = 32;  // taps in one word of a mask
 
-// The place of a copying thread in the depth: a tap of the block's list, and a channel.
+// The position in the depth that a thread copies next: an index into the block's tap list, and a channel.
 struct Place {
   int32_t tap, channel;
-  int32_t step_taps, step_channels;  // what a step adds: one tap too many, and fewer than no channels
+  int32_t step_taps, step_channels;  // added per step: one tap too many and a negative channel count, which advance corrects
 
   __device__ Place(int32_t depth, int32_t channels, int32_t step)
       : tap(depth / channels),
@@ -29,8 +29,8 @@ struct Place {
   }
 };
 
-// The entries of a block's tiles under the taps of a word: a thread has 16 bytes of every kTapsAtATime-th tap. Where taps are
-// no more, they are on their way before it is known which taps there are: 0.3 us of 6.
+// Brings the kernel-map entries of a block's tiles, for the taps of one mask word, to shared memory: per thread 16 bytes of
+// every kTapsAtATime-th tap. If there are no more taps, they are read before the mask is known, which saves 0.3 us of 6.
 template <class P>
 class Entries {
   static constexpr int kInTile = kScheduleRows / 4, kPieces = kInTile * P::kGroups, kTapsAtATime = P::kThreads / kPieces;
@@ -46,10 +46,10 @@ class Entries {
     if (is_early_ && tap_ < a.taps && tile < all_tiles) early_ = *reinterpret_cast<const int4*>(from_ + tap_ * kScheduleRows);
   }
 
-  // Which of the block's tiles the thread's are of.
+  // The index, within the block, of the schedule tile whose entries this thread handles.
   __device__ int group() const { return piece_ / kInTile; }
 
-  // Lays those of the taps in `mask` into [taps, kRows], -1 where the thread's tile, of own_mask, lacks the tap.
+  // Writes the entries of the taps in `mask` to in_row_of [taps, kRows]; -1 if the thread's tile (own_mask) lacks the tap.
   __device__ void put(int32_t* in_row_of, uint32_t mask, uint32_t own_mask) const {
     int4* to = reinterpret_cast<int4*>(in_row_of) + piece_;
     if (is_early_) {

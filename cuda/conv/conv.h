@@ -1,5 +1,5 @@
-// Sparse convolution of float64 over a kernel map, of any number of channels: forward and the gradient of the weights. The
-// gradient of the features is forward over the reversed map with transposed weights. gemm.h has the other dtypes.
+// Sparse convolution of float64 over a kernel map, for any number of channels: forward and wgrad (gradient of the weights).
+// The gradient of the features is forward over the reversed map with transposed weights. gemm.h has the other dtypes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,13 +13,13 @@ struct ConvForwardArgs {
   const double* x;        // [in_rows, in_channels]
   const double* w;        // [taps, in_channels, out_channels]
   const int32_t* table;   // [taps, out_rows]
-  const uint32_t* masks;  // [out_rows, mask_words]: where the table has an entry
+  const uint32_t* masks;  // [out_rows, mask_words]: the taps for which the table has an entry
   Segments out_rows;
   int32_t in_rows, taps, mask_words, in_channels, out_channels;
   double* y;  // [out_rows, out_channels]
 };
 
-// y[m] = sum over taps k of x[table[k, m]] @ w[k] for real rows m, exactly 0 for the others.
+// y[m] = sum over taps k of x[table[k, m]] @ w[k] for real rows m, exactly 0 for padding rows.
 cudaError_t conv_forward(const ConvForwardArgs& args, cudaStream_t stream);
 
 struct ConvWgradArgs {
@@ -36,8 +36,8 @@ struct ConvWgradArgs {
 // dw[k] = sum over real rows m of outer(x[table[k, m]], g[m]).
 cudaError_t conv_wgrad(const ConvWgradArgs& args, cudaStream_t stream);
 
-// How many partial sums of [in_channels, out_channels] wgrad keeps: about 32 MiB of them, at most 2048, and never fewer
-// than two for each tap. It must not depend on the number of rows: it decides how sums are split.
+// The number of partial sums of [in_channels, out_channels] that wgrad keeps: about 32 MiB, at most 2048, but at least two
+// per tap. It decides the order of summation, so it must not depend on the number of rows.
 constexpr int64_t wgrad_slots(int64_t taps, int64_t in_channels, int64_t out_channels) {
   const int64_t in_budget = (int64_t{1} << 22) / (in_channels * out_channels);
   const int64_t wanted = in_budget < 2048 ? in_budget : 2048;

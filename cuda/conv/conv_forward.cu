@@ -1,13 +1,13 @@
-// y[m] = sum_k x[table[k, m]] @ w[k] in float64, taps in increasing order, as one implicit matrix product.
+// y[m] = sum_k x[table[k, m]] @ w[k] in float64, taps in increasing order, as an implicit GEMM.
 //
-// A block owns kRows output rows and 64 output columns, whose sums stay in registers. It walks over the taps that any of
-// its rows has, and over the input channels eight at a time; each step copies the gathered pieces of rows A [kRows, 8] and
-// of weights B [8, 64] to shared memory, three steps in flight, across taps.
+// A block computes kRows output rows x 64 output columns, with sums in registers. It walks over the taps that any of its
+// rows has, and over the input channels eight at a time. Each step copies gathered pieces of rows, A [kRows, 8], and
+// weights, B [8, 64], to shared memory, through a ring buffer of three stages that is not drained between taps.
 //
-// A row's result does not depend on the rows that share its tile, bit for bit, if the weights are finite. A tap that a
-// row lacks but a tile mate has adds products 0 * w = +-0 to the row's sum s, and s + (+-0) = s for every s but one:
-// (-0) + (+0) = +0. So only the sign of a zero can differ on the way, which no later sum of non-zeros sees, and the last
-// step, s + 0, turns -0 into +0. An infinite or NaN weight does reach the tile mates of a row that has its tap.
+// If the weights are finite, a row's result is bitwise independent of the other rows in its tile. A tap that the row lacks
+// but a tile mate has adds products 0 * w = +-0 to the row's sum s, and s + (+-0) = s for every s but one: (-0) + (+0) = +0.
+// So only the sign of a zero can differ on the way; no later sum of non-zeros depends on it, and the last step, s + 0, turns
+// -0 into +0. An infinite or NaN weight does reach the tile mates of a row that has its tap.
 #include "cuda/conv/conv.h"
 #include "cuda/conv/tile.cuh"
 
@@ -19,12 +19,12 @@ using CopyA = Copy<kRows, kDepth>;
 using CopyB = Copy<kDepth, kTileCols>;
 static_assert(CopyA::kOwn == 1, "a thread copies a piece of one row of A");
 
-// The steps over one mask word's taps and the channels, and the input row under the tap for the thread's piece of A.
+// The position in the loop over the taps of one mask word and the channels, and the input row of the thread's piece of A.
 struct Walk {
-  uint32_t later;  // taps of the word after the next one
+  uint32_t later;  // taps of the word after next_tap
   int32_t tap, next_tap;
   int32_t channel;
-  uint32_t mask;  // of the thread's own row: where it has no tap, the table may hold anything
+  uint32_t mask;  // the taps of the thread's row; for others the table is undefined
   int32_t row, next_row;
 
   __device__ void start(const ConvForwardArgs& a, int32_t first_row, int32_t word, uint32_t bits) {
@@ -50,7 +50,7 @@ struct Walk {
     fetch_next(a, first_row, word);
   }
 
-  // Reads the table a tap ahead of the copies that need it.
+  // Reads the table one tap ahead of the copies that need it.
   __device__ void fetch_next(const ConvForwardArgs& a, int32_t first_row, int32_t word) {
     if (later == 0) return;
     const int bit = __ffs(static_cast<int>(later)) - 1;
@@ -65,7 +65,7 @@ struct Walk {
 __global__ void __launch_bounds__(kTileThreads) conv_forward_kernel(ConvForwardArgs a) {
   constexpr int kElementsA = kRows * kStrideA;
   alignas(16) __shared__ double shared[kStages][kElementsA + kDepth * kStrideB];
-  __shared__ uint32_t tile_masks[2];  // in turn: where a word has no tap, the next one follows without a barrier
+  __shared__ uint32_t tile_masks[2];  // used in turn, since words without taps are skipped without a barrier
 
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kTileCols));
   const int32_t first_row = static_cast<int32_t>(blockIdx.x / col_tiles) * kRows;
@@ -101,13 +101,13 @@ __global__ void __launch_bounds__(kTileThreads) conv_forward_kernel(ConvForwardA
         });
         walk.advance(a, first_row, word);
       }
-      commit_copies();  // an empty group at the end, so that the count of steps in flight holds
+      commit_copies();  // past the last step an empty group, so that the count of groups in flight holds
     };
 
     for (int32_t step = 0; step < kStages - 1; ++step) copy_step(step);
     for (int32_t step = 0; step < steps; ++step) {
       wait_for_copies<kStages - 2>();
-      __syncthreads();  // this step has arrived for all; the one before is no longer read
+      __syncthreads();  // this step's operands have arrived for all; the previous stage is free
       copy_step(step + kStages - 1);
       const double* stage = shared[step % kStages];
       tile.multiply(stage, stage + kElementsA);

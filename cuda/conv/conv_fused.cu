@@ -1,4 +1,4 @@
-// Every forward tile with an epilogue, for both 16-bit dtypes.
+// Instantiates every forward tile with an epilogue, for both 16-bit dtypes.
 #include "cuda/conv/implicit_gemm.cuh"
 
 namespace jaxsparse::cuda {

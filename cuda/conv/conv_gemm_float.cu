@@ -1,4 +1,4 @@
-// Every forward tile of float32, as TF32 and exact.
+// Instantiates every forward tile of float32, as TF32 and exact.
 #include "cuda/conv/implicit_gemm.cuh"
 
 namespace jaxsparse::cuda {

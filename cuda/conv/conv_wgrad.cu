@@ -1,11 +1,11 @@
 // dw[k] = sum over pairs (i, m) of tap k, m real and i = table[k, m], of outer(x[i], g[m]), in float64.
 //
 //     list      the pairs (i, m) of each tap, in the order of m; see pairs.h
-//     partial   a block a slot (see slots.cuh) and 64 x 64 piece of dw: one matrix product over the slot's pairs, as deep
-//               as there are pairs, gathered to shared memory three steps in flight; the sum goes to the slot
+//     partial   a block per slot (see slots.cuh) and 64 x 64 piece of dw: a matrix product whose depth is the slot's pairs,
+//               gathered through a ring buffer of three stages; the sum goes to the slot's partial
 //     reduce    dw[k] = the slots of tap k, added in order
 //
-// Bound by gathering: each pair moves (in_channels + out_channels) features for their product.
+// Bound by gathering: (in_channels + out_channels) features per pair.
 #include "cuda/conv/conv.h"
 #include "cuda/conv/slots.cuh"
 #include "cuda/conv/tile.cuh"
@@ -14,7 +14,7 @@ namespace jaxsparse::cuda {
 namespace {
 
 struct Plan {
-  Pair* pairs;         // [taps, out_rows], the first tap_pairs[k] of each tap written
+  Pair* pairs;         // [taps, out_rows], of which the first tap_pairs[k] of tap k are written
   int32_t* tap_pairs;  // [taps]
   double* partials;    // [slots, in_channels, out_channels]
   int32_t slots;
@@ -22,7 +22,7 @@ struct Plan {
 
 __global__ void __launch_bounds__(kTileThreads) partial_kernel(ConvWgradArgs a, Plan plan) {
   using CopyPairs = Copy<kDepth, kTileCols>;
-  constexpr int kElements = kDepth * kStrideB;  // of an operand
+  constexpr int kElements = kDepth * kStrideB;  // per operand
   alignas(16) __shared__ double shared[kStages][2 * kElements];
 
   const int32_t col_pieces = static_cast<int32_t>(div_up(a.out_channels, kTileCols));
@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(kTileThreads) partial_kernel(ConvWgradArgs a, 
 
 constexpr int kThreads = 256;
 
-// A block has 256 weights of one tap.
+// A block sums 256 weights of one tap.
 __global__ void reduce_kernel(ConvWgradArgs a, Plan plan, int32_t tap_blocks) {
   const int32_t tap = static_cast<int32_t>(blockIdx.x) / tap_blocks;
   const Range slots = slots_of_tap(plan.tap_pairs, a.taps, plan.slots, tap);
-  const int64_t weights = static_cast<int64_t>(a.in_channels) * a.out_channels;  // of a tap
+  const int64_t weights = static_cast<int64_t>(a.in_channels) * a.out_channels;  // per tap
   const int64_t i = int64_t{blockIdx.x} % tap_blocks * kThreads + threadIdx.x;
   if (i >= weights) return;
   double sum = 0;

@@ -1,5 +1,5 @@
-// How kernels go through a kernel map by its masks: a lane a row, only taps that some row of the tile has, all reads
-// of the table in flight.
+// Helpers for walking over a kernel map by its masks: a lane per row, only taps that some row of the tile has, and all loads
+// from the table in flight.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -7,12 +7,12 @@
 
 namespace jaxsparse::cuda {
 
-// Rows from 0 to here may be real.
+// All rows from here on are padding.
 __device__ inline int32_t end_of_real_rows(const Segments& rows) {
   return rows.number == 1 ? real_rows(rows.counts, rows.rows) : rows.rows;
 }
 
-// The rows below n of shares first .. end - 1 of kShares, in tiles of 64.
+// Rows 0 .. n - 1 are divided into kShares shares of whole tiles of 64. Returns the rows of shares first .. end - 1.
 template <int kShares>
 __device__ Range rows_of_shares(int32_t n, int first, int end) {
   const uint64_t each = share_size(n, 64, kShares), rows = static_cast<uint64_t>(n);
@@ -20,14 +20,14 @@ __device__ Range rows_of_shares(int32_t n, int first, int end) {
   return {static_cast<int32_t>(from < rows ? from : rows), static_cast<int32_t>(to < rows ? to : rows)};
 }
 
-// Each `slices`-th tap, a power of two, from the slice's first on.
+// The taps of a slice: every `slices`-th one, starting at number `slice`; `slices` is a power of two.
 __device__ inline uint32_t taps_of_slice(uint32_t taps, int slices, int slice) {
   uint32_t each = 1;
   for (int step = kWarp / 2; step >= slices; step /= 2) each |= each << step;
   return taps & each << slice;
 }
 
-// Calls f(i, tap) for each of at most kMost taps, i = 0, 1, ...; all lanes have the same.
+// Calls f(i, tap), i = 0, 1, ..., for each of at most kMost taps, which are the same in all lanes.
 template <int kMost, typename F>
 __device__ void for_taps(uint32_t taps, F f) {
 #pragma unroll
@@ -37,7 +37,7 @@ __device__ void for_taps(uint32_t taps, F f) {
   }
 }
 
-// Where tiles of 64 rows have a block each, so few leave room for eight warps a tile; else four are quicker.
+// With a block per tile of 64 rows: up to so many tiles, eight warps per tile are faster, beyond it four.
 constexpr int kFewTiles = 384;
 
 }  // namespace jaxsparse::cuda

@@ -1,13 +1,13 @@
-// What follows the sums of a convolution in the same kernel: normalisation of channels, a residual, an activation.
+// The epilogue of a convolution: normalisation of channels, a residual, an activation, in the kernel that computes the sums.
 //
-// At its end a block has nothing of its own left to wait behind, so nothing is asked for there: scale and shift of the
-// columns are in shared memory before the first step, and the residual's rows come by cp.async, into stages that the last
-// steps of the product leave free, while these are multiplied.
+// At the end of a block no other work is left to hide latency, so no loads are issued there. The columns' scale and shift
+// are in shared memory before the first step. The residual is copied by cp.async, during the last steps of the product, into
+// ring buffer stages that these steps leave free.
 //
 // Measured on an H200, the kernel alone in us, finest level of a LiDAR scan (91,767 sites): 64 channels 20.8 without an
-// epilogue, 23.3 with norm and ReLU, 25.9 with a residual too (32 channels 11.7, 12.9, 13.8; 96 channels 34.5, 36.7, 40.3);
-// deeper levels pay 1.3 to 3.4. SparseResUNet42 takes 2.06 ms in place of 2.21, SparseResNet21D 1.24 in place of 1.33. A
-// first version, which read the residual byte by byte and had the last steps unrolled, took 24.7 and 27.8 at 64 channels.
+// epilogue, 23.3 with norm and ReLU, 25.9 with a residual too (32 channels 11.7, 12.9, 13.8; 96 channels 34.5, 36.7, 40.3).
+// Deeper levels pay 1.3 to 3.4. SparseResUNet42 takes 2.06 ms instead of 2.21, SparseResNet21D 1.24 instead of 1.33.
+// Slower: the residual read byte by byte, and the last steps unrolled: 24.7 and 27.8 at 64 channels.
 #pragma once
 
 #include <cstring>
@@ -18,23 +18,23 @@
 
 namespace jaxsparse::cuda {
 
-// Padding among the rows of results: numbers below -1, which stands for no row at all.
+// Output row numbers: a padding row r is marked as -2 - r; -1 means no row at all.
 __device__ inline int32_t marked(int32_t row) { return row < 0 ? row : -2 - row; }
 __device__ inline bool is_marked(int32_t row) { return row < -1; }
 __device__ inline int32_t unmarked(int32_t row) { return -2 - row; }
 
-// {scale, scale, shift, shift} of each two columns of the block.
+// {scale, scale, shift, shift} of each pair of the block's columns, in shared memory.
 template <int kCols>
 __device__ float4* affine_of_columns() {
   __shared__ float4 affine[kCols / 2];
   return affine;
 }
 
-// What a thread asks for at the start: how many rows are real, and the numbers of its channel. When they have arrived it
-// puts the channel's scale and shift into shared memory, and marks the padding among its rows.
+// A thread's part of preparing the epilogue. `ask` issues the loads: the number of real rows and the parameters of one
+// channel. `put` uses them later: it writes the channel's scale and shift to shared memory and marks padding rows.
 struct Channel {
   int32_t channel = 0, real_rows = 0;
-  uint32_t mean = 0, variance = 0, scale = 0, bias = 0;  // as words of memory
+  uint32_t mean = 0, variance = 0, scale = 0, bias = 0;  // raw 32-bit words, which hold two channels if those have 16 bits
 
   template <int kCols>
   __device__ void ask(const FusedConvArgs& a, int32_t first_col) {
@@ -78,19 +78,19 @@ struct Channel {
   }
 };
 
-// What a block of P does beyond the product. A lane's sums are those of rows out_row[0] and out_row[1].
+// The epilogue of a block of kernel P. A lane's sums belong to output rows out_row[0] and out_row[1].
 template <class P>
 struct Ending {
   using T = typename P::T;
   static constexpr int kCols = P::kOwnCols;
   static_assert(sizeof(T) == 2);
-  // The residual in blocks of 64 columns, a row of each as one of A, where all of them fit into a stage; beside the sums
-  // of a cluster, into all stages.
+  // The residual is copied to shared memory in blocks of 64 columns, laid out like A, if it fits one stage; with splits, if
+  // it fits behind the cluster's sums in the ring. Otherwise `apply` reads it from global memory.
   static constexpr int kBlockBytes = P::kGroups * kBytesA;
   static constexpr int kFreeBytes = P::kSplits > 1 ? P::kStages * P::kStageBytes - P::kSumBytes : P::kStageBytes;
   static constexpr bool kCopiesAhead = (kCols + 63) / 64 * kBlockBytes <= kFreeBytes;
 
-  // Begins to copy the residual of the block; each lane for its own quad.
+  // Begins to copy the block's residual. Each lane copies what its own quad will read.
   __device__ static void copy_residual(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
                                        char* stage) {
     if (!kCopiesAhead || a.epilogue.residual == nullptr) return;
@@ -107,7 +107,7 @@ struct Ending {
     }
   }
 
-  // The sums as the result is to be.
+  // Applies the epilogue to the lane's sums.
   __device__ static void apply(const FusedConvArgs& a, const int32_t (&out_row)[2], int32_t first_col,
                                const float4* affine, const char* residual, float* sums) {
     const int q = threadIdx.x % 4;
@@ -154,12 +154,12 @@ struct Ending {
   }
 
  private:
-  // Where a 16-byte piece of row out_row[r] lies, of the block of 64 columns that column group j belongs to.
+  // The byte offset of a 16-byte piece of row out_row[r], in the block of 64 columns that holds column group j.
   __device__ static uint32_t place(int r, int j, int piece) {
     const int row = threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4 + 8 * r;
     return j / 8 * kBlockBytes + swizzled<128>(row, piece);
   }
-  // tanh's form of GELU: v (1 + tanh(u)) / 2 = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).
+  // GELU in its tanh form: v (1 + tanh(u)) / 2 = v sigmoid(2 u), u = sqrt(2 / pi) (v + 0.044715 v^3).
   static constexpr float kLeakySlope = 0.01f, kGeluLinear = 1.5957691216f, kGeluCubic = kGeluLinear * 0.044715f;
   __device__ static float sigmoid(float v) { return __fdividef(1, 1 + __expf(-v)); }
   template <typename F>

@@ -1,55 +1,55 @@
-// y[m] = sum_k x[table[k, m]] @ w[k] as one implicit matrix product, on tensor cores unless float32 is to be exact.
+// Forward sparse convolution, y[m] = sum_k x[table[k, m]] @ w[k], as an implicit GEMM. It runs on tensor cores, except for
+// exact float32.
 //
-// A block owns kRows output rows and kCols output columns; their sums stay in registers. `order` says which rows: those
-// with like tap masks lie together, since a tap that no row of the block has is left out. The depth of the product is
-// the list of (tap, input channel) of the block's taps, whatever the number of channels; a step takes 128 bytes of it:
+// A block computes a tile of kRows output rows x kCols output columns, with its sums in registers. `order` puts rows with
+// similar tap masks into one tile; the block skips taps that none of its rows has. The depth of the product is the list of
+// all (tap, input channel) of the remaining taps. One step covers 128 bytes of it, whatever the number of channels:
 //
-//     A [kRows, kDepth]   gathered rows of x, absent ones 0
-//     B [kDepth, kCols]   weights, in float32 transposed: a row for each column
+//     A [kRows, kDepth]   gathered rows of x; rows without the tap are 0
+//     B [kDepth, kCols]   weights; transposed for float32, one row per column
 //
-// Both come to shared memory by cp.async, in pieces of 16 bytes where the channels allow it, through a ring of kStages
-// that is never drained within 32 taps. Rows of 128 bytes have their pieces exchanged by XOR with the row (the 128-byte
-// swizzle that wgmma and ldmatrix both read without bank conflicts).
+// cp.async copies both to shared memory, in 16-byte pieces if the channels allow it, through a ring buffer of kStages. The
+// ring is drained only after each 32 taps (a word of the mask). Rows of 128 bytes are stored with the 128-byte swizzle,
+// which wgmma and ldmatrix read without bank conflicts.
 //
-// Tensor cores add 16 products of 16 bits at a time, 8 of TF32. Where the channels are a multiple of that, these are of one tap,
-// and a row's result does not depend, bit for bit, on the rows that share its tile, nor on the tile's size: a tap that only a
-// mate has adds zeros. Otherwise the tile's list of taps decides which products meet, and with them the last rounding.
+// Reproducibility: tensor cores add 16 products (16-bit) or 8 (TF32) at a time. If the channels are a multiple of that,
+// these products belong to one tap, and a row's result is bitwise independent of the tile size and of the other rows in its
+// tile: a tap that only those have adds zeros. Otherwise the tap list decides which products are rounded together.
 //
-// Where tiles are few, the kSplits blocks of a cluster share one: each has a part of the input channels, of all taps. At the
-// end they show each other their sums in shared memory, and each adds, finishes and stores those of kCols / kSplits columns.
-// Channels are shared, not taps or steps: every block has as much to do, and what was said of a row's bits stays true.
+// Splits, for layers with few tiles: the kSplits blocks of a cluster share a tile. Each multiplies its part of the input
+// channels, for all taps; then they exchange sums through shared memory, and each finishes kCols / kSplits columns.
+// Splitting channels rather than taps or steps balances the blocks and keeps the property above.
 //
-// Bound by L2: where tiles are many, the time is that of the bytes that blocks copy, at 5.3 TB/s: a row of x for each pair and
-// tile of columns, the weights of a tap for each tile of rows that has it, y. At deep levels, with fewer than two blocks a
-// multiprocessor, the tile with the most taps rules: 27 of them where the mean is 15. Splits are for those. Tried besides,
-// with right results: even shares of all taps for each block that the device holds, with partial sums between them (5,890
-// sites, 256 to 256 channels: 67 to 40 us, elsewhere up to 40 % slower), that with tiles of 256 rows (67 to 45); and the
-// longest tiles put beside the shortest on a multiprocessor (within 1 %, blocks do not land in a fixed order).
+// Bound by L2 bandwidth, 5.3 TB/s, if there are many tiles. The bytes are a row of x per pair and column tile, the weights
+// of a tap per row tile that has it, and y. At deep levels, with fewer than two blocks per multiprocessor, the tile with the
+// most taps decides: 27 of them where the mean is 15. Splits are for those. Also tried there, with correct results:
+//     an equal share of all taps for each resident block, with partial sums exchanged: 67 to 40 us (5,890 sites, 256 to 256
+//     channels), elsewhere up to 40 % slower; with tiles of 256 rows: 67 to 45
+//     the longest tiles paired with the shortest on a multiprocessor: within 1 %, since block placement is not fixed
 //
-// Measured on an H100, finest level of a LiDAR scan (91,767 sites, 3.8 neighbours), 64 to 64 channels, 20.5 us:
-//
-//     50.6 us   rows in the order of sites instead
-//     37.1      tiles of 64 rows: weights are read twice as often; 23.5 with 256 rows, one block a multiprocessor
+// Measured on an H100, finest level of a LiDAR scan (91,767 sites, 3.8 neighbours), 64 to 64 channels: 20.5 us. Slower:
+//     50.6 us   rows in the order of sites
+//     37.1      tiles of 64 rows, which read weights twice as often; 23.5 with 256 rows, one block per multiprocessor
 //     29.7      mma.sync instead of wgmma
-//     28.1      entries of the map read through the order of rows, not laid out in tiles by the schedule; copies one step
-//               less ahead
-//     42        A gathered into registers for wgmma: its operand wants two rows' halves side by side, so each load is
-//               waited for and moved
+//     28.1      map entries read through `order` instead of the tiled table, and a pipeline one step shallower
+//     42        A gathered into registers: wgmma's fragment interleaves two rows, so each load must complete and be moved
 //
-// Copies take most of a step's instructions, 136 with 128x128/3, and those count. They were 176: signed 64-bit products for
-// addresses, three instructions each, took 14,474 sites, 256 to 256, from 65.7 us to 71.6, and 31,833 sites, 128 to 128, from
-// 36.6 to 39.2; a look-up of the tap before that of the row, 7 % with tiles of 64 columns. What the compiler would find out anew
-// in each step it is kept from by stay_here. Products that overlap where a block is alone: 76.4 to 72.9, and 39.3 to 37.4, with
-// 128x128/4.
+// Most instructions of a step belong to the copies, and their number matters: 136 with 128x128/3, once 176. Gains:
+//     unsigned instead of signed 64-bit products for addresses, which take three instructions each: 71.6 to 65.7 us (14,474
+//     sites, 256 to 256), 39.2 to 36.6 (31,833 sites, 128 to 128)
+//     the look-up of the row no longer waits for that of the tap: 7 % with tiles of 64 columns
+//     stay_here keeps the compiler from recomputing values in every step
+//     kOverlaps, where a block is alone on its multiprocessor: 76.4 to 72.9, and 39.3 to 37.4, with 128x128/4
 //
-// Tried and left out, on an H200: weights by the tensor copy engine, in boxes of rows of one tap, which takes a sixth of a
-// step's instructions from all warps but one. 43.5 us for 44.5 at 60,107 sites, 128 to 128, and 19.0 for 19.4 at 64 to 64;
-// but 13.8 for 11.2 at 91,767 sites, 32 to 32, 37.4 for 32.0 at 96 to 96, where a step takes two boxes or four. And those
-// boxes multicast to two blocks, of 128 rows each, so that half as many weights are read: 85.6 us for 69.9 without at 14,474
-// sites, 256 to 256. The two wait for each other in each step, and walk over the taps that either has.
+// Tried and left out, on an H200:
+//     weights by TMA, in boxes of rows of one tap, which saves all warps but one a sixth of a step's instructions: 43.5 us
+//     for 44.5 at 60,107 sites, 128 to 128, and 19.0 for 19.4 at 64 to 64; but 13.8 for 11.2 at 91,767 sites, 32 to 32, and
+//     37.4 for 32.0 at 96 to 96, where a step takes two boxes or four
+//     those boxes multicast to two blocks of 128 rows, which halves the reads of weights: 85.6 us for 69.9 at 14,474 sites,
+//     256 to 256. The two blocks wait for each other in each step and walk over the taps of both.
 //
-// Splits on an H200, microseconds, the best tile without them and 128x128 with 2 and 4, rows sorted, 3^3 taps, before that:
-//
+// Splits on an H200, in us: the best tile without splits, then 128x128 with 2 and with 4. Rows sorted, 3^3 taps, measured
+// before the savings of instructions above:
 //     53.2, 42.9, 39.2   5,879 sites of 9.2 neighbours, 256 to 256 channels
 //     44.9, 38.3, 26.2   2,887 of 9.1, 256 to 256
 //     24.2, 22.2, 18.3   9,465 of 4.5, 128 to 128
@@ -57,26 +57,26 @@
 //     28.5, 25.5, 29.1   14,474 of 8.4, 128 to 128
 //     39.0, 38.0, 55.0   31,833 of 7.5, 128 to 128
 //
-// They lose where a tile has few steps: 2^3 stride 2, 5,879 outputs, 128 to 128, 8.8 us without and 9.7 with 2; or where blocks
-// fill the device already: 3^3 stride 2, 32,841 outputs, 64 to 128, 26.0 and 30.8. All of it fits 4 us that a block costs its
-// multiprocessor besides its steps. Other tiles with splits won nowhere by more than 3 %: 64x32, 64x64, 128x64 and
-// 256x128 with 2, 64x64 and 128x64 with 4, 128x128 with 8.
+// Splits lose if a tile has few steps (2^3 stride 2, 5,879 outputs, 128 to 128: 8.8 us without, 9.7 with 2), or if the
+// blocks fill the device already (3^3 stride 2, 32,841 outputs, 64 to 128: 26.0 and 30.8). All figures fit a fixed cost of 4
+// us per block besides its steps. Other tiles with splits won nowhere by more than 3 %: 64x32, 64x64, 128x64 and 256x128
+// with 2, 64x64 and 128x64 with 4, 128x128 with 8.
 //
-// In float32 every step moves as many bytes for half the products, and tiles of 64 rows, which compute less in vain, were as
-// quick as 128: TF32 37.8 and 38.0 us (columns 64), at 32 channels 17.3 and 19.5, at 96 channels 62.4 and 64.6. Exact
+// In float32 a step moves the same bytes for half the products. Tiles of 64 rows, which compute fewer useless products, were
+// as fast as 128: TF32 37.8 and 38.0 us (64 columns), 17.3 and 19.5 at 32 channels, 62.4 and 64.6 at 96 channels. Exact
 // products are bound by the multiply-adds: there 64 rows won by a tenth.
 //
-// With an epilogue, x may be two arrays that stand for their concatenation: a thread looks which one has its piece, once a
-// step. In us on an H200, with norm (and ReLU), on the levels of that scan that a U-Net concatenates on:
+// With an epilogue, x may be two arrays that stand for their concatenation; once a step, a thread selects the array that
+// holds its piece. In us on an H200, with norm (and ReLU), at the levels of that scan where a U-Net concatenates:
 //
-//     rows, channels          two arrays   one    making it one    without a map, two    one    XLA's product, and a norm
+//     rows, channels          two arrays   one    concatenation    without a map, two    one    XLA's product, and a norm
 //     91,767  96 + 32 to 96         44.0  43.1             17.3                  25.5   25.3                         30.4
 //     60,107  96 + 32 to 96         43.0  43.0             11.7                  17.1   16.8                         20.1
 //     31,833 128 + 64 to 128        58.5  58.6              7.6                  15.4   15.3                         14.3
 //     14,474 256 + 128 to 256      117.0 116.8              6.8                  14.4   14.4                         14.4
 //
-// One array took the same before a thread had to look. SparseResUNet42 takes 1.772 ms in place of 1.814 with concatenations;
-// its shortcuts, of one tap and without a map, in place of XLA's products and norms made no difference by themselves.
+// One array took the same time before that selection was added. SparseResUNet42 takes 1.772 ms instead of 1.814 with
+// concatenations. Computing its shortcuts (one tap, no map) here instead of by XLA made no difference by itself.
 #pragma once
 
 #include "cuda/common/cluster.cuh"
@@ -90,32 +90,32 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kDepthTogether = 16;  // products that tensor cores add at a time
+constexpr int kDepthTogether = 16;  // products that tensor cores add at a time; splits begin at its multiples
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr bool kHasRegisterForPlace = true;
 #else
-constexpr bool kHasRegisterForPlace = false;  // with mma.sync it would spill
+constexpr bool kHasRegisterForPlace = false;  // with mma.sync, keeping a_to in a register would spill
 #endif
 
-// Sizes of one kernel.
+// Compile-time parameters of one kernel.
 template <typename Arithmetic, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_, int kSplits_ = 1>
 struct ImplicitGemm {
   using Product = cuda::Product<Arithmetic, kCols_, LayoutOfA::kRowMajor>;
   using T = typename Product::T;
   static_assert(kScheduleRows == kGroupRows, "a warpgroup for each tile of the schedule");
   static constexpr int kRows = kTileRows_, kCols = kCols_, kStages = kStages_;
-  static constexpr int kPieceBytes = kPieceBytes_;  // of A, that a copy moves
-  static constexpr int kSplits = kSplits_, kOwnCols = kCols / kSplits;  // blocks of a tile; columns that one of them finishes
+  static constexpr int kPieceBytes = kPieceBytes_;  // bytes per cp.async of A
+  static constexpr int kSplits = kSplits_, kOwnCols = kCols / kSplits;  // blocks per tile; columns that each finishes
   static constexpr int kGroups = kRows / kGroupRows;
   static constexpr int kThreads = kWarpgroup * kGroups;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
-  // Where no second block fits the multiprocessor, which could multiply meanwhile, a step's product begins before the last
-  // ends; its stage is then free a step later.
+  // If shared memory leaves no room for a second block to hide latency, a step's product is issued before the previous one
+  // has finished. A stage is then free one step later.
   static constexpr bool kOverlaps = kStages * kStageBytes > 112 * 1024;
-  static constexpr int kAhead = kStages - (kOverlaps ? 2 : 1);  // steps that copies are ahead
-  static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // that blocks of a cluster show each other
+  static constexpr int kAhead = kStages - (kOverlaps ? 2 : 1);  // pipeline depth: steps by which copies run ahead
+  static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // sums for the other blocks of the cluster
   static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
   static int shared_bytes(int taps) {
     return kStages * kStageBytes + kTapsAtOnce * 4 + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
@@ -125,11 +125,11 @@ struct ImplicitGemm {
 template <class Args>
 constexpr bool kHasEpilogue = std::is_same_v<Args, FusedConvArgs>;
 
-// An epilogue must not cost a block of the multiprocessor: at most 128 registers.
+// An epilogue must not lower occupancy: at least 512 threads per multiprocessor, so at most 128 registers.
 template <class P, class Args>
 constexpr int kBlocksAtLeast = (kHasEpilogue<Args> ? 512 : P::Product::kThreadsAtLeast) / P::kThreads;
 
-// Args: ConvGemmArgs, or FusedConvArgs for what has an epilogue.
+// Args: ConvGemmArgs, or FusedConvArgs with an epilogue.
 template <class P, class Args>
 __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implicit_gemm_kernel(Args a) {
   using T = typename P::T;
@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr int kDepth = Product::kDepth, kSplits = P::kSplits, kOwnCols = P::kOwnCols;
   constexpr bool kFused = kHasEpilogue<Args>;
   if constexpr (kSplits > 1 && !kHasClusters) return;
-  char* const stages = dynamic_shared() + stay_here(-shared_address(dynamic_shared()) & 1023);  // as the swizzle wants it
-  int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // a list
+  char* const stages = dynamic_shared() + stay_here(-shared_address(dynamic_shared()) & 1023);  // for the swizzle
+  int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // tap list
   int32_t* const in_row_of = taps + kTapsAtOnce;                                        // [listed taps, kRows]
 
   const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   const T* w = static_cast<const T*>(a.w) + first_channel * (Product::kRowsOfBAreColumns ? 1 : a.out_channels);
   const bool is_scheduled = !kFused || a.order != nullptr;
 
-  int32_t out_row[2];  // of the lane's sums
+  int32_t out_row[2];  // output rows of the lane's sums
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int32_t m = first_tile * kScheduleRows + t / kWarp * 16 + lane / 4 + 8 * r;
@@ -168,12 +168,12 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
   for (float& sum : sums) sum = 0;
 
-  [[maybe_unused]] int32_t residual_at = -1;  // in the stages, once an epilogue has begun
-  [[maybe_unused]] bool has_products = false;  // in all blocks of a cluster alike
+  [[maybe_unused]] int32_t residual_at = -1;  // byte offset of the residual in the stages, once the epilogue is prepared
+  [[maybe_unused]] bool has_products = false;  // the same in all blocks of a cluster
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
-    // The taps that any row has, and the rows of x under them.
+    // The taps of this word that any row of the tile has, and the input rows that they read.
     uint32_t mask = 0;
     if (is_scheduled) {
       const Entries<P> entries(a, first_tile, all_tiles, word);
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     wait_for_copies<0>();
     __syncthreads();
 
-    // Copies: a thread has one piece of each kRowsA-th row of A, and of B too where its rows are columns; otherwise each
-    // kOfRowB-th piece of one row of B.
+    // Copies of a thread: one piece of every kRowsA-th row of A. Of B the same if its rows are columns, otherwise every
+    // kOfRowB-th piece of one row.
     constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA, kRowsA = kThreads / kPiecesA;
     constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
     const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           for (int own = 0; own < Product::kRowBytesB / 16; own += kOfRowB) {
             char* const b_to = to + Product::place_in_b(b_row, b_piece + own);
 #pragma unroll
-            for (int piece = own; piece < kPiecesB; piece += 8) {  // in each block of 64 columns
+            for (int piece = own; piece < kPiecesB; piece += 8) {  // the same place in each block of 64 columns
               if (b_piece + piece >= kPiecesB) break;
               const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
               copy_piece<16>(b_to + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);
@@ -283,13 +283,13 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     int stage = 0;
 #pragma unroll 1
     for (int32_t step = 0; step < steps; ++step) {
-      if constexpr (!P::kOverlaps) Product::wait();  // of the step before: after the barrier its stage is free
+      if constexpr (!P::kOverlaps) Product::wait();  // for the previous step: the barrier then frees its stage
       wait_for_copies<P::kAhead - 1>();
       Product::see_copies();
       __syncthreads();
       const char* from = stages + stage * P::kStageBytes;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
-      if constexpr (kFused && kSplits == 1) {  // the first step that leaves a stage free
+      if constexpr (kFused && kSplits == 1) {  // at the first step after which a stage stays free
         if (is_last && step == max(steps - P::kAhead, 0)) {
           residual_at = to_stage * P::kStageBytes;
           Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
@@ -308,12 +308,12 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   if constexpr (kFused) {
     const auto is_padding_alone = [&] {
       const Segments& rows = a.epilogue.rows;
-      return rows.number == 1 && first_tile * kScheduleRows >= rows.counts[0];  // padding comes last
+      return rows.number == 1 && first_tile * kScheduleRows >= rows.counts[0];  // padding rows come last
     };
     if (residual_at < 0 && is_padding_alone()) {
       for (int32_t& row : out_row) row = marked(row);
     } else {
-      if (residual_at < 0) {  // no row has a tap of the last word
+      if (residual_at < 0) {  // no row of the tile has a tap in the last word, so the loop did not prepare the epilogue
         Channel channel;
         channel.ask<kOwnCols>(a, own_col);
         channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
           __syncthreads();
         }
       }
-      if constexpr (kSplits > 1) {  // the residual comes while the cluster adds
+      if constexpr (kSplits > 1) {  // the residual is copied while the cluster adds its sums
         Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
         commit_copies();
         if (has_products) add_splits<P>(sums, stages, split);
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     if (has_products) add_splits<P>(sums, stages, split);
   }
 
-  // Sums to y: a lane has columns 2q, 2q + 1 of each eight, of rows g and g + 8.
+  // Stores sums to y. A lane has columns 2q and 2q + 1 of each group of eight, in two rows that are eight apart.
   const int q = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       }
     }
   }
-  if (kSplits > 1 && has_products) cluster_wait();  // until the others have read
+  if (kSplits > 1 && has_products) cluster_wait();  // until the other blocks have read this one's sums
 }
 
 template <class P, class Args>
@@ -393,7 +393,7 @@ cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
   return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
 }
 
-// The kernel of a tile, for operands of 16 bits.
+// Launches the kernel for a.tile, for 16-bit operands.
 template <typename T, class Args>
 cudaError_t implicit_gemm(const Args& a, cudaStream_t stream) {
 #define JAXSPARSE_TRY_TILE(piece_bytes, rows, cols, stages, splits)                                       \

@@ -1,9 +1,9 @@
-// count   the pairs of each tap in each share of the output rows, from the masks, and in a share before each 32 rows
-// write   a block a tile: its pairs go behind those of earlier shares, and of the rows before in its own
+// Lists the pairs of each tap of a kernel map. count: from the masks, the pairs per tap in each share of the output rows,
+// and within a share before each 32 rows. write: a block per tile of rows writes its pairs behind the earlier ones.
 //
 // Measured on an H200, 3^3 kernel on the levels of a LiDAR scan, 91,767 to 5,879 rows: 9.2, 7.1, 6.2, 5.0, 4.7 us, of which
-// count 2.9 to 2.1. Slower: a block a share that writes all its pairs, 15.5, 11.9, 9.7, 8.9, 8.4; two of them a share, each
-// with half of the taps, 18.2, 14.2, 11.0, 9.7, 9.2; three kernels that read the whole table twice, 22.1, 15.8, 10.4, 7.6, 6.9.
+// count 2.9 to 2.1. Slower: a block per share writes all its pairs, 15.5, 11.9, 9.7, 8.9, 8.4; two blocks per share, half of
+// the taps each, 18.2, 14.2, 11.0, 9.7, 9.2; three kernels that read the whole table twice, 22.1, 15.8, 10.4, 7.6, 6.9.
 #include "cuda/conv/pairs.h"
 
 #include "cuda/conv/entries.cuh"
@@ -16,10 +16,10 @@ constexpr int kTapsOfWord = 32;
 constexpr int kTileRows = 2 * kWarp;
 static_assert(kCountThreads / kWarp == kTapsOfWord && kTapsOfWord == kWarp, "a warp adds up a tap, a lane has one");
 
-// Bit i of lane k is bit k of lane i.
+// Transposes a 32 x 32 bit matrix over a warp: bit i of lane k in the result is bit k of lane i.
 __device__ uint32_t transposed(uint32_t bits) {
   const int lane = threadIdx.x % kWarp;
-  uint32_t low = 0x0000ffffu;  // bits that a lane without `step` keeps
+  uint32_t low = 0x0000ffffu;  // the bits kept by a lane whose number lacks the bit `step`
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
     const uint32_t other = __shfl_xor_sync(kAllLanes, bits, step);
@@ -30,8 +30,8 @@ __device__ uint32_t transposed(uint32_t bits) {
 }
 
 __global__ void __launch_bounds__(kCountThreads) count_pairs_kernel(PairsArgs a, int32_t* counts, int32_t* starts) {
-  __shared__ int32_t next[kTapsOfWord];                      // the share's pairs of each tap so far
-  __shared__ int32_t before[kTapsOfWord][kTapsOfWord + 1];  // pairs of each tap in a warp's rows; then before them
+  __shared__ int32_t next[kTapsOfWord];                      // pairs of each tap in the share so far
+  __shared__ int32_t before[kTapsOfWord][kTapsOfWord + 1];  // [warp][tap]: pairs in the warp's rows, then before them
   const int t = threadIdx.x, lane = t % kWarp, warp = t / kWarp, share = blockIdx.x;
   const Range own = rows_of_shares<kPairShares>(end_of_real_rows(a.out_rows), share, share + 1);
   const int64_t groups = div_up(a.out_rows.rows, kWarp);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs_kernel(PairsArgs a,
       const bool is_real = m < own.end && (a.out_rows.number == 1 || row_is_real(a.out_rows, m));
       before[warp][lane] = __popc(transposed(is_real ? a.masks[int64_t{m} * a.mask_words + word] : 0));
       __syncthreads();
-      const int32_t count = before[lane][warp], earlier = next[warp];  // of the tap that is the warp's number
+      const int32_t count = before[lane][warp], earlier = next[warp];  // of tap `warp`, in the rows of warp `lane`
       const int32_t upto = warp_inclusive_scan(count);
       before[lane][warp] = earlier + upto - count;
       if (lane == kWarp - 1) next[warp] = earlier + upto;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs_kernel(PairsArgs a,
   }
 }
 
-// Each warp of a block has a slice of the taps, two rows a lane, and all their entries in flight at once.
+// A block writes a tile's pairs. Each warp has a slice of the taps, each lane two rows; all loads of entries are in flight.
 template <int kSlices>
 __global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
     write_pairs_kernel(PairsArgs a, const int32_t* counts, const int32_t* starts) {
@@ -64,13 +64,13 @@ __global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
   const int share = first < n ? static_cast<int>(first / share_size(n, kTileRows, kPairShares)) : 0;
   const int64_t groups = div_up(a.out_rows.rows, kWarp);
   for (int32_t word = 0; word < a.mask_words; ++word) {
-    int32_t row[2], place[2];  // a row, and where the tap that is the lane's number begins
+    int32_t row[2], place[2];  // place: pairs of tap `lane` in the share before these 32 rows
     uint32_t mask[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row[r] = first + r * kWarp + lane;
       const uint32_t of_row = row[r] < a.out_rows.rows ? a.masks[int64_t{row[r]} * a.mask_words + word] : 0;
-      mask[r] = row_is_real(a.out_rows, row[r]) ? of_row : 0;  // read before it is known
+      mask[r] = row_is_real(a.out_rows, row[r]) ? of_row : 0;  // of_row is loaded before this is known
       place[r] = row[r] - lane < n ? starts[(word * groups + row[r] / kWarp) * kTapsOfWord + lane] : 0;
     }
     int32_t sum = 0;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
     sum = 0;
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) sum += sums[i][lane];
-    if (first == 0) {  // which has summed up all shares
+    if (first == 0) {  // this block has summed over all shares
       if (const int32_t tap = word * kTapsOfWord + lane; slice == 0 && tap < a.taps) a.tap_pairs[tap] = sum;
       sum = 0;
     }

@@ -1,4 +1,4 @@
-// The pairs of a kernel map, tap by tap: what the gradient of the weights goes through.
+// The (input row, output row) pairs of a kernel map, tap by tap, as the gradient of the weights needs them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,17 +13,17 @@ struct Pair {
 
 struct PairsArgs {
   const int32_t* table;   // [taps, out_rows]
-  const uint32_t* masks;  // [out_rows, mask_words]: where the table has an entry
+  const uint32_t* masks;  // [out_rows, mask_words]: the taps for which the table has an entry
   Segments out_rows;
   int32_t taps, mask_words;
-  Pair* pairs;         // [taps, out_rows]: the first tap_pairs[k] of each tap, in the order of output rows
+  Pair* pairs;         // [taps, out_rows]: the first tap_pairs[k] of tap k are written, in the order of output rows
   int32_t* tap_pairs;  // [taps]
   void* workspace;     // pairs_workspace(taps, out_rows)
 };
 
 cudaError_t list_pairs(const PairsArgs& args, cudaStream_t stream);
 
-constexpr int kPairShares = 64;  // of the output rows, whose pairs are counted
+constexpr int kPairShares = 64;  // shares of the output rows; the pairs of each are counted
 
 constexpr int64_t pairs_workspace(int64_t taps, int64_t out_rows) {
   const int64_t counts_bytes = 4 * 32 * div_up(taps, 32);  // of all taps

@@ -1,9 +1,9 @@
-// The product that both convolutions are made of, one step of its depth: a warpgroup's C [64, kCols] += A [64, kDepth] B
-// [kDepth, kCols], operands in shared memory, float32 sums in registers. The sums end up as mma.sync.m16n8 lays them out: a
-// lane has columns 2 (lane % 4), + 1 of each eight, of rows lane / 4 and lane / 4 + 8 of its warp's 16.
+// One depth step of the matrix product that forward and wgrad share. A warpgroup computes C [64, kCols] += A [64, kDepth] B
+// [kDepth, kCols] from operands in shared memory, with float32 sums in registers. In the end a lane has the sums in the
+// layout of mma.sync.m16n8: columns 2 (lane % 4), + 1 of each eight, rows lane / 4 and lane / 4 + 8 of its warp's 16.
 //
-// Here the products of 16-bit operands: the asynchronous WgmmaProduct on sm_90a, MmaProduct elsewhere. Those of float32 are
-// in product32.cuh. `Product<Arithmetic, kCols, kLayout>` names the one to take.
+// This file has the products of 16-bit operands: WgmmaProduct (asynchronous) on sm_90a, MmaProduct elsewhere. product32.cuh
+// has those of float32. `Product<Arithmetic, kCols, kLayout>` selects one.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -17,37 +17,37 @@ namespace jaxsparse::cuda {
 constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;  // rows of C
 
-// Where a 16-byte piece of a row lies among rows of kRowBytes: pieces are exchanged by XOR with the row, so that neither
-// copies, nor ldmatrix, nor wgmma meet one bank twice.
+// The byte offset of a 16-byte piece of a row of kRowBytes, with the swizzle: the piece's number is XORed with the row's, so
+// that copies, ldmatrix and wgmma have no bank conflicts.
 template <int kRowBytes>
 __device__ uint32_t swizzled(uint32_t row, uint32_t piece) {
   return row * kRowBytes + ((piece ^ row * kRowBytes / 128 % (kRowBytes / 16)) << 4);
 }
 
-// The next of kStages stages in a ring.
+// The next of kStages stages in a ring buffer.
 template <int kStages>
 __device__ int next_stage(int stage) {
   return stage + 1 == kStages ? 0 : stage + 1;
 }
 
-// A row-major: 64 rows of 128 bytes, for forward. A depth-major, transposed: as B, for wgrad.
+// A row-major, for forward: 64 rows of 128 bytes. A depth-major (transposed), for wgrad: stored like B.
 enum class LayoutOfA { kRowMajor, kDepthMajor };
 
-constexpr int kBytesA = kGroupRows * 128;  // of a warpgroup, in either layout
+constexpr int kBytesA = kGroupRows * 128;  // per warpgroup, in either layout
 
-// How operands of 16 bits lie. B has a row for each depth: 128 bytes, 64 columns, and further columns in blocks of such rows
-// behind. A narrow B has shorter rows.
+// The shared-memory layout of 16-bit operands. B has a row per depth, of 128 bytes (64 columns); further columns follow in
+// blocks of such rows. A narrow B has shorter rows.
 template <typename T_, int kCols>
 struct HalfOperands {
   using T = T_;
   static constexpr bool kRowsOfBAreColumns = false;
-  static constexpr int kThreadsAtLeast = 0;  // on a multiprocessor, which bounds registers; 0 leaves them to the compiler
-  static constexpr int kDepth = 64;  // of a step: 128 bytes of a row-major row
+  static constexpr int kThreadsAtLeast = 0;  // per multiprocessor, which limits registers; 0: the compiler decides
+  static constexpr int kDepth = 64;  // per step: 128 bytes of a row-major row
   static constexpr int kRowBytesB = kCols > 32 ? 128 : kCols > 16 ? 64 : 32;
   static constexpr int kBlockBytesA = kBytesA, kBlockBytesB = kDepth * kRowBytesB;
   static constexpr int kBytesB = (kCols + 63) / 64 * kBlockBytesB;
 
-  // Where a 16-byte piece of a depth's row lies: of a depth-major A, in its block; of B, in its block or from the start of B.
+  // The byte offset of a 16-byte piece of a depth's row: of a depth-major A, within its block; of B, from the start of B.
   __device__ static uint32_t place_in_a(int depth, int piece) { return swizzled<128>(depth, piece); }
   __device__ static uint32_t place_in_b(int depth, int piece) {
     constexpr int kPieces = kRowBytesB / 16;
@@ -55,10 +55,10 @@ struct HalfOperands {
   }
 };
 
-// multiply begins a step; wait ends it, and with it the reading of shared memory, wait_for_last the step before it; see_copies
-// comes between the arrival of copies and the barrier before multiply. finish, called by the whole block when nothing is on its
-// way, moves the sums to their lanes, through shared memory of the warpgroup's own: kFinishBytes.
-// A product that is over when multiply returns, and one that tensor cores go on with.
+// A product's interface: multiply starts a step. wait completes it, so that its stage is no longer read; wait_for_last
+// completes the step before it. see_copies comes between the arrival of copies and the barrier before multiply. finish,
+// called by the whole block with no copy in flight, moves sums to their lanes through kFinishBytes of shared memory per
+// warpgroup. A Synchronous product is complete when multiply returns; an Asynchronous one goes on.
 struct Synchronous {
   __device__ static void wait() {}
   __device__ static void wait_for_last() {}
@@ -129,7 +129,7 @@ struct ProductOf {
 };
 #endif
 
-// The product for an arithmetic: __half, __nv_bfloat16, or Tf32 or Exact of product32.cuh.
+// The product for an arithmetic: __half, __nv_bfloat16, or from product32.cuh Tf32 or Exact.
 template <typename Arithmetic, int kCols, LayoutOfA kLayout>
 using Product = typename ProductOf<Arithmetic, kCols, kLayout>::type;
 

@@ -1,11 +1,11 @@
-// Products of float32 operands, see product.cuh: rounded to TF32 on tensor cores, or exact.
+// Products of float32 operands, see product.cuh: TF32 on tensor cores, or exact.
 //
-//     forward   A row-major, and B a row of 128 bytes for each *column*, the one way in which tensor cores take 32-bit
-//               operands from shared memory: weights come as [taps, out_channels, in_channels]
-//     wgrad     A and B depth-major, a row for each depth, 32 channels long, further channels in blocks behind
+//     forward   A is row-major. B has a row of 128 bytes per *column*, since tensor cores cannot transpose 32-bit operands
+//               in shared memory: weights come as [taps, out_channels, in_channels]
+//     wgrad     A and B are depth-major: a row of 32 channels per depth; further channels follow in blocks
 //
-// Tensor cores read of a float the sign, the exponent and the first 10 bits: it is rounded towards 0 to TF32, an error
-// below 2^-10 of it. FmaProduct multiplies in full with one rounding for each product and sum, in the order of the depth.
+// TF32: tensor cores ignore all but the sign, the exponent and the first 10 mantissa bits, which rounds towards 0 with a
+// relative error below 2^-10. Exact: one rounding per fused multiply-add, in the order of the depth.
 #pragma once
 
 #include "cuda/conv/product.cuh"
@@ -15,15 +15,15 @@ namespace jaxsparse::cuda {
 struct Tf32 {};
 struct Exact {};
 
-// How float32 operands lie. For mma.sync the pieces of a depth's row are exchanged two by two, so that the four depths of a
-// fragment, eight channels of each, lie in different banks.
+// The shared-memory layout of float32 operands. For mma.sync, kExchanged swaps pairs of pieces in a depth-major row, so that
+// the four depths of a fragment, eight channels each, lie in different banks.
 template <int kCols, LayoutOfA kLayout, bool kExchanged>
 struct FloatOperands {
   using T = float;
   static constexpr bool kRowsOfBAreColumns = kLayout == LayoutOfA::kRowMajor;
   static constexpr int kThreadsAtLeast = 0;
-  static constexpr int kDepth = 32;  // of a step: 128 bytes of a row-major row
-  static constexpr int kRowBytesB = 128, kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // 32 channels, depth-major
+  static constexpr int kDepth = 32;  // per step: 128 bytes of a row-major row
+  static constexpr int kRowBytesB = 128, kBlockBytesA = kDepth * 128, kBlockBytesB = kBlockBytesA;  // of 32 channels
   static constexpr int kBytesB = kRowsOfBAreColumns ? kCols * 128 : (kCols + 31) / 32 * kBlockBytesB;
 
   __device__ static uint32_t place_in_a(int depth, int piece) {
@@ -32,13 +32,13 @@ struct FloatOperands {
   __device__ static uint32_t place_in_b(int depth, int piece) { return place_in_a(depth, piece); }
 };
 
-// Moves sums from the lanes that computed them to those of mma.sync.m16n8: row(i) and col(i) say where the i-th lies. A sum
-// that underflowed to -0 becomes +0, which the absent taps of a row, whose products are +0, may or may not have made it.
+// Moves sums from the lanes that computed them to the layout of mma.sync.m16n8. row(i) and col(i) give the place of the
+// lane's i-th sum. Adding 0 turns -0 into +0; otherwise the sign of a zero could depend on taps that only tile mates have.
 template <int kCols, typename Row, typename Col>
 __device__ void move_sums(float (&sums)[kCols / 2], char* shared, Row row, Col col) {
   constexpr int kStride = kCols + 4;  // rows of eight lanes start in different banks
   float* const c = reinterpret_cast<float*>(shared);
-  __syncthreads();  // operands are no longer read
+  __syncthreads();  // the operands' memory is free
 #pragma unroll
   for (int i = 0; i < kCols / 2; ++i) c[row(i) * kStride + col(i)] = sums[i] + 0.0f;
   __syncthreads();
@@ -52,9 +52,9 @@ __device__ void move_sums(float (&sums)[kCols / 2], char* shared, Row row, Col c
 template <int kCols>
 constexpr int kMoveBytes = kGroupRows * (kCols + 4) * 4;
 
-// TF32 with mma.sync. Forward reads fragments by ldmatrix, which moves 32-bit elements as pairs of 16-bit ones. For wgrad
-// ldmatrix would have to transpose, which it does with 16-bit elements alone: lanes read single elements, and a warp takes
-// 32 rows and half of the columns, which reads least.
+// TF32 with mma.sync. Forward reads fragments by ldmatrix, which moves a 32-bit element as two 16-bit ones. Wgrad needs
+// transposed fragments, which ldmatrix offers only for 16-bit elements: there lanes read single elements, and a warp
+// computes 32 rows and half of the columns, which needs the fewest reads.
 template <int kCols, LayoutOfA kLayout>
 struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true>, Synchronous {
   using Operands = FloatOperands<kCols, kLayout, true>;
@@ -64,7 +64,7 @@ struct Tf32MmaProduct : FloatOperands<kCols, kLayout, true>, Synchronous {
   __device__ static void multiply(float (&sums)[kCols / 2], const char* a, const char* b) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     if constexpr (kIsWgrad) {
-      constexpr int kColTiles = kCols / 16;  // of eight columns: every other one, so that blocks are known when compiling
+      constexpr int kColTiles = kCols / 16;  // groups of eight columns per warp, every other one, so that n fixes the block
       const int g = lane / 4, q = lane % 4, across = warp % 2;
       const auto element = [&](const char* from, int depth, int block, int piece) {
         const char* row = from + block * Operands::kBlockBytesA + (depth + q) * 128;
@@ -128,17 +128,17 @@ struct Tf32WgmmaProduct : FloatOperands<kCols, LayoutOfA::kRowMajor, true>, Asyn
 };
 #endif
 
-// Fused multiply-adds. A warp has 8 x 4 lanes, and a lane kOwnRows x kOwnCols sums, as square as the tile allows: shared
-// memory gives a lane 16 bytes for every kOwnRows kOwnCols / (kOwnRows + kOwnCols) x 4 of its products. Lanes are numbered so
-// that neighbours by lane ^ 1 read the same of A and by lane ^ 2 the same of B, which halves the passes of a 16-byte load.
-// A lane's rows and columns come in runs that one load of a depth reads, 1 in forward; between two of its runs lie those of
-// the other lanes and warps, so that they are a constant number of bytes apart.
+// Exact products by fused multiply-adds. A warp is 8 x 4 lanes; a lane has kOwnRows x kOwnCols sums, as square as the tile
+// allows, since a 16-byte load serves kOwnRows kOwnCols / (kOwnRows + kOwnCols) x 4 products. Lanes are numbered so that
+// lane ^ 1 reads the same of A and lane ^ 2 the same of B, which halves the passes of a 16-byte load. A lane's rows and
+// columns come in runs that one load of a depth covers (1 in forward). The runs of all lanes and warps are interleaved, so
+// that those of one lane are a constant number of bytes apart.
 template <int kCols, LayoutOfA kLayout>
 struct FmaProduct : FloatOperands<kCols, kLayout, false>, Synchronous {
   using Operands = FloatOperands<kCols, kLayout, false>;
   static constexpr bool kIsWgrad = kLayout == LayoutOfA::kDepthMajor;
   static constexpr int kFinishBytes = kMoveBytes<kCols>;
-  static constexpr int kThreadsAtLeast = kCols > 64 ? 384 : 512;  // of at most 168 registers, or 128
+  static constexpr int kThreadsAtLeast = kCols > 64 ? 384 : 512;  // at most 168 registers, or 128
   static constexpr int kWarpsAcross = kCols >= 48 ? 4 : 2, kWarpsDown = 4 / kWarpsAcross;
   static constexpr int kOwnRows = kGroupRows / kWarpsDown / 8, kOwnCols = kCols / kWarpsAcross / 4;
   static constexpr int kRunOfRows = kIsWgrad ? 4 : 1;
@@ -179,7 +179,7 @@ struct FmaProduct : FloatOperands<kCols, kLayout, false>, Synchronous {
       }
     } else {
 #pragma unroll 2
-      for (int piece = 0; piece < 8; ++piece) {  // four depths; rows and columns are 8 or more apart, their swizzle the same
+      for (int piece = 0; piece < 8; ++piece) {  // four depths; rows and columns are multiples of 8 apart: the same swizzle
         float left[kOwnRows][4], right[kOwnCols][4];
         const char *const from_a = a + swizzled<128>(row, piece), *const from_b = b + swizzled<128>(col, piece);
 #pragma unroll

@@ -1,4 +1,4 @@
-// The instructions of sm_80 that C++ has no name for: cp.async, ldmatrix, mma.
+// Wrappers for PTX instructions of sm_80 without a C++ intrinsic: cp.async, ldmatrix, mma.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@ namespace jaxsparse::cuda {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-// A copy, or zeros where setp says so of `value` and 0. cp.async takes 16 bytes past the L1 cache, fewer through it.
+// cp.async of kBytes; writes zeros if `setp` holds for `value` and 0. Copies of 16 bytes bypass L1, smaller ones cannot.
 #define JAXSPARSE_COPY(setp, value)                                                                                  \
   if constexpr (kBytes == 16) {                                                                                      \
     asm volatile("{\n.reg .pred p;\n" setp " p, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, p;\n}" ::"r"(      \
@@ -23,39 +23,39 @@ __device__ inline uint32_t shared_address(const void* p) { return static_cast<ui
                  : "memory");                                                                                        \
   }
 
-// Begins to copy kBytes (4, 8 or 16), or to write zeros; `from` need not be valid then.
+// Begins to copy kBytes (4, 8 or 16), or to write zeros if !exists; `from` need not be valid then.
 template <int kBytes>
 __device__ void copy_piece(char* to, const void* from, bool exists) {
   JAXSPARSE_COPY("setp.eq.u32", static_cast<uint32_t>(exists));
 }
 
-// The same of the sign of an index, of which the compiler would make a number first, and a comparison of that.
+// The same with index >= 0 as the condition. Passed as a bool, it would cost a conversion and a second comparison.
 template <int kBytes>
 __device__ void copy_if_not_negative(char* to, const void* from, int32_t index) {
   JAXSPARSE_COPY("setp.lt.s32", index);
 }
 #undef JAXSPARSE_COPY
 
-// Copies since the last call are one group; a thread waits until at most kPending of its groups are on their way.
+// The copies since the last commit are one group. wait_for_copies waits until at most kPending groups of the thread remain.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// max(v, 0), and NaN for NaN.
+// max(v, 0); NaN stays NaN.
 __device__ inline float relu(float v) {
   asm("max.NaN.f32 %0, %0, 0f00000000;" : "+f"(v));
   return v;
 }
 
-// The value, whose origin the compiler does not see: it moves no work that depends on it out of a loop.
+// Returns the value, opaque to the compiler: it can neither recompute it nor simplify what depends on it.
 __device__ inline int stay_here(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
 
-// D [16, 8] += A [16, 32 bytes] B [32 bytes, 8]. Of a float the sign, the exponent and the first 10 bits count: TF32.
+// D [16, 8] += A [16, 32 bytes] B [32 bytes, 8]. Floats are read as TF32: sign, exponent and the first 10 mantissa bits.
 template <typename T>
 __device__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, __half>) {
@@ -74,7 +74,7 @@ __device__ void mma(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) 
   }
 }
 
-// Four 8 x 8 matrices, a lane giving the address of one row; transposed, each lane gets its pair from a column.
+// Loads four 8 x 8 matrices; each lane passes the address of one row. Transposed, a lane gets its pair from a column.
 template <bool kTransposed>
 __device__ void load_matrices(uint32_t (&v)[4], const char* row) {
   if constexpr (kTransposed) {

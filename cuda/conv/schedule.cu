@@ -1,29 +1,28 @@
-// Order first, layout second:
+// Sorts the output rows of a convolution so that rows with similar tap masks share a tile, and lays the kernel map out in
+// tiles. The sort is a stable counting sort. Three kernels:
 //
-//     count   the key of each row: which groups of taps it has any of, a bit a group, as a place in the Gray sequence,
-//             counted down. Rows next to each other in that sequence differ in few groups, and crowded rows come first, so
-//             that the long tiles of the convolution begin first. A block counts the keys of a chunk of rows.
-//     order   a block for each share of a chunk: its rows go after those of lesser keys, in all chunks, and after equal ones,
-//             in earlier chunks and in its own chunk, which it counts anew: that is cheaper than one more kernel that sums
-//             up counts of shares, or reading them all.
-//     lay out a block a tile: the masks of its rows, and under the taps that any has, their entries, gathered from the table
-//             and written a whole tile's line at a time. Rows of one key keep their order, so that gathers share sectors.
+//     count   finds the key of each row and counts the keys of each chunk of rows. A key has a bit per group of taps, set
+//             if the row has any of them; it is read as a Gray code and counted down, so rows with neighbouring keys differ
+//             in few groups, and rows without taps come last: the long tiles of the convolution tend to begin first.
+//     order   a block per share of a chunk places its rows: behind all smaller keys, and behind equal keys of earlier chunks
+//             and of earlier shares of its own chunk. It recounts the latter, which is cheaper than another kernel that sums
+//             counts of shares, or than reading the counts of all shares.
+//     lay out a block per tile ORs its rows' masks and copies the table entries of the taps in them, a whole line of the
+//             tile at a time. Rows with equal keys keep their order, so that these gathers share sectors.
 //
-// Rows that are not sorted keep their order, and are laid out at once.
+// Without sorting only the last kernel runs, and rows keep their order.
 //
 // Measured on an H200, 3^3 kernel on the levels of a LiDAR scan, 91,767 to 5,879 rows: sorted 14.5, 13.2, 11.1, 10.1, 9.0 us
-// (count 4.0 to 2.0, order 6.0 to 4.5, lay out 4.6 to 2.4); in the order of sites 4.6, 4.0, 2.9, 2.5, 2.2. Kernel 2, stride 2,
-// 60,107 to 14,474 rows: 11.6, 10.1, 9.4, and 2.8, 2.3, 1.9. Where rows are few, launches and dependent reads are all of it.
-// These are of an order_kernel that had a path of its own for few rows, each block finding all keys without a count: 0.4 us
-// less at 5,879 rows for twice the code, left out since.
-//
-// Slower: entries written as their rows were placed, each to a sector of its own, 25.7, 20.3, 16.3, 13.6, 9.2 (level 4 then
-// had 5,925 rows); 32 chunks, 1.0 to 1.3 more for order, 0.3 less for count at 91,767 rows; one cooperative kernel with the
-// radix sort of cuda/sort, 32.5, 26.2, 28.6, 25.6, 23.4.
-//
-// Executed over useful products of a 3^3 kernel, tiles of 64 rows, on average over three levels of three scans: 3.4 in the
-// order of sites; sorted by the 27-bit mask 1.95, by the mask with rare taps first and in Gray order 1.70, both in three
-// passes of a radix sort; by nine groups, the planes above and below and seven columns beside, 1.60 in one.
+// (count 4.0 to 2.0, order 6.0 to 4.5, lay out 4.6 to 2.4); in the order of sites 4.6, 4.0, 2.9, 2.5, 2.2. Kernel 2, stride
+// 2, 60,107 to 14,474 rows: 11.6, 10.1, 9.4, and 2.8, 2.3, 1.9. With few rows, launches and dependent reads take all the
+// time. When measured, order_kernel had a separate path for few rows, where each block found all keys without the count: 0.4
+// us less at 5,879 rows for twice the code, since removed. Slower:
+//     entries scattered as rows were placed, each to its own sector: 25.7, 20.3, 16.3, 13.6, 9.2 (level 4 had 5,925 rows)
+//     32 chunks: 1.0 to 1.3 more for order, 0.3 less for count at 91,767 rows
+//     one cooperative kernel with the radix sort of cuda/sort: 32.5, 26.2, 28.6, 25.6, 23.4
+// Executed per useful product, 3^3 kernel, tiles of 64 rows, mean of three levels of three scans: 3.4 in the order of sites;
+// sorted by the 27-bit mask 1.95, by the mask with rare taps first in Gray order 1.70, both in three passes of a radix sort;
+// by nine groups (the planes above and below, seven columns beside) 1.60, in one pass.
 #include "cuda/conv/schedule.h"
 
 #include "cuda/conv/entries.cuh"
@@ -32,11 +31,11 @@
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kShares = 128;  // of rows, however many there are: about one block a multiprocessor
+constexpr int kShares = 128;  // shares of the rows, whatever their number: about one block per multiprocessor
 constexpr int kShareThreads = 1024;
 constexpr int kWarps = kShareThreads / kWarp;
 constexpr int kSharesInChunk = kShares / kScheduleChunks;
-constexpr int32_t kNotReal = kScheduleKeys - 1;  // the key of rows that are not real, behind those of others
+constexpr int32_t kNotReal = kScheduleKeys - 1;  // the key of padding rows, larger than all others
 static_assert(kScheduleKeys <= kShareThreads, "a thread a key");
 
 constexpr int kRowsInFlight = 8;
@@ -53,7 +52,7 @@ __device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32
     }
 #pragma unroll
     for (int i = 0; i < kRowsInFlight; ++i) {
-      if (row + i * kShareThreads >= end) break;  // bound by instructions: none for rows that are not there
+      if (row + i * kShareThreads >= end) break;  // instruction-bound, so skip rows that do not exist
 #pragma unroll
       for (int g = 0; g < kMostGroups; ++g) {
         if (masks[i] & a.group[g][word]) bits[i] |= 1u << (kMostGroups - 1 - g);
@@ -64,13 +63,13 @@ __device__ void find_keys(const ScheduleArgs& a, int32_t row, int32_t end, int32
   for (int i = 0; i < kRowsInFlight; ++i) {
     if (row + i * kShareThreads >= end) break;
 #pragma unroll
-    for (int shift = 1; shift < kMostGroups; shift *= 2) bits[i] ^= bits[i] >> shift;  // from Gray code to its place
+    for (int shift = 1; shift < kMostGroups; shift *= 2) bits[i] ^= bits[i] >> shift;  // from a Gray code to its rank
     keys[i] = static_cast<int32_t>(~bits[i] & ((1u << kMostGroups) - 1));
     if (a.rows.number > 1 && !row_is_real(a.rows, row + i * kShareThreads)) keys[i] = kNotReal;
   }
 }
 
-// Adds the keys of rows, which find(row, end, keys) finds, to counts in shared memory.
+// Counts the keys of a range of rows in shared memory. find(row, end, keys) yields the keys of kRowsInFlight rows.
 template <typename Find>
 __device__ void count_keys(Range rows, int32_t* counts, Find find) {
   for (int32_t row = rows.begin + threadIdx.x; row < rows.end; row += kRowsInFlight * kShareThreads) {
@@ -103,11 +102,11 @@ __global__ void __launch_bounds__(kShareThreads) count_kernel(ScheduleArgs a, in
 }
 
 struct OrderShared {
-  int32_t next[kScheduleKeys];  // where the block's next row of each key goes
+  int32_t next[kScheduleKeys];  // the place of the block's next row of each key
   Ranks<kWarps, kScheduleKeys> ranks;
 };
 
-// Adds to next, which is 0, where the block's rows of each key begin, one a thread.
+// Sets s.next, which must be 0, to the place of the block's first row of each key; a thread per key.
 __device__ void begin_keys(const int32_t* counts, const uint16_t* keys, int32_t n, OrderShared& s) {
   const int t = threadIdx.x, share = blockIdx.x, chunk = share / kSharesInChunk;
   int32_t of_chunk[kScheduleChunks];
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a,
   for (int32_t begin = own.begin; begin < own.end; begin += kShareThreads) {
     const int32_t row = begin + t, warps = (min(kShareThreads, own.end - begin) + kWarp - 1) / kWarp;
     const int32_t key = row < own.end ? keys[row] : 0;
-    if (begin == own.begin) begin_keys(counts, keys, n, s);  // while the first keys are on their way
+    if (begin == own.begin) begin_keys(counts, keys, n, s);  // overlaps the loads of the first keys
     int32_t rank = 0;
     if (warp < warps) {
       s.ranks.clear();
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a,
   }
 }
 
-// A block has a tile. Each of its warps has a slice of the taps, two rows a lane, and all their entries in flight at once.
+// A block lays out one tile. Each warp handles a slice of the taps, each lane two rows, with all loads of entries in flight.
 template <int kSlices>
 __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(ScheduleArgs a) {
   constexpr int kTapsOfSlice = kWarp / kSlices;
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(S
     const int32_t place = static_cast<int32_t>(tile) * kScheduleRows + t;
     int32_t row = place;
     if (place < a.rows.rows) {
-      if (a.groups > 0) row = a.order[place];  // anything where rows are not real
+      if (a.groups > 0) row = a.order[place];  // undefined for padding rows
       if (a.groups == 0 || place >= end_of_real_rows(a.rows)) a.order[place] = row = place;
     }
     rows[t] = row;
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(S
     if (word > 0) __syncthreads();
     if (t < kScheduleRows) {
       const uint32_t mask = rows[t] < a.rows.rows ? a.masks[int64_t{rows[t]} * a.mask_words + word] : 0;
-      masks[t] = is_real ? mask : 0;  // read before it is known
+      masks[t] = is_real ? mask : 0;  // mask is loaded before is_real is known
     }
     __syncthreads();
     int32_t row[2];

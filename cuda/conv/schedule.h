@@ -1,4 +1,4 @@
-// In which order a convolution computes its output rows, and the kernel map laid out in that order.
+// The schedule of a convolution: the order of its output rows, and the kernel map laid out in tiles in that order.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,21 +13,21 @@ struct ScheduleArgs {
   const uint32_t* masks;  // [rows, mask_words]
   Segments rows;
   int32_t taps, mask_words;
-  // Rows are sorted by which of these groups of taps they have any of, as masks, the first the highest bit; with no
-  // groups they keep their order.
+  // Groups of taps, as masks. A row's sort key has one bit per group, set if the row has any tap of it; the first group is
+  // the highest bit. With no groups rows keep their order.
   int32_t groups;
-  uint32_t group[kMostGroups][kMostGroupWords];  // 0 from there on
+  uint32_t group[kMostGroups][kMostGroupWords];  // 0 from `groups` on
   int32_t* order;        // [rows]: real rows first
   uint32_t* tile_masks;  // [tiles, mask_words]: taps that any row of a tile has
-  int32_t* tile_table;   // [tiles, taps, 64], written for those taps: -1 where the row lacks it
+  int32_t* tile_table;   // [tiles, taps, 64], written for the taps in tile_masks only; -1 if the row lacks the tap
   void* workspace;       // schedule_workspace(rows)
 };
 
 // Sorts rows with like masks together and lays the table out in tiles of 64 rows.
 cudaError_t schedule(const ScheduleArgs& args, cudaStream_t stream);
 
-constexpr int kScheduleChunks = 16;                      // of rows, whose keys are counted
-constexpr int kScheduleKeys = (1 << kMostGroups) + 1;  // and that of rows that are not real
+constexpr int kScheduleChunks = 16;                      // chunks of rows; the keys of each are counted
+constexpr int kScheduleKeys = (1 << kMostGroups) + 1;  // one more for padding rows
 
 constexpr int64_t schedule_workspace(int64_t rows) {
   return padded(4 * kScheduleChunks * kScheduleKeys) + padded(2 * rows);

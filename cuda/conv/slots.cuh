@@ -1,8 +1,8 @@
-// How gradients of weights divide the pairs of all taps: into slots, each with an equal share of one tap's pairs. A block sums
-// the products of a slot, then those of a tap's slots are added in order.
+// How wgrad divides the pairs of all taps into slots. A slot holds up to a fixed number of pairs of one tap. A block sums
+// the products of one slot; then the slots of each tap are added in order.
 //
-// The number of slots depends on taps and channels alone, never on rows, and no float is added atomically: equal rows give
-// equal bits. Work follows the number of pairs and is even whatever the tap.
+// The number of slots depends only on taps and channels, never on rows, and no float is added atomically, so results are
+// bitwise reproducible. Blocks have equal work, however the pairs are distributed over the taps.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -15,10 +15,10 @@ struct Slot {
   int32_t tap, begin, end;
 };
 
-constexpr int32_t kPairsMultiple = 64;    // whole steps
-constexpr int32_t kMinPairsInSlot = 256;  // fewer would spend more on writing and adding slots than on the products
+constexpr int32_t kPairsMultiple = 64;    // a slot holds whole steps
+constexpr int32_t kMinPairsInSlot = 256;  // with fewer, writing and adding slots would cost more than the products
 
-// By one warp: how many pairs a slot has. With R = ceil(pairs / (slots - taps)) in each, the taps need
+// Called by one warp: the number of pairs in a slot. With R = ceil(pairs / (slots - taps)), the taps need
 // sum_k ceil(pairs_k / R) <= pairs / R + taps <= slots.
 __device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots) {
   int64_t pairs = 0;
@@ -27,7 +27,7 @@ __device__ inline int32_t pairs_in_slot(const int32_t* tap_pairs, int32_t taps, 
   return even > kMinPairsInSlot ? static_cast<int32_t>(even) : kMinPairsInSlot;
 }
 
-// By one warp: calls visit(k, first slot, slots of k) for the lane's taps k.
+// Called by one warp: visit(k, first slot of k, number of slots of k) for each tap k of the lane.
 template <typename Visit>
 __device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slot, Visit visit) {
   const int lane = threadIdx.x % kWarp;
@@ -40,7 +40,7 @@ __device__ void for_slots(const int32_t* tap_pairs, int32_t taps, int32_t in_slo
   }
 }
 
-// By the whole block: the slot of this number; its tap is -1 where there are fewer.
+// Called by the whole block: the slot with this number; its tap is -1 if there is none.
 __device__ inline Slot find_slot(const int32_t* tap_pairs, int32_t taps, int32_t slots, int32_t number) {
   __shared__ Slot slot;
   if (threadIdx.x == 0) slot.tap = -1;
@@ -57,7 +57,7 @@ __device__ inline Slot find_slot(const int32_t* tap_pairs, int32_t taps, int32_t
   return slot;
 }
 
-// By the whole block: the slots of a tap.
+// Called by the whole block: the slots of a tap.
 __device__ inline Range slots_of_tap(const int32_t* tap_pairs, int32_t taps, int32_t slots, int32_t tap) {
   __shared__ Range range;
   if (threadIdx.x < kWarp) {

@@ -1,5 +1,5 @@
-// What both convolutions of float64 are made of: C [kRows, 64] += A [kRows, 8] B [8, 64] by fused multiply-adds, operands in
-// shared memory, sums in the registers of one block of 128 threads; and the copies that bring the operands.
+// The matrix product of the float64 convolutions, C [kRows, 64] += A [kRows, 8] B [8, 64] by fused multiply-adds: operands
+// in shared memory, sums in the registers of a block of 128 threads; and the copies that bring the operands.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -9,14 +9,14 @@ namespace jaxsparse::cuda {
 
 constexpr int kTileThreads = 128;
 constexpr int kTileCols = 64;  // columns of C
-constexpr int kDepth = 8;      // of a step: 64 bytes of a row
-constexpr int kStages = 3;     // of operands: one is multiplied while two arrive, one barrier a step
+constexpr int kDepth = 8;      // per step: 64 bytes of a row
+constexpr int kStages = 3;     // ring buffer: one stage is multiplied while two arrive, with one barrier per step
 
-// Leading dimensions in shared memory: 16 bytes more than the row, so that the rows of a piece lie in different banks.
+// Leading dimensions in shared memory: rows are padded by 16 bytes against bank conflicts.
 constexpr int kStrideA = kDepth + 2;
 constexpr int kStrideB = kTileCols + 2;
 
-// How a block copies kRows x kCols numbers, two at a time: a thread has pieces t, t + 128, ...; row(i) is that of its i-th.
+// Copies kRows x kCols numbers in pieces of two. A thread has pieces t, t + 128, ...; row(i), col(i) locate its i-th piece.
 template <int kRows, int kCols>
 struct Copy {
   static constexpr int kInRow = kCols / 2;
@@ -26,8 +26,8 @@ struct Copy {
   __device__ static int row(int i) { return (static_cast<int>(threadIdx.x) + i * kTileThreads) / kInRow; }
   __device__ static int col(int i) { return (static_cast<int>(threadIdx.x) + i * kTileThreads) % kInRow * 2; }
 
-  // Begins to copy source[row_of(i), first_col + c] to tile[r, c] for the thread's own (r, c); zeros where row_of(i) < 0,
-  // and past the end of a row.
+  // Begins to copy source[row_of(i), first_col + c] to tile[r, c] for the thread's pieces (r, c); zeros if row_of(i) < 0 and
+  // past the end of a row.
   template <typename RowOf>
   __device__ static void begin(double* tile, int stride, const double* source, int32_t width, int32_t first_col,
                                RowOf row_of) {
@@ -39,7 +39,7 @@ struct Copy {
       char* to = reinterpret_cast<char*>(tile + row(i) * stride + col(i));
       if (width % 2 == 0) {
         copy_piece<16>(to, from, there > 0);
-      } else {  // rows begin at multiples of 8 bytes
+      } else {  // rows are aligned to 8 bytes only
         copy_piece<8>(to, from, there > 0);
         copy_piece<8>(to + 8, from + 1, there > 1);
       }
@@ -47,8 +47,8 @@ struct Copy {
   }
 };
 
-// Element (row, depth) of A lies at row * kRowStep + depth * kDepthStep. 8 x 16 threads; thread (r, c) owns rows r, r + 8,
-// ... and columns c, c + 16, ...: a warp reads 16 neighbours of B and two values of A at a time.
+// The product. Element (row, depth) of A lies at row * kRowStep + depth * kDepthStep. Of 8 x 16 threads, thread (r, c) owns
+// rows r, r + 8, ... and columns c, c + 16, ...: a warp reads 16 neighbours of B and two values of A at a time.
 template <int kRows, int kRowStep, int kDepthStep>
 struct Tile64 {
   static constexpr int kOwnRows = kRows / 8;
@@ -74,7 +74,7 @@ struct Tile64 {
     }
   }
 
-  // Calls visit(row, column, sum).
+  // Calls visit(row, column, sum) for each of the thread's sums.
   template <typename Visit>
   __device__ void for_each(Visit visit) const {
 #pragma unroll

@@ -1,4 +1,4 @@
-// What a block does with its sums at the end: adds those of the blocks of a cluster, packs them for wide stores.
+// Final steps on a block's sums: adding those of all blocks of a cluster, and packing for wide stores.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 
 namespace jaxsparse::cuda {
 
-// Two numbers as a word, rounded.
+// Rounds two floats to T and packs them into one word.
 template <typename T>
 __device__ uint32_t pack(float low, float high) {
   const T both[2] = {narrow<T>(low), narrow<T>(high)};
@@ -18,7 +18,7 @@ __device__ uint32_t pack(float low, float high) {
   return bits;
 }
 
-// Turns v[i], a lane's part of column group i, into the four parts of the lane's own group: a transpose within a quad.
+// Transposes within a quad of lanes: v[i] was the lane's part of column group i and becomes part i of the lane's own group.
 __device__ inline void transpose_quad(uint32_t (&v)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
@@ -33,8 +33,8 @@ __device__ inline void transpose_quad(uint32_t (&v)[4]) {
   }
 }
 
-// Adds the sums of all blocks of a cluster, in the order of their ranks, and leaves those of the block's own columns in the
-// first of `sums`. The cluster has a barrier to wait for before the block ends.
+// Adds the sums of all blocks of a cluster, in the order of their ranks. Those of the block's own columns end up at the
+// start of `sums`. The caller must call cluster_wait() before the block ends.
 template <class P>
 __device__ void add_splits(float (&sums)[P::kCols / 2], char* shared, int rank) {
   constexpr int kOwn = P::kOwnCols / 8;

@@ -1,16 +1,16 @@
-// The search space of the scheduled products: each row is built, and Python reads the same rows to choose from.
+// The tiles that the convolution kernels are built for. Python reads these lists too, to choose a tile for each layer.
 //
-// A tile is what a block computes: `rows` by `cols` of the result, copies `stages` - 1 steps ahead. Adding a point is
-// adding a row. Where `splits` is more than 1, so many blocks of a cluster share the input channels.
+// A block computes `rows` x `cols` of the result, with a ring buffer of `stages`. With `splits` > 1, so many blocks of a
+// cluster share the input channels. To add a tile, add a row.
 #pragma once
 
 namespace jaxsparse::cuda {
 
-constexpr int kScheduleRows = 64;    // output rows of a schedule's tile; a block computes one or more
-constexpr int kMostGroups = 9;       // of taps, by which a schedule sorts rows: one pass of the radix sort
-constexpr int kMostGroupWords = 12;  // of a group's mask
+constexpr int kScheduleRows = 64;    // output rows of a schedule's tile; a block computes one or more tiles
+constexpr int kMostGroups = 9;       // groups of taps by which a schedule sorts rows: few enough to sort in one pass
+constexpr int kMostGroupWords = 12;  // words of a group's mask
 
-// X(rows, cols, stages): output rows and output channels of forward, and of dgrad, which is forward over the reversed map.
+// X(rows, cols, stages): output rows x output channels, for forward and for dgrad, which is forward over the reversed map.
 #define JAXSPARSE_FORWARD_TILES(X) \
   X(64, 16, 4)                     \
   X(64, 32, 3)                     \
@@ -28,18 +28,18 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(256, 96, 4)                    \
   X(256, 128, 4)
 
-// X(rows, cols, stages, splits): the same on sm_90, for layers with fewer tiles than a device holds blocks.
+// X(rows, cols, stages, splits): further forward tiles on sm_90, for layers with too few tiles to fill the device.
 #define JAXSPARSE_SPLIT_TILES(X) \
   X(128, 128, 3, 2)              \
   X(128, 128, 3, 4)
 
-// The same as forward, for input channels that are a multiple of 4 but not of 8: the first layer of a network.
+// Forward tiles for input channels that are a multiple of 4 but not of 8, as in the first layer of a network.
 #define JAXSPARSE_NARROW_TILES(X) \
   X(128, 16, 4)                   \
   X(128, 32, 3)                   \
   X(128, 64, 3)
 
-// X(rows, cols, stages): input channels and output channels of wgrad.
+// X(rows, cols, stages): input channels x output channels of wgrad.
 #define JAXSPARSE_WGRAD_TILES(X) \
   X(64, 16, 4)                   \
   X(64, 32, 4)                   \
@@ -51,7 +51,7 @@ constexpr int kMostGroupWords = 12;  // of a group's mask
   X(128, 128, 3)                 \
   X(128, 128, 4)
 
-// Both again for float32, each row built for TF32 and exact.
+// Forward and wgrad tiles for float32, each built for TF32 and for exact products.
 #define JAXSPARSE_FLOAT_TILES(X) \
   X(64, 16, 4)                   \
   X(64, 32, 4)                   \

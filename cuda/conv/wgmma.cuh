@@ -1,9 +1,9 @@
-// Hopper's warpgroup product, operands in shared memory: D [64, N] += A [64, 32 bytes] B [32 bytes, N], float32 sums.
+// Hopper's wgmma with both operands in shared memory: D [64, N] += A [64, 32 bytes] B [32 bytes, N], float32 sums.
 //
-// Rows of shared memory have 128 bytes (64 or 32 for a narrow operand) and their 16-byte pieces exchanged as `swizzled` says:
-// the swizzles of the PTX manual's section on wgmma. A row-major A has a row for each row of the product. A transposed A,
-// and B, have a row for each depth, 64 of their columns long; 64 further columns lie `column_stride` bytes on. Of float the
-// instruction takes no transpose: B has a row for each column, as A for each row, and all but TF32's bits are left out.
+// Rows of shared memory have 128 bytes (64 or 32 for a narrow operand), with the swizzle of `swizzled`, which is that of the
+// PTX manual. A row-major A has a row per row of the product. A transposed A, and B, have a row of 64 columns per depth; the
+// next 64 columns lie kColumnStride bytes further. wgmma cannot transpose float operands: B then has a row per column. Of a
+// float it reads only the bits of TF32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,11 +21,11 @@ template <int kPending>
 __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// What ordinary writes or cp.async put into shared memory becomes visible to wgmma.
+// Makes ordinary writes and cp.async writes to shared memory visible to wgmma.
 __device__ inline void fence_shared_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The matrix descriptor of an operand at a shared-memory address, from where a step of the product is so many bytes on. Only
-// its lower half depends on the address, so that a step costs one addition.
+// The matrix descriptor of an operand in shared memory; after(bytes) is the one for an address further on. Only the lower
+// half depends on the address, so that this costs one addition.
 template <int kRowBytes, int kColumnStride>
 struct WgmmaOperand {
   static constexpr uint32_t kSwizzle = kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3;
@@ -40,7 +40,7 @@ struct WgmmaOperand {
 template <typename T, int N, bool kTransposedA>
 struct Wgmma;
 
-// The registers of D are listed out, since PTX takes no array.
+// The registers of D have to be listed one by one in PTX.
 #define JAXSPARSE_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define JAXSPARSE_F8(i) JAXSPARSE_F4(i), JAXSPARSE_F4(i + 4)
 #define JAXSPARSE_F16(i) JAXSPARSE_F8(i), JAXSPARSE_F8(i + 8)

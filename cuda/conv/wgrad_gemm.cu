@@ -1,4 +1,4 @@
-// Every wgrad tile for both 16-bit dtypes.
+// Instantiates every wgrad tile for both 16-bit dtypes.
 #include "cuda/conv/wgrad_gemm.cuh"
 
 namespace jaxsparse::cuda {

@@ -1,15 +1,15 @@
-// dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), on tensor cores unless float32 is to be exact.
+// dw[k] = sum over pairs (i, m) of tap k of outer(x[i], g[m]), on tensor cores except for exact float32. Two kernels:
 //
-//     partial   a block takes a slot (see slots.cuh) and a [64 kGroups, kCols] piece of dw: one product as deep as there are
-//               pairs, 64 a step, 32 in float32. Rows of x and g come to shared memory as they are, a row a depth, by
-//               cp.async, through a ring of kStages that is never drained
+//     partial   a block multiplies one slot (see slots.cuh) for a [64 kGroups, kCols] piece of dw. The depth is the slot's
+//               pairs, 64 per step (32 in float32). cp.async gathers rows of x and g to shared memory, a row per depth,
+//               through a ring buffer of kStages that is never drained
 //     reduce    dw[k] = the slots of tap k, added in order
 //
-// Bound by gathering, a pair moves (in_channels + out_channels) features for their product, and by the instructions of a step,
-// of which there were three times as many. More slots do not help where channels are few: with 2, 3, 4 and 6 blocks a
-// multiprocessor, and those instructions, they took 1.26, 1.20, 1.26 and 1.32 ms of a training step of SparseResNet21D. Rows
-// that are short together, copied as one: 346,221 pairs of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7 to
-// 15.7. Copies that leave out channels that are not there, for all widths, cost 3 to 11 % at 64 and 256.
+// Bound by gathering, (in_channels + out_channels) features per pair, and by the instructions of a step (once three times as
+// many). More slots do not help with few channels: 2, 3, 4 and 6 blocks per multiprocessor, with those instructions, took
+// 1.26, 1.20, 1.26 and 1.32 ms of a training step of SparseResNet21D. Rows that are short together, copied as one: 346,221
+// pairs of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7 to 15.7. Copies that skip absent channels, for all
+// widths, cost 3 to 11 % at 64 and 256.
 #pragma once
 
 #include "cuda/conv/gemm.h"
@@ -18,7 +18,7 @@
 
 namespace jaxsparse::cuda {
 
-// Sizes of one kernel.
+// Compile-time parameters of one kernel.
 template <typename Arithmetic, int kRows_, int kCols_, int kStages_>
 struct WgradGemm {
   using Product = cuda::Product<Arithmetic, kCols_, LayoutOfA::kDepthMajor>;
@@ -28,14 +28,14 @@ struct WgradGemm {
   static constexpr int kBlocksAtLeast = Product::kThreadsAtLeast / kThreads;
   static constexpr int kStageBytes = kGroups * kBytesA + Product::kBytesB;
   static_assert(kGroups * Product::kFinishBytes <= kStages * kStageBytes);
-  static constexpr int kPairSteps = 8;  // steps of pairs in shared memory
+  static constexpr int kPairSteps = 8;  // steps whose pairs fit the ring buffer of pairs
   static_assert(kPairSteps >= 2 * kStages);
   static constexpr int kPairBytes = kPairSteps * Product::kDepth * static_cast<int>(sizeof(Pair));
   static constexpr int kSharedBytes = kStages * kStageBytes + kPairBytes + 1024;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr int kRowsUnrolled = 4;  // of those that a thread copies
+constexpr int kRowsUnrolled = 4;  // unrolling of a thread's row copies
 #else
 constexpr int kRowsUnrolled = 2;  // with four, the products of mma.sync spill
 #endif
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   if (slot.tap < 0) return;
   const int32_t count = slot.end - slot.begin, steps = (count + kDepth - 1) / kDepth;
   const Pair* pairs = a.pairs + int64_t{slot.tap} * a.out_rows + slot.begin;
-  // Eight threads copy 128 bytes of a row, a block of channels; then the next block, then the next rows.
+  // Eight threads copy 128 bytes (a block of channels) of a row, then its other blocks, then further rows.
   constexpr int kInBlock = 8 * kInPiece, kBlocksA = P::kRows / kInBlock, kBlocksB = (kCols + kInBlock - 1) / kInBlock;
   constexpr int kRowsAtOnce = kThreads / 8, kRowsA = kRowsAtOnce * 128, kRowsB = kRowsAtOnce * Product::kRowBytesB;
   static_assert(kRowsAtOnce % 8 == 0, "rows at once lie alike in the swizzle");
@@ -68,17 +68,17 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   const char* x = reinterpret_cast<const char*>(static_cast<const T*>(a.x) + first_row + part * kInPiece);
   const char* g = reinterpret_cast<const char*>(static_cast<const T*>(a.g) + first_col + part * kInPiece);
   const uint32_t x_row_bytes = a.in_channels * sizeof(T), g_row_bytes = a.out_channels * sizeof(T);
-  const int32_t x_there = a.in_channels - first_row - part * kInPiece;  // channels from the thread's on
+  const int32_t x_there = a.in_channels - first_row - part * kInPiece;  // channels from the thread's first one on
   const int32_t g_there = min(a.out_channels - first_col, kCols) - part * kInPiece;
   const bool x_has_whole_pieces = a.in_channels % kInPiece == 0;
-  // Where a row of x and one of g have 128 bytes together, a thread copies of one of them alone. The blocks' other channels
-  // hold what was there: it reaches sums alone that are not stored.
+  // If a row of x and a row of g together fit 128 bytes, the eight threads divide both: each copies a piece of x or of g.
+  // The other channels of the stage hold stale data, which affects only sums that are not stored.
   constexpr bool kMayBeShort = kGroups == 1 && kCols < kInBlock;
   const bool are_short = kMayBeShort && x_has_whole_pieces && a.in_channels + a.out_channels <= kInBlock && pieces == 1;
   const int32_t x_pieces = a.in_channels / kInPiece;
   const bool copies_x = part < x_pieces;
 
-  const auto copy_pairs = [&](int32_t step) {  // 16 bytes a thread; two pairs may cross the end of the slot, not of the list
+  const auto copy_pairs = [&](int32_t step) {  // two pairs per thread; past the end of the slot zeros
     const int32_t at = step * kDepth + t * 2;
     if (t < kDepth / 2 && step < steps) {
       char* to = reinterpret_cast<char*>(ring + step % P::kPairSteps * kDepth + t * 2);
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   float sums[kCols / 2];
 #pragma unroll
   for (float& sum : sums) sum = 0;
-  // The pairs of a step come kStages - 1 steps before its rows are copied, in the same groups.
+  // A step's pairs are copied kStages - 1 steps before its rows are, in the same cp.async groups.
   for (int i = 0; i < kStages - 1; ++i) copy_pairs(i);
   commit_copies();
   wait_for_copies<0>();
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
 
 constexpr int kReduceThreads = 256;
 
-// A block has 1024 weights of one tap, four a thread.
+// A block sums 1024 weights of one tap, four per thread.
 template <typename T>
 __global__ void wgrad_reduce_kernel(WgradGemmArgs a, int32_t tap_blocks) {
   const int32_t tap = static_cast<int32_t>(blockIdx.x) / tap_blocks;

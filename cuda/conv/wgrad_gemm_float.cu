@@ -1,4 +1,4 @@
-// Every wgrad tile of float32, as TF32 and exact.
+// Instantiates every wgrad tile of float32, as TF32 and exact.
 #include "cuda/conv/wgrad_gemm.cuh"
 
 namespace jaxsparse::cuda {
