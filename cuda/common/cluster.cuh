@@ -1,7 +1,7 @@
-// Clusters: neighbouring blocks that run together, wait for each other and read each other's shared memory. sm_90.
+// Thread block clusters of sm_90: blocks that run together, synchronise, and read each other's shared memory.
 //
-// A barrier of a cluster is arrived at and waited for by every thread of its blocks. What was written before arriving is
-// seen after waiting. A block must not end before the others have read its shared memory.
+// Every thread of the cluster must arrive at its barrier and wait for it. Writes before arriving are visible after waiting.
+// A block must not end before the others have read its shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 
 namespace jaxsparse::cuda {
 
-// Whether code for this architecture may use them; the host asks `has_clusters` instead.
+// Whether device code for this architecture can use clusters. Host code calls `has_clusters` instead.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
 __device__ inline void cluster_arrive() {}
@@ -21,7 +21,7 @@ constexpr bool kHasClusters = true;
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// What lies at this address of its own shared memory in the block of this rank.
+// Reads another block's shared memory: `at` is an address in this block's, `rank` the other block's rank in the cluster.
 __device__ inline float4 load_from_block(const float4* at, int rank) {
   float4 v;
   asm volatile(
@@ -36,7 +36,7 @@ __device__ inline float4 load_from_block(const float4* at, int rank) {
 }
 #endif
 
-// Whether the code of a kernel that runs on this device is of an architecture with clusters.
+// Whether the code of this kernel that runs on the current device was compiled for an architecture with clusters.
 template <typename... Params>
 cudaError_t has_clusters(void (*kernel)(Params...), bool* has) {
   cudaFuncAttributes attributes;

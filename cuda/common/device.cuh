@@ -1,4 +1,4 @@
-// Small things that every kernel file uses: launching, real rows, a scan over a block.
+// Helpers that all kernel files use: launches, real rows, coordinate rows, and sums and scans over a warp or block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,12 +17,12 @@ namespace jaxsparse::cuda {
 
 struct Block {
   int threads;
-  int64_t shared_bytes = 0;  // dynamic, see dynamic_shared()
-  int cluster = 1;           // blocks that run together, see cluster.cuh; divides the number of blocks
+  int64_t shared_bytes = 0;  // dynamic shared memory, see dynamic_shared()
+  int cluster = 1;           // blocks per cluster, see cluster.cuh; divides the number of blocks
 };
 
-// Launches blocks of threads, at least one cluster; returns this launch's own status, not an error that an earlier launch left
-// behind.
+// Launches a kernel with `blocks` blocks, at least one cluster. Returns the status of this launch, not an error left behind
+// by an earlier one.
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, Block block, cudaStream_t stream, Args... args) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
@@ -42,7 +42,7 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, Block block, cudaS
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
-// Calls f(std::integral_constant<int, D>) for the run-time number of dimensions.
+// Calls f(std::integral_constant<int, D>) for a run-time number of dimensions.
 template <typename F>
 cudaError_t for_dims(int dims, F&& f) {
   switch (dims) {
@@ -54,10 +54,10 @@ cudaError_t for_dims(int dims, F&& f) {
   }
 }
 
-// The product of two numbers that are not negative: one instruction, where signs would take three.
+// The 64-bit product of two non-negative numbers: one instruction, where a signed product takes three.
 __device__ inline uint64_t wide(uint32_t a, uint32_t b) { return uint64_t{a} * b; }
 
-// How many of `rows` rows in one segment are real.
+// The number of real rows among `rows` rows in one segment.
 __device__ inline int32_t real_rows(const int32_t* count, int32_t rows) {
   return count[0] < 0 ? 0 : count[0] < rows ? count[0] : rows;
 }
@@ -69,18 +69,18 @@ __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
   return row % segment_rows < segments.counts[row / segment_rows];
 }
 
-// The shared memory of the size that the launch gave, at most 48 KiB without asking the device.
+// The kernel's dynamic shared memory; more than 48 KiB needs cudaFuncAttributeMaxDynamicSharedMemorySize.
 __device__ inline char* dynamic_shared() {
 #ifdef __CUDACC__
   extern __shared__ __align__(16) char bytes[];
   return bytes;
-#else  // the tests on the host
+#else  // host tests
   return cuda_on_host::dynamic_shared;
 #endif
 }
 
-// Blocks for a kernel whose threads go round in strides of the grid over as many items as a device value says: enough
-// to fill any device, so that an item more of capacity costs nothing.
+// The grid size of a kernel with a grid-stride loop over a number of items that only the device knows: enough blocks to fill
+// any device, but bounded, so that a larger capacity costs nothing.
 constexpr int64_t kMostStridingBlocks = 4096;
 constexpr int64_t striding_blocks(int64_t items, int64_t items_a_block) {
   const int64_t blocks = div_up(items, items_a_block);
@@ -91,7 +91,7 @@ __device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x)
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// A row of coordinates, int32 [1 + D], read and written in one access where its size allows it.
+// A row of coordinates, int32 [1 + D]; for D = 3 it is read and written in one access.
 template <int D>
 struct Site {
   int32_t batch, coord[D];
@@ -123,13 +123,13 @@ struct Site {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// In a lane that leads, the OR of the bits of it and the lanes above that do not, up to the next that leads. All lanes
-// call it, and lane 0 leads.
+// Segmented OR over a warp. A segment is a lane that leads and the lanes after it that do not; the leading lane gets the OR
+// of its segment. All lanes call it, and lane 0 leads.
 __device__ inline uint64_t or_of_run(uint64_t bits, bool leads) {
   const int lane = threadIdx.x % kWarp;
   const unsigned leaders = __ballot_sync(kAllLanes, leads);
   const int leader = 31 - __clz(leaders & (0xffffffffu >> (31 - lane)));
-  for (int step = 1; step < kWarp; step *= 2) {  // each adds what the lanes above it have gathered
+  for (int step = 1; step < kWarp; step *= 2) {  // each lane adds what the lane `step` above has gathered
     const uint64_t above = __shfl_down_sync(kAllLanes, bits, step);
     const int leader_above = __shfl_down_sync(kAllLanes, leader, step);
     if (lane + step < kWarp && leader_above == leader) bits |= above;
@@ -137,14 +137,14 @@ __device__ inline uint64_t or_of_run(uint64_t bits, bool leads) {
   return bits;
 }
 
-// Sum over the lanes of a warp, all of which call it: pairs of neighbouring halves, the halves of those, and so on.
+// Sum over the lanes of a warp, all of which call it, as a butterfly: halves first, then quarters, and so on.
 template <typename V>
 __device__ V warp_sum(V value) {
   for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
   return value;
 }
 
-// Sum over the lanes of a warp up to this one, itself included. All lanes call it.
+// Sum over the lanes of a warp up to and including this one. All lanes call it.
 template <typename V>
 __device__ V warp_inclusive_scan(V value) {
   const int lane = threadIdx.x % kWarp;
@@ -155,15 +155,15 @@ __device__ V warp_inclusive_scan(V value) {
   return value;
 }
 
-// Sum of `value` over the threads before this one; *total is the sum over the block. All threads of the block call it.
+// Sum of `value` over the threads before this one; *total becomes the sum over the block. All threads of the block call it.
 template <int kThreads, typename V>
 __device__ V block_exclusive_scan(V value, V* total) {
   constexpr int kWarps = kThreads / kWarp;
   static_assert(kThreads % kWarp == 0 && kWarps <= kWarp);
-  alignas(16) __shared__ V sums[kWarps];  // read 16 bytes at a time: not with a piece of what lies before it
+  alignas(16) __shared__ V sums[kWarps];  // aligned, since it is read 16 bytes at a time
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const V before = warp_inclusive_scan(value);
-  __syncthreads();  // a caller's earlier scan may still be read
+  __syncthreads();  // threads may still read the sums of an earlier scan
   if (lane == kWarp - 1) sums[warp] = before;
   __syncthreads();
   V earlier = 0, all = 0;

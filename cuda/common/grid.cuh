@@ -1,8 +1,8 @@
-// Cooperative kernels: one launch whose blocks go through several phases together and wait for each other in between.
+// Cooperative kernels: one launch whose blocks go through several phases, separated by barriers of the grid.
 //
-// For many short phases in which the number and size of later ones depends on what earlier ones found, such as the passes
-// of a sort: a barrier of the grid costs 1 to 2 microseconds, no more than one more kernel, and a phase that turns out not
-// to be needed costs nothing. The launch holds at most as many blocks as fit the device at once, whatever the capacity.
+// They suit many short phases whose number and size depend on earlier ones, such as the passes of a sort. A barrier of the
+// grid costs 1 to 2 microseconds, no more than another kernel, and a phase that is not needed costs nothing. A launch has at
+// most as many blocks as are resident on the device at once, whatever the capacity.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -14,9 +14,9 @@ namespace jaxsparse::cuda {
 using Grid = cooperative_groups::grid_group;
 
 constexpr int kGridThreads = 512;
-constexpr int kMostBlocks = kGridThreads;  // so that one thread can look at each block's result
+constexpr int kMostBlocks = kGridThreads;  // so that a block has a thread for each block's result
 
-// How many of so many blocks of kThreads threads, at least one, the device holds at once.
+// *at_once: the smaller of `blocks` and the number of blocks of kThreads threads resident at once, at least 1.
 template <int kThreads = kGridThreads, typename... Params>
 cudaError_t blocks_at_once(void (*kernel)(Params...), int64_t blocks, int* at_once) {
   int device = 0, processors = 0, per_processor = 0;
@@ -30,7 +30,7 @@ cudaError_t blocks_at_once(void (*kernel)(Params...), int64_t blocks, int* at_on
   return cudaSuccess;
 }
 
-// Launches kThreads threads in each of `blocks` blocks, or of as many as the device holds at once.
+// Launches a cooperative kernel with `blocks` blocks of kThreads threads, or as many as are resident at once.
 template <int kThreads = kGridThreads, typename... Params, typename... Args>
 cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
   int at_once = 0;
@@ -47,8 +47,8 @@ cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t 
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
-// A barrier of the grid during which each thread does what the others need not see before the next one. Reads of what they
-// wrote before this one must wait.
+// A barrier of the grid that overlaps with meanwhile(). What meanwhile() writes is visible to others only after the next
+// barrier, and it must not read what others wrote before this one.
 template <typename Meanwhile>
 __device__ void sync_while(const Grid& grid, Meanwhile meanwhile) {
   Grid::arrival_token arrived = grid.barrier_arrive();
@@ -60,12 +60,12 @@ struct Range {
   int32_t begin, end;
 };
 
-// How many of 0 .. n - 1, n < 2^31, a block has: a multiple of `unit`, so that `blocks` blocks have all.
+// The size of a block's share of 0 .. n - 1, n < 2^31: a multiple of `unit`, such that `blocks` shares cover all.
 __device__ inline uint32_t share_size(uint32_t n, uint32_t unit, uint32_t blocks) {
-  return ((n + unit - 1) / unit + blocks - 1) / blocks * unit;  // 32 bits divide much faster than 64
+  return ((n + unit - 1) / unit + blocks - 1) / blocks * unit;  // 32-bit division is much faster than 64-bit
 }
 
-// This block's share of them: consecutive, spread over the first `blocks` blocks.
+// This block's share of 0 .. n - 1. Shares are consecutive; the first `blocks` blocks cover all.
 __device__ inline Range share(uint32_t n, uint32_t unit, uint32_t blocks) {
   const uint32_t each = share_size(n, unit, blocks);
   const uint64_t begin = uint64_t{each} * blockIdx.x, end = begin + each;
@@ -84,7 +84,7 @@ __device__ uint64_t block_or(uint64_t value) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ uint64_t words[kWarps];
   for (int step = 1; step < kWarp; step *= 2) value |= __shfl_xor_sync(kAllLanes, value, step);
-  __syncthreads();  // an earlier result may still be read
+  __syncthreads();  // threads may still read an earlier result
   if (threadIdx.x % kWarp == 0) words[threadIdx.x / kWarp] = value;
   __syncthreads();
   uint64_t all = 0;
@@ -92,8 +92,8 @@ __device__ uint64_t block_or(uint64_t value) {
   return all;
 }
 
-// From one value a block, written before the last barrier of the grid: the sum over the blocks before this one, and
-// over all.
+// of_block[i] is a value of block i, written before the last barrier of the grid. Returns the sum over the blocks before
+// this one, and over all.
 struct BlockSums {
   int32_t before, all;
 };
@@ -101,7 +101,7 @@ template <int kThreads = kGridThreads>
 __device__ BlockSums sum_blocks(const int32_t* of_block) {
   const unsigned t = threadIdx.x;
   const uint64_t value = t < gridDim.x ? of_block[t] : 0;
-  const uint64_t sums = block_sum<kThreads>(t < blockIdx.x ? value << 32 | value : value);  // both: neither has 32 bits
+  const uint64_t sums = block_sum<kThreads>(t < blockIdx.x ? value << 32 | value : value);  // both sums in one; each is below 2^32
   return {static_cast<int32_t>(sums >> 32), static_cast<int32_t>(sums)};
 }
 

@@ -1,4 +1,4 @@
-// Marks functions that host and device code share, so that plain C++ compilers can read them too.
+// JAXSPARSE_HD marks functions that host and device code share; plain C++ compilers accept it too.
 #pragma once
 
 #ifdef __CUDACC__

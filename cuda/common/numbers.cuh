@@ -1,4 +1,4 @@
-// Conversions between the feature types and the type that sums are kept in.
+// Conversions between the feature types and the types of their sums.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// Types that cross from the bindings into the kernels.
+// Types that the bindings pass to the kernels.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace jaxsparse::cuda {
 
 enum class Dtype { kF16, kBF16, kF32, kF64 };
 
-// Sums are float32, and float64 for float64 features.
+// Sums are float32, or float64 for float64 features.
 constexpr int64_t accumulator_bytes(Dtype dtype) { return dtype == Dtype::kF64 ? 8 : 4; }
 
 // `rows` rows in `number` equal segments; row r is real where r % (rows / number) < counts[r / (rows / number)].
@@ -21,7 +21,7 @@ struct Segments {
 
 JAXSPARSE_HD constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Parts of a workspace start at multiples of this.
+// The alignment of the parts of a workspace, in bytes.
 constexpr int64_t kWorkspaceAlign = 256;
 constexpr int64_t padded(int64_t bytes) { return div_up(bytes, kWorkspaceAlign) * kWorkspaceAlign; }
 
