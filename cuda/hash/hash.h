@@ -1,4 +1,4 @@
-// The hash function of site keys and the size of a table, shared by CPU and GPU code.
+// The hash function of site keys and the size of a hash table, shared by CPU and GPU code.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 
 namespace jaxsparse {
 
-constexpr uint64_t kNoKey = ~uint64_t{0};  // marks empty slots and rows that do not count
+constexpr uint64_t kNoKey = ~uint64_t{0};  // marks empty slots and rows without a valid site
 
-// The finaliser of MurmurHash3 (Appleby, public domain), which mixes every bit of the key into every bit of the result.
+// The finaliser of MurmurHash3 (Appleby, public domain): every bit of the key affects every bit of the result.
 JAXSPARSE_HD uint64_t hash(uint64_t key) {
   key ^= key >> 33;
   key *= 0xff51afd7ed558ccdull;
@@ -19,7 +19,7 @@ JAXSPARSE_HD uint64_t hash(uint64_t key) {
   return key;
 }
 
-// Slots for so many keys: the least power of two that leaves half of them empty.
+// The number of slots for so many keys: the least power of two that leaves at least half of the slots empty.
 JAXSPARSE_HD int64_t hash_slots(int64_t keys) {
   if (keys <= 1) return 2;
 #ifdef __CUDA_ARCH__

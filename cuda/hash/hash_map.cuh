@@ -1,12 +1,12 @@
 // A hash map of 64-bit keys in global memory: open addressing, linear probing, any number of slots.
 //
-// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key. Slot::hash(key) is 32 bits whose
-// high ones are well mixed. All ones is no key: it marks an empty slot. Any number of threads may insert at once; find sees
-// what was inserted before the last barrier or kernel. Which slot a key gets depends on who came first, so places must not
-// reach a result.
+// A slot is a struct of 16 or 32 bytes, aligned to its size, whose first member is the key. Slot::hash(key) has 32 bits, of
+// which the high ones must be well mixed. The key of all ones marks an empty slot. Any number of threads may insert at once;
+// find sees what was inserted before the last barrier or kernel. A key's slot depends on the order of threads, so results
+// must not depend on slot numbers.
 //
-// Neighbouring blocks in neighbouring slots, by a hash of all of a key but its last bit: 12 us instead of 10 to look up a
-// scan on an H200, 312 instead of 295 for 4 million sites.
+// Tried, slower: a hash of all but a key's last bit, so that neighbouring blocks get neighbouring slots: 12 us instead of 10
+// to look up a scan on an H200, 312 instead of 295 for 4 million sites.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -19,11 +19,11 @@ class HashMap {
   static_assert(sizeof(Slot) == alignof(Slot) && sizeof(Slot) % 16 == 0, "in one sector of the cache");
 
  public:
-  // `number` must be at least one more than the distinct keys that will come, or a search may never end; twice as many
-  // keep searches short. Every key must be kNoKey before the first one comes.
+  // `number` of slots must exceed the number of distinct keys, or a search may never end; twice as many keep searches
+  // short. Every slot's key must be kNoKey before the first insertion.
   __device__ HashMap(Slot* slots, uint32_t number) : slots_(slots), number_(number) {}
 
-  // The slot of a key, which is entered if it is absent.
+  // Returns the slot of a key, after inserting the key if it is absent.
   __device__ Slot* insert_if_absent(uint64_t key) {
     for (uint32_t at = first(key);; at = next(at)) {
       const uint64_t before = atomicCAS(reinterpret_cast<unsigned long long*>(&slots_[at].key), kEmpty,
@@ -32,9 +32,9 @@ class HashMap {
     }
   }
 
-  // Which of some wanted keys are there, and in which slots: the first reads are on their way together, and so are the second
-  // ones of those that need it: of a warp's keys some nearly always do. They bring the slots into the cache, so that no more
-  // of a slot need be held meanwhile than its key.
+  // Looks up the wanted keys: found[i], and the slot number slots[i]. All keys are probed together, so that the first probes
+  // are in flight at once, then the second ones; in a warp some key nearly always needs one. Only keys are kept in
+  // registers: probing brings the slots into the cache for a later read.
   template <int kKeys>
   __device__ void find(const uint64_t (&keys)[kKeys], const bool (&wanted)[kKeys], uint32_t (&slots)[kKeys],
                        bool (&found)[kKeys]) const {
