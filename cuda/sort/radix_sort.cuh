@@ -1,21 +1,21 @@
-// A stable radix sort inside a cooperative kernel, of as many keys as a device value says, by as many bits.
+// A stable radix sort inside a cooperative kernel; the number of keys and of bits are known only on the device.
 //
-// Least significant digit first, 9 bits a pass: 33 bits, a scan's, are four. In a pass each block moves its share of the keys;
-// a barrier of the grid ends it. Where a block's keys of a digit go depends on the keys before them: those of lesser digits,
-// those of its digit in earlier chunks of eight or nine shares, and those in earlier shares of its chunk. Chunks are counted
-// as keys arrive, by the pass before; the shares before its own in its chunk a block counts itself, so that there is neither a
-// phase nor a barrier to count or to sum up. Only large shares each block counts for the others, and a barrier follows: on an
-// H200 605 us instead of 705 for all of unique_sites with 4 million points, 155 instead of 160 with 1 million. No block ever
-// waits for its neighbour, only all for all, so there is nothing to get out of order.
+// Least significant digit first, 9 bits per pass: a scan's 33 bits take four. In a pass each block moves its share of the
+// keys; then follows a barrier of the grid. A block's keys of a digit go behind all keys of smaller digits, behind those of
+// that digit in earlier chunks (of eight or nine shares each), and in earlier shares of its chunk. The chunks' counts are
+// made by the previous pass, as keys arrive. The earlier shares of its chunk a block counts itself, which saves a phase and
+// a barrier. Only if shares are large, each block counts its own, and a barrier follows: on an H200 605 us instead of 705
+// for all of unique_sites with 4 million points, 155 instead of 160 with 1 million. No block waits for a single other one.
 //
-// A block moves its share a tile at a time. The keys of a large one are first put by digit in shared memory, so that a warp
-// writes runs of neighbours: when it was new, on an H200, 204 us instead of 222 with 1 million points, 867 instead of 988 with
-// 4 million, 57 instead of 61 with 271,156; in tiles of 945 keys, of 124,668 points, it took 2 us more.
+// A block moves its share one tile at a time. A large tile is first ordered by digit in shared memory, so that warps write
+// runs of neighbours: when introduced, on an H200, 204 us instead of 222 with 1 million points, 867 instead of 988 with
+// 4 million, 57 instead of 61 with 271,156. In tiles of 945 keys (124,668 points) it took 2 us more.
 //
-// Bound by latency, four dependent reads and a barrier a pass, up to some hundred thousand keys; by 24 bytes a key beyond.
+// Up to some hundred thousand keys it is bound by latency: four dependent reads and a barrier per pass. Beyond, by memory
+// traffic: 24 bytes per key and pass.
 //
-// Why not CUB: its sort wants the number of keys and of bits from the host, so it follows the capacity and sorts 64
-// bits where a scan has about 33 that differ.
+// Why not CUB: the host must tell its sort the number of keys and bits, so it would sort the whole capacity, by 64 bits
+// where a scan has about 33 that differ.
 #pragma once
 
 #include "cuda/common/grid.cuh"
@@ -24,7 +24,7 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kSortThreads = 768;  // one block a multiprocessor, since each reads the chunks' counts; 1024 would spill
+constexpr int kSortThreads = 768;  // one block per multiprocessor, since each reads all chunks' counts; 1024 would spill
 constexpr int kSortWarps = kSortThreads / kWarp;
 constexpr int kSortPerThread = 3;
 constexpr int kSortTile = kSortPerThread * kSortThreads;
@@ -32,10 +32,10 @@ constexpr int kSortTile = kSortPerThread * kSortThreads;
 struct SortBuffers {
   uint64_t* keys;
   uint32_t* values;
-  uint64_t* other_keys;  // where a pass writes; then they change places
+  uint64_t* other_keys;  // written by a pass, then swapped with keys
   uint32_t* other_values;
   int32_t* counts;    // [kMostPasses, kSortChunks, kDigits], 0 when the kernel begins
-  int32_t* of_share;  // [blocks, kDigits], where shares are large
+  int32_t* of_share;  // [blocks, kDigits], used if shares are large
 };
 
 inline cudaError_t take_sort_buffers(Workspace& workspace, int64_t n, cudaStream_t stream, SortBuffers* b) {
@@ -54,13 +54,13 @@ struct SortShared {
     struct {
       uint64_t keys[kSortTile];
       uint32_t values[kSortTile];
-    } tile;  // by digit
+    } tile;  // ordered by digit
   };
-  uint32_t arrived[kSortChunks * kDigits / 2];  // keys moved to each chunk by the digits of the next pass, 16 bits each
-  int32_t next[kDigits];                        // where this block's next key of each digit goes
-  int32_t ahead[kDigits];                       // how far ahead of its place in the tile
+  uint32_t arrived[kSortChunks * kDigits / 2];  // [chunk][next pass's digit]: keys moved there, two 16-bit counts per word
+  int32_t next[kDigits];                        // destination of this block's next key of each digit
+  int32_t ahead[kDigits];                       // destination of a digit's keys less their place in the tile
 };
-constexpr int kTilesCounted = 65535 / kSortTile;  // `arrived` has room for so many
+constexpr int kTilesCounted = 65535 / kSortTile;  // tiles until a count in `arrived` could overflow
 
 template <typename T>
 __device__ void swap(T*& a, T*& b) {
@@ -69,10 +69,10 @@ __device__ void swap(T*& a, T*& b) {
   b = held;
 }
 
-// How n keys are shared out.
+// How n keys are divided into shares, one per block, and shares into chunks.
 struct SortShares {
-  uint32_t in_chunk, keys;  // shares in a chunk, keys in a share
-  int32_t chunk;            // this block's
+  uint32_t in_chunk, keys;  // shares per chunk, keys per share
+  int32_t chunk;            // this block's chunk
   Range own;
 
   __device__ explicit SortShares(int32_t n)
@@ -84,7 +84,7 @@ struct SortShares {
   __device__ uint32_t chunk_keys() const { return in_chunk * keys; }
 };
 
-// Calls use(i, read(i)) for i in the range, so many reads of a thread in flight.
+// Calls use(i, read(i)) for all i in the range, with kAtOnce reads of each thread in flight.
 template <int kAtOnce, typename Read, typename Use>
 __device__ void for_keys(Range range, Read read, Use use) {
   for (int32_t begin = range.begin + threadIdx.x; begin < range.end; begin += kAtOnce * kSortThreads) {
@@ -100,8 +100,8 @@ __device__ void for_keys(Range range, Read read, Use use) {
   }
 }
 
-// Puts key(i), i = 0 .. n - 1, where radix_sort expects them, and counts their last digits. All blocks call it; a barrier of
-// the grid must follow.
+// Stores key_of(i), i = 0 .. n - 1, as radix_sort's input and counts the digits of the first pass. All blocks call it; a
+// barrier of the grid must follow.
 template <typename KeyOf>
 __device__ void put_keys(const SortBuffers& b, int32_t n, SortShared& shared, KeyOf key_of) {
   const SortShares shares(n);
@@ -118,19 +118,19 @@ __device__ void put_keys(const SortBuffers& b, int32_t n, SortShared& shared, Ke
   }
 }
 
-// Moves the keys and values at [tile.begin, tile.end), at most kSortTile, to shared.next[digit] and on in the other buffers,
-// and where `counts_next` is set adds the next pass's digits to shared.arrived. In the first pass keys become their codes, and
-// the values are those positions. *in_tile: see Ranks.
+// Moves the keys and values at [tile.begin, tile.end), at most kSortTile, to the other buffers, a digit's from
+// shared.next[digit] on. If counts_next, counts the next pass's digits in shared.arrived. In the first pass keys are
+// replaced by their codes, and values are the keys' positions. *in_tile: see Ranks.
 template <typename Digit, typename ToCodes>
 __device__ void scatter_tile(const SortBuffers& b, bool is_first, Range tile, uint32_t chunk_keys, bool counts_next,
                              uint32_t* in_tile, SortShared& shared, Digit digit_of, ToCodes to_codes) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int each = (tile.end - tile.begin + kSortThreads - 1) / kSortThreads;  // sets of 32 keys of a warp
+  const int each = (tile.end - tile.begin + kSortThreads - 1) / kSortThreads;  // sets of 32 keys per warp
   const int32_t first = tile.begin + warp * each * kWarp + lane;
   const int32_t end = min(tile.end, first - lane + each * kWarp);
   uint64_t keys[kSortPerThread];
   uint32_t values[kSortPerThread];
-  int32_t places[kSortPerThread];  // at first among the warp's keys of the same digit
+  int32_t places[kSortPerThread];  // first the rank among the warp's keys of the same digit, later the destination
 #pragma unroll
   for (int i = 0; i < kSortPerThread; ++i) {
     const int32_t at = first + i * kWarp;
@@ -146,10 +146,10 @@ __device__ void scatter_tile(const SortBuffers& b, bool is_first, Range tile, ui
   }
   __syncthreads();
   shared.ranks.sum_up(kSortWarps, shared.next, in_tile);
-  const bool by_digit = each == kSortPerThread;  // few keys have no neighbours of their digit
+  const bool by_digit = each == kSortPerThread;  // not worth it with few keys per digit
   if (by_digit) {
     const int t = threadIdx.x;
-    const int32_t low = *in_tile & 0xffff, high = *in_tile >> 16;  // keys of two digits
+    const int32_t low = *in_tile & 0xffff, high = *in_tile >> 16;  // counts of two digits
     int32_t total;
     const int32_t before = block_exclusive_scan<kSortThreads>(low + high, &total);
     if (t < kDigits / 2) {
@@ -195,7 +195,7 @@ __device__ void scatter_tile(const SortBuffers& b, bool is_first, Range tile, ui
   __syncthreads();
 }
 
-// Adds shared.arrived to the next pass's counts and clears it.
+// Adds shared.arrived to the counts of the next pass and clears it.
 __device__ inline void hand_over(int32_t* next_counts, SortShared& shared) {
   for (int i = threadIdx.x; i < kSortChunks * kDigits / 2; i += kSortThreads) {
     const uint64_t pair = shared.arrived[i];
@@ -206,9 +206,9 @@ __device__ inline void hand_over(int32_t* next_counts, SortShared& shared) {
   }
 }
 
-// Replaces b.keys, n of them, by what to_codes(keys of a thread) makes of them, whose last digits must be the keys' own, and
-// sorts those by their low `bits` bits. The values become the keys' first positions. All blocks call it, after put_keys and a
-// barrier of the grid; it ends with one.
+// Replaces the n keys in b.keys by their codes, to_codes(keys of a thread), and sorts these by their low `bits` bits. A
+// code's last digit must be that of its key. The values become the keys' original positions. All blocks call it, after
+// put_keys and a barrier of the grid; it ends with one.
 template <typename ToCodes>
 __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortShared& shared, ToCodes to_codes) {
   const SortShares shares(n);
@@ -216,7 +216,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
   const int t = threadIdx.x;
   for (int i = t; i < kSortChunks * kDigits / 2; i += kSortThreads) shared.arrived[i] = 0;
   for (int pass = 0; pass < passes; ++pass) {
-    const auto digit_of = [&](uint64_t key, int later) {  // in this pass, or in the next
+    const auto digit_of = [&](uint64_t key, int later) {  // later = 0: in this pass, 1: in the next
       return static_cast<int>((key >> ((pass + later) * kDigitBits)) % kDigits);
     };
     if (t < kDigits) shared.next[t] = 0;
@@ -240,7 +240,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
         shared.next[t] = earlier;
       }
     }
-    int32_t before = 0, all = 0;  // keys of the thread's digit in the chunks before this one, and in all
+    int32_t before = 0, all = 0;  // keys of digit t in the chunks before this one, and in all
     int32_t* const counts = b.counts + pass * kSortChunks * kDigits;
     if (t < kDigits) {
 #pragma unroll

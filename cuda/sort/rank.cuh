@@ -1,31 +1,31 @@
-// Ranks a block's tile of small numbers, digits or keys, stably: the counting sort of one block.
+// Stable ranks of small numbers (digits or keys) within a tile of one block: the core of a counting sort.
 #pragma once
 
 #include "cuda/common/device.cuh"
 
 namespace jaxsparse::cuda {
 
-// In shared memory. Each warp adds its part of the tile, 32 numbers at a time; then sum_up turns how many of each number a
-// warp has into how many the warps before it have. A tile has fewer than 2^16 numbers.
+// Lives in shared memory. Each warp adds its part of the tile, 32 numbers at a time, which counts each number per warp; then
+// sum_up replaces a warp's counts by the sums over the warps before it. A tile has fewer than 2^16 numbers.
 template <int kWarps, int kNumbers>
 struct Ranks {
-  static constexpr int kPairs = (kNumbers + 1) / 2;  // two counts are added up as one word
+  static constexpr int kPairs = (kNumbers + 1) / 2;  // two 16-bit counts are summed as one word
   union {
     uint16_t before[kWarps][2 * kPairs];
     uint32_t pairs[kWarps][kPairs];
   };
 
-  // Clears the warp's part.
+  // Clears the warp's counts.
   __device__ void clear() {
     for (int i = threadIdx.x % kWarp; i < kPairs; i += kWarp) pairs[threadIdx.x / kWarp][i] = 0;
     __syncwarp();
   }
 
-  // Adds a number a lane, of so many bits, where it exists; returns how many of the same the warp had before it.
+  // Each lane adds a number of kBits bits if it exists; returns how often the warp had added the same number before.
   template <int kBits>
   __device__ int32_t add(int number, bool exists) {
     uint16_t* const own = before[threadIdx.x / kWarp];
-    unsigned peers = __ballot_sync(kAllLanes, exists);  // lanes with this lane's number; __match_any_sync is far slower
+    unsigned peers = __ballot_sync(kAllLanes, exists);  // lanes with the same number; __match_any_sync is far slower
     if (!exists) peers = ~peers;
 #pragma unroll
     for (int bit = 0; bit < kBits; ++bit) {
@@ -41,8 +41,8 @@ struct Ranks {
     return earlier + below;
   }
 
-  // Sums over the first `warps` warps. next[number] goes on by what the tile before had; *in_tile, two numbers of the
-  // thread's, remembers it from tile to tile. Barriers of the block before and after.
+  // Sums over the first `warps` warps, and advances next[number] by the previous tile's count. *in_tile keeps the tile's
+  // counts of the thread's two numbers until the next call. Needs barriers of the block before and after.
   __device__ void sum_up(int warps, int32_t* next, uint32_t* in_tile) {
     const int t = threadIdx.x;
     if (t >= kPairs) return;
