@@ -1,11 +1,11 @@
-// Codes of blocks of coarse sites: numbers in (batch, Morton) order, in as few bits as the extent of the fine ones allows.
+// Codes of blocks of coarse sites: numbers in (batch, Morton) order, with as few bits as the fine sites' extent allows.
 #pragma once
 
 #include "cuda/coords/reached.cuh"
 
 namespace jaxsparse::cuda {
 
-// Replaces each value by its maximum over the block of threads, all of which call it.
+// Replaces each value by its maximum over the thread block, all threads of which call it.
 template <int N>
 __device__ void block_max(uint32_t (&values)[N]) {
   __shared__ uint32_t highest[N];
@@ -20,20 +20,20 @@ __device__ void block_max(uint32_t (&values)[N]) {
   for (int i = 0; i < N; ++i) values[i] = highest[i];
 }
 
-// Blocks as numbers in (batch, Morton) order, in shared memory. Coordinates far from the ends of their range leave the bits
-// above them equal to the sign's complement, and those say nothing: a scan's blocks have 22 bits.
+// Computes the codes, from look-up tables in shared memory. If coordinates are far from the ends of their range, the high
+// bits below the sign bit equal its complement and carry no information. Codes omit them: 22 bits for a scan's blocks.
 template <int D>
 struct BlockCodes {
-  static constexpr int kPart = 4;  // bits of a block's number that are looked up together
+  static constexpr int kPart = 4;  // bits of a block's number on an axis per look-up
   static constexpr int kParts = (axis_bits(D) - 1 - block_axis_bits(D, 0) + kPart - 1) / kPart;
   static constexpr int kEntries = D * kParts << kPart;
 
-  uint64_t parts[kEntries];  // what a part of an axis's number adds to the code
-  int low_bits[D];           // of a coordinate on each axis, below the sign's
+  uint64_t parts[kEntries];  // [axis, part, value of the part]: its bits in the code
+  int low_bits[D];           // per axis, the bits of a coordinate below the sign bit that are kept
   int batch_bits;
 
-  // `highest`: results of extent_kernel, a thread those of one of its blocks. All threads of the block, kEntries at least, call
-  // it; a barrier must follow.
+  // `highest`: each thread passes the result of one block of extent_kernel, or 0. All threads of the block, at least
+  // kEntries, call it; a barrier must follow.
   __device__ void fill(const CoarseAxes<D>& axes, uint32_t (&highest)[1 + D]) {
     block_max(highest);
     if (threadIdx.x == 0) batch_bits = 32 - __clz(highest[0]);
@@ -41,7 +41,7 @@ struct BlockCodes {
     for (int d = 0; d < D; ++d) {
       if (static_cast<int>(threadIdx.x) != 1 + d) continue;
       const uint64_t most = highest[1 + d] + uint64_t{1} + axes.reach[d];
-      const int bits = __clzll(axes.stride[d]) + 1 - __clzll(most);  // at least as many as most / stride has
+      const int bits = __clzll(axes.stride[d]) + 1 - __clzll(most);  // at least the bits of most / stride
       low_bits[d] = min(max(bits, 0), axis_bits(D) - 1);
     }
     __syncthreads();
@@ -49,7 +49,7 @@ struct BlockCodes {
     const int axis = threadIdx.x / (kParts << kPart), first = threadIdx.x / (1 << kPart) % kParts * kPart;
     uint64_t code = 0;
     for (int b = 0; b < kPart; ++b) {
-      const int bit = first + b + block_axis_bits(D, axis);  // of a coordinate
+      const int bit = first + b + block_axis_bits(D, axis);  // counted in the coordinate
       if ((threadIdx.x >> b & 1) == 0 || bit >= low_bits[axis]) continue;
       int place = 0;
       for (int d = 0; d < D; ++d) {

@@ -1,4 +1,4 @@
-// What lies under the window of an output, by blocks of 64 sites.
+// Look-up of the input sites under the window of an output, by blocks of 64 sites.
 #pragma once
 
 #include "cuda/coords/blocks.cuh"
@@ -6,12 +6,12 @@
 
 namespace jaxsparse::cuda {
 
-// What of a geometry is the same for all outputs.
+// The parts of a geometry that do not depend on the output.
 template <int D>
 struct WindowShape {
   int32_t stride[D], dilation[D];
-  int64_t shift[D];  // of a window's first tap, counted from the lower end of the coordinate range
-  int32_t reach[D];  // from the first tap to the last
+  int64_t shift[D];  // the first tap of output 0, counted from the lower end of the coordinate range
+  int32_t reach[D];  // distance from the first tap to the last
 
   explicit WindowShape(const Geometry& g) {
     for (int d = 0; d < D; ++d) {
@@ -26,9 +26,9 @@ struct WindowShape {
 // The window of one output.
 template <int D>
 struct Window {
-  uint64_t first_key;  // of the first block under it
-  uint32_t exists[D];  // a bit for each block on an axis: under the window, and within the coordinate range
-  int32_t offset[D];   // of the first tap, in the first block
+  uint64_t first_key;  // key of the first block under it
+  uint32_t exists[D];  // per axis, a bit per block: set if it is under the window and within the coordinate range
+  int32_t offset[D];   // position of the first tap in the first block
 
   __device__ Window(const WindowShape<D>& shape, const Site<D>& out) {
     constexpr BlockNumbers<D> numbers;
@@ -40,7 +40,7 @@ struct Window {
       const int64_t first = static_cast<int64_t>(shape.stride[d]) * out.coord[d] + shape.shift[d], block = first >> bits;
       offset[d] = static_cast<int32_t>(first) & ((1 << bits) - 1);
       first_key += static_cast<uint64_t>(block) << numbers.shift[d];
-      const int32_t limit = 1 << numbers.bits[d];  // blocks from 0 to there have a key
+      const int32_t limit = 1 << numbers.bits[d];  // blocks 0 .. limit - 1 have a key
       const int32_t nearest = block < -31 ? -31 : block > limit ? limit : static_cast<int32_t>(block);
       const int32_t blocks = has_batch ? min(((offset[d] + shape.reach[d]) >> bits) + 1, limit - nearest) : 0;
       exists[d] = ((1u << blocks) - 1) & ~0u << max(-nearest, 0);
@@ -48,43 +48,43 @@ struct Window {
   }
 };
 
-// The share of a tap's coordinate on one axis, counted from the first block under the window, in its site's number there:
-// 64 times that of its block, `step` for a block more on this axis, plus its place in it, counted from the last. The axes'
-// shares add up.
+// A site under a window has a place: 64 times its block's number there, plus its number in the block counted from the last
+// site. A place is the sum of one share per axis; this is the share of coordinate `at`, counted from the first block under
+// the window. `step`: what the next block on this axis adds.
 template <int D>
 __device__ int32_t place_share(int axis, int32_t at, int32_t step) {
   return (at >> block_axis_bits(D, axis)) * step + bits_in_block<D>(axis, ~at);
 }
 
-// Half of a block under a window: which of its 32 sites exist, and the row before that of the first. The second half comes
-// first.
+// Half of a block under a window: which of its 32 sites exist, and the row of the first one, less 1. The second half is
+// stored first.
 struct alignas(8) Half {
-  uint32_t mask;  // the last site is the lowest bit
+  uint32_t mask;  // its lowest bit is for the first site
   int32_t row_before;
 };
 
-// What lies under the windows of a warp's outputs: a lane's halves are kWarp apart.
+// Stores block number `block` under the window of the lane's output; a lane's halves are kWarp apart.
 __device__ inline void put_block(Half* under, int32_t block, const uint4& sites) {
   const int32_t row_before = static_cast<int32_t>(sites.z) - 1;
   under[2 * block * kWarp] = {sites.y, row_before + __popc(sites.x)};
   under[(2 * block + 1) * kWarp] = {sites.x, row_before};
 }
 
-// The row of a site, -1 where there is none.
+// The row of the site at a place, -1 if there is none.
 __device__ inline int32_t row_at(const Half* under, int32_t place, int32_t in_rows) {
   const Half half = under[place & ~31];  // 32 places, kWarp halves
-  const uint32_t up_to = half.mask << (place & 31);  // the site is the highest bit, those before it lie below
+  const uint32_t up_to = half.mask << (place & 31);  // the site's bit is the highest, those of earlier sites lie below
   const int32_t row = half.row_before + __popc(up_to);
-  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // too large only where sites are not sorted
+  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // row >= in_rows only if sites are not sorted
 }
 
-// What of a geometry is the same for all outputs where windows may lie over more blocks.
+// The same as WindowShape, for block_kernel: the blocks that a window of any size may lie over.
 template <int D>
 struct BlocksUnder {
-  int32_t across[D], number;  // on each axis and in all, at most
+  int32_t across[D], number;  // the most blocks on each axis, and in all
   int32_t step[D];            // see place_share()
   struct {
-    uint64_t step;  // what it adds to the key of the first one
+    uint64_t step;  // its key less that of the first block
     uint8_t at[D];  // its number on each axis
   } block[kMostUnderWindow];
 

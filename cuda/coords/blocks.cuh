@@ -1,5 +1,5 @@
-// Keys of blocks of 64 sites that need no order: batch, then the block's number on each axis, counted from the lower end of
-// the coordinate range, side by side. Far cheaper to make than a Morton code, and so is that of a neighbour.
+// Keys of blocks of 64 sites for hash maps: the batch, then the block's number on each axis, counted from the lower end of
+// the coordinate range. Unlike Morton codes they are cheap to compute, also for neighbours, but their order means nothing.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -9,8 +9,8 @@ namespace jaxsparse::cuda {
 
 template <int D>
 struct BlockNumbers {
-  int bits[D];   // of the number on each axis
-  int shift[D];  // how far it is shifted left
+  int bits[D];   // bits of the number on each axis
+  int shift[D];  // its position in the key
   int batch_shift;
 
   constexpr BlockNumbers() : bits(), shift(), batch_shift(0) {
@@ -22,7 +22,7 @@ struct BlockNumbers {
   }
 };
 
-// The site of a block with a place in it, the last bits of its key.
+// The site of a block whose Morton key ends in the bits `bit`.
 template <int D>
 __device__ Site<D> block_site(uint64_t block, int bit) {
   constexpr BlockNumbers<D> numbers;
@@ -38,7 +38,7 @@ __device__ Site<D> block_site(uint64_t block, int bit) {
   return site;
 }
 
-// Two products and a half, where the finaliser of MurmurHash3 takes six of 32 bits. The high bits are the good ones.
+// A cheap hash: three 32-bit products, where the finaliser of MurmurHash3 takes six. Only the high bits are well mixed.
 __device__ inline uint32_t hash_block(uint64_t key) {
   const uint32_t mixed = static_cast<uint32_t>(key) * 0x9e3779b1u + static_cast<uint32_t>(key >> 32) * 0x85ebca77u;
   return (mixed ^ mixed >> 15) * 0x2c1b3c6du;

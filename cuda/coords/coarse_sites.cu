@@ -1,21 +1,20 @@
-// Coarse sites of every geometry and order, but for those of shifted_sites.cu. It works on blocks of 64 coarse sites, a mask of
-// 64 bits each, because there are few of them: neighbouring fine sites reach the same blocks over and over. Three kernels:
+// Computes coarse sites for every geometry and order of fine sites, except the cases of shifted_sites.cu. It works on blocks
+// of 64 coarse sites, stored as 64-bit masks: neighbouring fine sites reach the same few blocks. Three kernels:
 //
-//     extent  how far from 0 the fine sites lie, which says how many bits the blocks' codes need
-//     list    each block of threads gathers the masks that its rows reach in a hash map in shared memory, lists them with
-//             their codes, and marks them in the top of the tree
-//     tree    cooperative: puts the listed blocks in order, see tree.cuh, and writes their sites and the index that maps
-//             from them need
+//     extent  finds how far from 0 the fine sites lie, which decides how many bits the blocks' codes need
+//     list    each thread block collects the masks of the blocks that its rows reach, in a hash map in shared memory. It
+//             lists them with their codes and marks them in the top level of the tree
+//     tree    cooperative: sorts the listed blocks, see tree.cuh, and writes their sites, and the index for kernel maps from
+//             these sites
 //
-// 111,028 sites of a scan, kernel 3^3, stride 2, reach 14,351 blocks; 256 rows at a time list 18 thousand.
+// 111,028 sites of a scan, kernel 3^3, stride 2, reach 14,351 blocks; 256 rows at a time list 18 thousand entries.
+// On an H200: 4, 11 and 14 us; for 32,650 sites 3, 6 and 12. Of the last, 2 to 4 us are for the index, which takes 5 to 8 as
+// a separate call.
 //
-// On an H200: 4, 11 and 14 us; of 32,650 sites 3, 6 and 12. Of the last 2 to 4 us are the index's, which as a call of its own
-// takes 5 to 8.
-//
-// Tried and left:
+// Tried, not faster:
 //     a sort of the list by block: 60 us more, on an H100
-//     blocks entered in the index by those who write the leaves, during the last barrier: as long, on an H200
-//     one cooperative kernel for all, codes of as many bits on each axis as the longest needs: 42 us, 20 of 32,667 sites
+//     blocks entered in the index by the threads that write the leaves, during the last barrier: as long, on an H200
+//     one cooperative kernel for all, codes with as many bits on each axis as the longest needs: 42 us, 20 for 32,667 sites
 #include "cuda/coords/coarse_sites.h"
 
 #include "cuda/coords/block_codes.cuh"
@@ -29,9 +28,9 @@ namespace {
 
 constexpr int kListThreads = 256;
 constexpr int kListSlots = 1024;
-constexpr int kExtentBlocks = kListThreads;  // at most, so that one thread can look at each one's result
+constexpr int kExtentBlocks = kListThreads;  // at most, so that list_kernel has a thread for each one's result
 
-// A block of coarse sites, and those of it that some rows reach.
+// A block of coarse sites, and a mask of those that some fine sites reach.
 struct alignas(16) Entry {
   uint64_t block;  // see blocks.cuh
   uint64_t sites;
@@ -41,9 +40,9 @@ struct Scratch {
   Entry* entries;     // [candidates]
   uint64_t* codes;    // [candidates], see BlockCodes
   Tree tree;          // of the entries
-  uint32_t* highest;  // [1 + D, kExtentBlocks], of the rows of each block of threads: batch, distance from 0 on each axis
-  int32_t* number;    // [1], of entries
-  int32_t* bits;      // [1], of codes
+  uint32_t* highest;  // [1 + D, kExtentBlocks], maxima over the rows of each thread block: batch, |coordinate| on each axis
+  int32_t* number;    // [1], number of entries
+  int32_t* bits;      // [1], bits per code
 };
 
 template <int D>
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a,
     for (int i = 0; i < kAtOnce; ++i) sites[i] = site_at(row + i * all_threads());
   };
   int64_t row = global_thread();
-  read(row);  // on their way together with the count
+  read(row);  // in flight together with the load of the count
   clear_tree(s.tree);
   if (row == 0) *s.number = *a.outside = 0;
   const int32_t rows = real_rows(a.count, a.rows);
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a,
       if (row + i * all_threads() >= rows || !has_key(site)) continue;
       highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
       for (int d = 0; d < D; ++d) {
-        const int32_t from_0 = site.coord[d] ^ site.coord[d] >> 31;  // -1 is as near as 0
+        const int32_t from_0 = site.coord[d] ^ site.coord[d] >> 31;  // -1 counts as 0
         highest[1 + d] = max(highest[1 + d], static_cast<uint32_t>(from_0));
       }
     }
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a,
   for (int i = 0; i < 1 + D; ++i) s.highest[i * kExtentBlocks + blockIdx.x] = highest[i];
 }
 
-// The blocks that the rows of a block of threads reach: a hash map in shared memory.
+// The blocks of coarse sites that the rows of a thread block reach: a hash map in shared memory.
 struct BlockList {
   uint64_t block[kListSlots];  // kNoKey in an empty slot
   uint32_t sites[2][kListSlots];
@@ -100,7 +99,7 @@ struct BlockList {
     if (threadIdx.x == 0) number = 0;
   }
 
-  // Whether the sites found a place.
+  // Adds sites of a block. Returns false if no slot was found.
   __device__ bool add(uint64_t key, uint64_t of_block) {
     constexpr int kTries = 16;
     uint32_t slot = hash_block(key) >> 16;
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
   static_assert(BlockCodes<D>::kEntries <= kListThreads);
   __shared__ int32_t first_entry;
   const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
-  Site<D> site = site_at(global_thread());  // on its way together with the count and the extent
+  Site<D> site = site_at(global_thread());  // in flight together with the loads of the count and the extent
   const int32_t rows = real_rows(a.count, a.rows);
   uint32_t highest[1 + D];
   for (int i = 0; i < 1 + D; ++i) {
@@ -148,8 +147,8 @@ __global__ void __launch_bounds__(kListThreads, 4)
   int32_t outside = 0;
   for (int64_t begin = int64_t{blockIdx.x} * kListThreads; begin < rows; begin += all_threads()) {
     bool more = begin + threadIdx.x < rows && has_key(site);
-    int32_t step = 0;      // which of the blocks or windows is next
-    bool goes_on = false;  // where the list was full
+    int32_t step = 0;      // the site's next block or window
+    bool goes_on = false;  // whether this is a further round because the list was full
     do {
       list.clear();
       __syncthreads();
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
           uint64_t block;
           const uint64_t sites = reached.in_block(step, &block);
           if (sites != 0 && !list.add(block, sites)) break;
-          step = (step - reached.seconds) & reached.seconds;  // the next part of that set, the empty one after the last
+          step = (step - reached.seconds) & reached.seconds;  // next subset of `seconds`; the empty set after the last
           more = step != 0;
         }
       } else {
@@ -174,7 +173,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
         }
       }
       goes_on = __syncthreads_count(more) > 0;
-      // Marks take as long, and the last warp seldom has any.
+      // The last thread does this, since its warp seldom has children to mark; the marking takes as long.
       if (threadIdx.x == kListThreads - 1) first_entry = atomicAdd(s.number, list.number);
       for (int32_t next = 0; next < list.number; next += kListThreads) {
         const int32_t i = next + threadIdx.x;
@@ -192,20 +191,20 @@ __global__ void __launch_bounds__(kListThreads, 4)
           s.codes[first_entry + i] = code;
         }
       }
-      __syncthreads();  // the list is no longer read
+      __syncthreads();  // the list is free
     } while (goes_on);
     site = site_at(begin + all_threads() + threadIdx.x);
   }
   if (outside != 0) atomicAdd(a.outside, outside);
 }
 
-// What the tree's leaves become: sites, and an index of their blocks where it is wanted.
+// Writes the tree's leaves as sites, and if `index` is set, as an index of their blocks.
 template <int D>
 struct Output {
   const CoarseSitesArgs& a;
   BlockSlot* const index;
   const uint32_t slots;
-  const bool late;  // whether all listed blocks might not fit the index: then only those of kept sites enter it
+  const bool late;  // set if the listed blocks might not all fit the index: then only those of kept sites are entered
 
   __device__ Output(const CoarseSitesArgs& a, int32_t entries)
       : a(a),
@@ -215,12 +214,12 @@ struct Output {
     if (index != nullptr) clear_slots(index, slots);
   }
 
-  // The slot.
+  // Enters a block in the index and returns its slot.
   __device__ int32_t enter(uint64_t block) const {
     return index != nullptr ? static_cast<int32_t>(HashMap<BlockSlot>(index, slots).insert_if_absent(block) - index) : 0;
   }
 
-  // A leaf has a site at least, so from the capacity on none is kept.
+  // A leaf has at least one site, so no site of leaf number `capacity` or later is kept.
   __device__ int32_t enter_leaf(int32_t leaf, uint64_t block) const { return leaf < a.capacity ? enter(block) : 0; }
 
   __device__ void hold(int64_t leaf, int32_t slot, int32_t first_row, uint64_t sites) const {
@@ -262,7 +261,7 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   s.number = workspace.take<int32_t>(1);
   s.bits = workspace.take<int32_t>(1);
   const int64_t blocks = div_up(a.rows, kGridThreads);
-  constexpr int64_t least = 128;  // few sites too have the tree's top to clear and to number
+  constexpr int64_t least = 128;  // even with few sites, the top level must be cleared and numbered
   const int extent_blocks = static_cast<int>(std::min<int64_t>(std::max(blocks, least), kExtentBlocks));
   int tree_blocks = 0;
   JAXSPARSE_TRY(blocks_at_once(tree_kernel<D>, std::max(blocks, least), &tree_blocks));

@@ -1,4 +1,4 @@
-// The sites of the coarse grid that a strided kernel reaches.
+// Coarse sites: the output sites of a strided convolution, which are those whose window holds a fine site.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,15 +8,15 @@
 
 namespace jaxsparse::cuda {
 
-// How many coarse sites can have one fine site in their window, at most.
+// The most coarse sites whose windows can hold one and the same fine site.
 inline int64_t windows_per_site(const Geometry& geometry) {
   int64_t windows = 1;
   for (int a = 0; a < geometry.dims; ++a) windows *= CoarseAxis(geometry, a).most();
   return windows;
 }
 
-// How far each axis is shifted right where coarse sites are the fine ones without their last bits, as in a kernel 2
-// with stride 2; 0 where they are not. Sorted fine sites then give sorted coarse ones.
+// If coarse coordinates are fine ones shifted right, as for kernel 2 with stride 2: by how many bits; otherwise 0. In this
+// case sorted fine sites give sorted coarse ones.
 inline int coarse_shift(const Geometry& geometry) {
   int shift = 0;
   while (shift < 30 && (int64_t{1} << shift) < geometry.stride[0]) ++shift;
@@ -29,7 +29,7 @@ inline int coarse_shift(const Geometry& geometry) {
   return shift;
 }
 
-// Bytes of workspace for so many candidates, rows times windows.
+// Bytes of workspace for so many candidates, which are rows times windows_per_site.
 constexpr int64_t coarse_sites_workspace(int64_t candidates) {
   return padded(16 * candidates) + padded(8 * candidates) + tree_workspace(candidates) + padded(4 * 5 * 256) + 2 * padded(4);
 }
@@ -46,13 +46,13 @@ struct CoarseSitesArgs {
   int32_t* kept;     // [1]
   int32_t* found;    // [1]
   int32_t* outside;  // [1]
-  void* index;       // of blocks of the kept sites, as of site_index; may be null
+  void* index;       // of blocks of the kept sites, as site_index makes it; may be null
   void* workspace;   // coarse_sites_workspace(rows * windows_per_site(geometry))
 };
 
-// Distinct coarse sites whose window holds a real fine site, sorted by key, the first `capacity` kept; `kept` counts
+// Distinct coarse sites whose window holds a real fine site, sorted by key. The first `capacity` are kept. `kept` counts
 // those, `found` all, `outside` the (fine site, tap) pairs within bounds whose coarse coordinate has no key.
 cudaError_t coarse_sites(const CoarseSitesArgs& args, cudaStream_t stream);
-cudaError_t shifted_sites(const CoarseSitesArgs& args, cudaStream_t stream);  // what it calls for sorted ones with a shift
+cudaError_t shifted_sites(const CoarseSitesArgs& args, cudaStream_t stream);  // for sorted sites with coarse_shift > 0
 
 }  // namespace jaxsparse::cuda

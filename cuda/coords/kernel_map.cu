@@ -1,27 +1,25 @@
-// kernel_map looks the taps of all outputs up in an index of the input sites, see site_index.cu, in one kernel.
+// Builds the kernel map: one kernel looks up the taps of all outputs in an index of the input sites, see site_index.cu.
 //
-// The table is written once, 108 bytes an output of a 3^3 kernel, and that is the floor: 10 MB for a scan. What bounds the
-// look-up is arithmetic, of keys and of places in blocks, and chains of dependent reads from L2, so the builders differ in
-// how many keys they look up:
+// The lower bound is one write of the table, 108 bytes per output of a 3^3 kernel: 10 MB for a scan. The look-up is bound by
+// arithmetic (keys, places in blocks) and by chains of dependent reads from L2. The builders differ in how many keys they
+// look up:
 //
-//     hash     one a tap. Sites may have any order.
-//     blocks   one a block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, where the hash map
-//              has a third of the entries. A block's mask then answers for all taps in it, and the number of its sites
-//              before one says which row that is.
+//     hash     one key per tap. Sites may have any order.
+//     blocks   one key per block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, and the hash map
+//              has a third of the entries. A block's mask answers for all taps in it; the row of a site is the block's first
+//              row plus the number of earlier sites in the block.
 //
-// A lane has an output, so that table writes are whole lines. Of small windows a thread looks up all taps, by blocks, some
-// 30 instructions each, all told; of others the warps of a block of threads share the taps of 32 outputs.
+// Each lane has an output, so that table writes are whole lines. For small windows a thread looks up all taps of its output,
+// by blocks, with some 30 instructions per tap in all. For others the warps of a thread block share the taps of 32 outputs.
 //
-// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 10 to look up; of 5,925 sites
-// 1, 3 and 4. By hash, 36 to look up.
-//
-// Tried and left, on the same unless said otherwise:
+// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 10 to look up; for 5,925
+// sites 1, 3 and 4. By hash, 36 to look up. Tried, not better, on the same unless said otherwise:
 //     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 6 us more
-//     small windows like the others, their taps shared by four warps: 23 us to look up, five times the instructions
+//     small windows treated like others, taps shared by four warps: 23 us to look up, five times the instructions
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
-//     probes after the first one key after the other, not all keys together: 10.8 us instead of 7.7 of 10,000 sites
-//     half of the taps looked up and mirrored: not built; blocks look up a third of a key a tap as it is
+//     later probes for one key after the other, not for all keys together: 10.8 us instead of 7.7 for 10,000 sites
+//     half of the taps looked up, the rest mirrored: not built; blocks look up only a third of a key per tap
 #include "cuda/coords/kernel_map.h"
 
 #include "cuda/coords/block_window.cuh"
@@ -30,12 +28,12 @@
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kTileWarps = 3;  // they share the taps of the tile's outputs
+constexpr int kTileWarps = 3;  // warps of a thread block, which share the taps of its 32 outputs (a tile)
 constexpr int kTileThreads = kTileWarps * kWarp;
-constexpr int kTileWords = 16;  // mask words that a block of threads has at a time
+constexpr int kTileWords = 16;  // mask words that a thread block handles at a time
 constexpr int kAtOnce = 3;      // taps that a thread looks up together
 
-// Divides by a number that is the same for all threads. Exact for 0 <= n < 2^16 and a size of at most 2^16.
+// Division by a number known on the host, as a multiplication. Exact for 0 <= n < 2^16 and a size of at most 2^16.
 struct Divisor {
   int32_t size;
   uint64_t inverse;
@@ -48,7 +46,7 @@ struct Divisor {
   }
 };
 
-// The kernel's sizes.
+// The convolution kernel's size on each axis.
 template <int D>
 struct TapSizes {
   Divisor on[D];
@@ -58,7 +56,7 @@ struct TapSizes {
   }
 };
 
-// A tap, a digit an axis. The last axis is the fastest.
+// A tap as one coordinate per axis. The last axis is the fastest.
 template <int D>
 struct Tap {
   int32_t at[D];
@@ -72,7 +70,7 @@ struct Tap {
     }
   }
 
-  // Adds one at an axis.
+  // Advances by one on an axis, with carry to the axes before it.
   __device__ void next(const TapSizes<D>& sizes, int axis) {
 #pragma unroll
     for (int d = D - 1; d >= 0; --d) {
@@ -83,13 +81,13 @@ struct Tap {
   }
 };
 
-// Which outputs and which words of their masks a block of threads has.
+// The work of a thread block: 32 outputs from `first` on, and `words` words of their masks from `word` on.
 struct Piece {
   int32_t first, word, words;
 };
 
-// 32 bits hold the number of pieces, and divide much faster than 64: outputs are below 2^30, so tiles below 2^25, and
-// kernels below 2^16 taps have 128 pieces a tile at most.
+// 32 bits, which divide much faster than 64, hold the number of pieces: fewer than 2^30 outputs are fewer than 2^25 tiles,
+// and kernels below 2^16 taps have at most 128 pieces per tile.
 __device__ uint32_t pieces_of(int32_t out_rows, int32_t mask_words) {
   return static_cast<uint32_t>(out_rows + kWarp - 1) / kWarp * ((mask_words + kTileWords - 1) / kTileWords);
 }
@@ -103,14 +101,15 @@ __device__ Piece piece_of(uint32_t i, int32_t mask_words) {
 
 using TileMasks = uint32_t[kTileWords][kWarp];
 
-// A warp has every kTileWarps-th word.
+// Each warp clears every kTileWarps-th word.
 __device__ void clear_masks(const Piece& piece, TileMasks& masks) {
   for (int w = threadIdx.x / kWarp; w < piece.words; w += kTileWarps) masks[w][threadIdx.x % kWarp] = 0;
 }
 
-// Writes table and masks of a tile of outputs for the piece's taps, a lane an output. A line is the taps that differ on the
-// last axis alone: begin_line(tap) is told its others, then find(rows, first, n) says the input rows under n <= kAtOnce of
-// its taps. The masks must be zero, and a barrier must have passed since; those of the next piece may be cleared at once.
+// Writes table and masks of a tile of outputs, one per lane, for the piece's taps. A line is a set of taps that differ on
+// the last axis only. begin_line(tap) starts a line; then find(rows, first, n) returns the input rows of its taps first ..
+// first + n - 1, n <= kAtOnce. The masks must be zero, with a barrier since; afterwards they may be cleared without a
+// barrier.
 template <int D, typename BeginLine, typename Find>
 __device__ void write_tile(const KernelMapArgs& a, const TapSizes<D>& sizes, const Piece& piece, int32_t out_rows,
                            TileMasks& masks, BeginLine begin_line, Find find) {
@@ -121,7 +120,7 @@ __device__ void write_tile(const KernelMapArgs& a, const TapSizes<D>& sizes, con
   const int32_t end = taps * (warp + 1) / kTileWarps;
   int32_t k = taps * warp / kTileWarps;  // counted from the piece's first tap
   int32_t* entry = a.table + static_cast<int64_t>(first_tap + k) * a.out_rows + output;
-  uint64_t mask = 0;  // of words `word` and the next
+  uint64_t mask = 0;  // bits of words `word` and `word` + 1
   int32_t word = k / 32;
   Tap<D> tap(sizes, first_tap + k);
   while (k < end) {
@@ -194,8 +193,8 @@ __global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(
   }
 }
 
-// Most layers: kernels of 3 at most on the last two axes and of 32 taps at most, windows over at most two blocks on each
-// axis. A thread an output, and no barrier. kLast: the kernel's size on the last axis.
+// For most layers: kernels of at most 32 taps, at most 3 on the last two axes, with windows over at most two blocks on each
+// axis. A thread handles an output, without barriers. kLast: the kernel's size on the last axis.
 constexpr int kSmallThreads = 64;
 
 template <int D>
@@ -210,7 +209,7 @@ template <int D, int kLast>
 __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
   constexpr int kBlocks = 1 << D, kMostLines = 3;
-  constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // small windows seldom lie over the last blocks
+  constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // windows of kLast < 3 seldom reach the last blocks
   constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
@@ -218,9 +217,9 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
   int64_t output = global_thread();
   Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
   const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
-  __syncwarp();  // keeps those reads above the branches that wait for the counts
+  __syncwarp();  // keeps the compiler from moving these loads below the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // of a plane
+  const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // lines per plane
   while (output < out_rows) {
     const Window<D> window(shape, site);
 #pragma unroll
@@ -259,7 +258,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
     int32_t k = 0;
     Tap<D> tap(sizes, 0);
 #pragma unroll 1
-    while (k < a.taps) {  // a plane
+    while (k < a.taps) {  // once per plane, the taps that differ on the last two axes only
       int32_t plane = 0;
 #pragma unroll
       for (int d = 0; d < D - 2; ++d) plane += share(d, tap.at[d]);
@@ -323,7 +322,7 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     const auto share = [&](int d, int32_t tap) {
       return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, blocks.step[d]);
     };
-    int32_t line = 0, first_place = -1, places[kAtOnce];  // of the line's others, and of taps first_place .. on the last
+    int32_t line = 0, first_place = -1, places[kAtOnce];  // shares of the other axes; of taps first_place .. on the last
     write_tile<D>(
         a, sizes, piece, out_rows, masks,
         [&](const int32_t (&tap)[D]) {

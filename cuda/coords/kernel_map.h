@@ -1,4 +1,4 @@
-// The kernel map: which input row lies under each tap of each output; and its reverse.
+// The kernel map, which gives the input row of each tap of each output; its reverse; and the index of sites it is made from.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,22 +9,22 @@
 namespace jaxsparse::cuda {
 
 struct SiteIndexArgs {
-  const int32_t* coords;  // [rows, 1 + dims], sorted by key for blocks
+  const int32_t* coords;  // [rows, 1 + dims], sorted by key if of_blocks
   const int32_t* count;   // [1]
   int dims;
-  bool of_blocks;  // of blocks of 64 sites, see key.h; else of sites
+  bool of_blocks;  // an index of blocks of 64 sites, see key.h, instead of sites
   int32_t rows;
   void* index;  // 32 * hash_slots(rows) bytes, aligned to 32
 };
 
-// What kernel_map looks input rows up in, where coarse_sites has not made it with the sites. Its bytes depend on the order of
-// threads; what is found does not.
+// Builds the index that kernel_map searches, unless coarse_sites has made it together with the sites. Its bytes depend on
+// the order of threads; the result of a search does not.
 cudaError_t site_index(const SiteIndexArgs& args, cudaStream_t stream);
 
-// How a map is built. Every builder gives the same map.
+// How a map is built. All builders give the same map.
 enum class MapBuilder {
-  kHash = 0,    // an index of sites, a search for each tap: any order of sites
-  kBlocks = 1,  // an index of blocks, a search for each block under a window: sorted sites, and no more than
+  kHash = 0,    // an index of sites, one search per tap; sites may have any order
+  kBlocks = 1,  // an index of blocks, one search per block under a window; needs sorted sites, and at most
                 // kMostUnderWindow blocks under a window
 };
 
@@ -41,8 +41,8 @@ struct KernelMapArgs {
   uint32_t* masks;  // [out_rows, mask_words]
 };
 
-// table[k, m] = row of site stride * out[m] - padding + dilation * tap_k, -1 where there is none; masks say where. Of
-// equal input sites the first counts. Columns from out_count on are left as they are.
+// table[k, m] = row of site stride * out[m] - padding + dilation * tap_k, or -1; masks hold the taps with a row. Of equal
+// input sites the first counts. Columns from out_count on are not written.
 cudaError_t kernel_map(const KernelMapArgs& args, cudaStream_t stream);
 
 struct ReverseTableArgs {
@@ -53,7 +53,7 @@ struct ReverseTableArgs {
   uint32_t* masks;   // [in_rows, mask_words]
 };
 
-// reverse[k, table[k, m]] = m for real rows m; masks say where. Elsewhere `reverse` is left as it is.
+// reverse[k, table[k, m]] = m for real rows m; masks hold the taps of these entries. Other entries are not written.
 cudaError_t reverse_table(const ReverseTableArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

@@ -1,8 +1,8 @@
-// Site keys and the index relation: the arithmetic that CPU and GPU code share, so that both give the same bits.
+// Site keys, and the relation of coarse and fine coordinates: shared by CPU and GPU code, so that both give the same bits.
 //
-// A site is int32 [1 + D]: batch, then D coordinates, D = 1..4. Its key is 64 bits, batch above the Morton code of the
-// coordinates (offset by half their range, so that order is numeric; the first axis is the most significant of each
-// bit group). Sorting keys sorts sites by (batch, Morton); dropping low bits moves to a coarser grid.
+// A site is int32 [1 + D]: batch, then D coordinates, D = 1..4. Its key has 64 bits: the batch above the Morton code of the
+// coordinates. These are offset by half their range, so that order is numeric; the first axis is the most significant in
+// each group of bits. Sorting keys sorts sites by (batch, Morton); dropping low bits moves to a coarser grid.
 //
 //     D   bits an axis   coordinate range     batch
 //     1        31        +- 1,073,741,824      0 .. 2^31 - 1
@@ -89,8 +89,8 @@ JAXSPARSE_HD bool axis_fits(int64_t coord, int dims) {
   return coord >= -half && coord < half;
 }
 
-// A key is the OR of a part for the batch and one for each axis. A part that does not fit is all ones, and so is then
-// the key: kNoKey. Coordinates are int64 so that a caller's arithmetic cannot wrap on the way in.
+// A key is the OR of a part for the batch and one for each axis. A part that is out of range is all ones, which makes the
+// key kNoKey. Coordinates are int64 so that a caller's arithmetic cannot overflow.
 template <int D>
 JAXSPARSE_HD Key batch_part(int64_t batch) {
   return batch < 0 || batch > max_batch(D) ? kNoKey : static_cast<Key>(batch) << (D * axis_bits(D));
@@ -141,12 +141,12 @@ JAXSPARSE_HD void write_padding(int32_t* site) {
   for (int a = 0; a < 1 + D; ++a) site[a] = kPaddingCoord;
 }
 
-// A row without a key may say why in place of its batch: -1 for the first of so many reasons, -2 for the second ..
+// A row without a key may hold a reason in place of its batch: -1 for the first of kReasons reasons, -2 for the second, ...
 constexpr int kReasons = 8;
 
-// Blocks: the 64 sites whose keys agree in all but the last six bits. They are 64 long in one dimension, 8^2, 4^3, and
-// 2 x 2 x 4 x 4; sorted sites of a block lie one after the other, in the order of those bits. So a 64-bit mask of a block's
-// sites and the row of its first one say which of them exist, and where.
+// A block is the 64 sites whose keys agree in all but the last six bits: 64, 8^2, 4^3 or 2 x 2 x 4 x 4 sites in 1 to 4
+// dimensions. Sorted sites of a block are consecutive, in the order of those bits. So a 64-bit mask of a block's sites and
+// the row of its first one give the row of each.
 constexpr int kBlockBits = 6;
 constexpr uint64_t kInBlock = (uint64_t{1} << kBlockBits) - 1;
 
@@ -154,7 +154,7 @@ JAXSPARSE_HD constexpr int block_axis_bits(int dims, int axis) {
   return kBlockBits / dims + (dims - 1 - axis < kBlockBits % dims ? 1 : 0);
 }
 
-// The bits, among a key's last six, of a coordinate on one axis.
+// A coordinate's bits among the last six of a key.
 template <int D>
 JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
   int32_t bits = 0;
@@ -162,7 +162,7 @@ JAXSPARSE_HD int32_t bits_in_block(int axis, int32_t coord) {
   return bits;
 }
 
-// The kernel's geometry, an entry an axis. One relation serves every op:
+// The kernel's geometry, one entry per axis. One relation serves every op:
 //     fine = stride * coarse - padding + dilation * tap,   tap = 0 .. kernel - 1
 // Taps are numbered row-major over the axes, the last axis fastest.
 struct Geometry {
@@ -178,7 +178,7 @@ struct Geometry {
     return v;
   }
 
-  // Splits a flat tap number into one tap an axis.
+  // Splits a flat tap number into one tap per axis.
   JAXSPARSE_HD void split_tap(int64_t flat, int64_t* tap) const {
     for (int a = dims - 1; a >= 0; --a) {
       tap[a] = flat % kernel[a];
@@ -191,7 +191,7 @@ struct Geometry {
   }
 };
 
-// The coarse coordinates, on one axis, whose windows hold a fine one.
+// For one axis: the coarse coordinates whose windows hold a given fine coordinate.
 class CoarseAxis {
  public:
   CoarseAxis() = default;
@@ -207,13 +207,13 @@ class CoarseAxis {
   // At most this many windows hold one fine coordinate.
   JAXSPARSE_HD int64_t most() const { return most_; }
 
-  // Whether they are found without a division, which is slow on a GPU.
+  // Whether coarse() needs no division, which is slow on a GPU.
   JAXSPARSE_HD bool is_simple() const { return dilation_ == 1 && shift_ >= 0; }
 
-  // Base 2 logarithm of the stride, -1 where it is no power of two.
+  // Base 2 logarithm of the stride, -1 if it is not a power of two.
   JAXSPARSE_HD int shift() const { return shift_; }
 
-  // The i-th of them, i = 0 .. most() - 1. False where there is no i-th one.
+  // The i-th of these coarse coordinates, i = 0 .. most() - 1. False if there is no i-th one.
   JAXSPARSE_HD bool coarse(int64_t fine, int64_t i, int64_t* out) const {
     const int64_t padded = fine + padding_;
     if (is_simple()) {
@@ -241,7 +241,7 @@ class CoarseAxis {
   }
 
   int64_t kernel_, stride_, padding_, dilation_;
-  int64_t period_, most_;  // taps that give a whole coarse coordinate are `period_` apart
+  int64_t period_, most_;  // taps that give an integer coarse coordinate are `period_` apart
   int shift_;
 };
 

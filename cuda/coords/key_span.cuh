@@ -1,4 +1,4 @@
-// Codes for a set of keys: their order in as few bits as they differ in.
+// Short codes for a set of keys: they have the keys' order, but only the bits in which keys differ.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -6,22 +6,22 @@
 
 namespace jaxsparse::cuda {
 
-// Coordinates far from the ends of their range leave the bits above them equal to the sign's complement; those, and bits of
-// the batch that no key has, need no sorting: a scan's 64 have about 33 left. What is left is moved together, as by PEXT
-// (Warren, Hacker's Delight, 7-4): a bit with n dropped ones below it moves by the powers of two that make up n.
+// If coordinates are far from the ends of their range, the high bits below the sign bit equal its complement. These, and
+// bits of the batch that no key has, need no sorting: about 33 of a scan's 64 bits remain. They are moved together as by
+// PEXT (Warren, Hacker's Delight, 7-4): a bit with n dropped bits below it moves by the powers of two that make up n.
 template <int D>
 class KeySpan {
  public:
-  // Which bits of a key say something; the OR over a set of keys makes its span.
+  // The bits of a key that carry information. make() takes the OR over a set of keys.
   static __device__ Key bits_of(Key key) { return key == kNoKey ? kSigns : (key ^ unsaid(key)) & ~kSigns; }
 
-  // `also`: bits that are kept whatever they say.
+  // `also`: further bits to keep.
   __device__ void make(Key bits_of_all, Key also) {
     kept_ = bits_of_all | kSigns | also;
     Key dropped = ~kept_ << 1, kept = kept_;
 #pragma unroll 1
     for (int i = 0; i < kSteps; ++i) {
-      Key odd = dropped;  // places with an odd number of those at or below them
+      Key odd = dropped;  // places with an odd number of dropped bits at or below them
       for (int step = 1; step < 64; step *= 2) odd ^= odd << step;
       moved_[i] = kept & odd;
       kept = (kept ^ moved_[i]) | moved_[i] >> (1 << i);
@@ -30,7 +30,7 @@ class KeySpan {
     bits_ = __popcll(kept_) + ((bits_of_all & kSigns) != 0 ? 1 : 0);
   }
 
-  // Replaces some keys by their codes. kNoKey stays what it is, and the last one.
+  // Replaces keys by their codes. kNoKey is unchanged, and remains the largest.
   template <int kKeys>
   __device__ void to_codes(Key (&keys)[kKeys]) const {
     bool is_key[kKeys];
@@ -65,10 +65,10 @@ class KeySpan {
   static constexpr Key kEachGroup = ((Key{1} << kLowBits) - 1) / kGroup;  // the lowest bit of each group
   static constexpr int kSteps = 6;
 
-  // What the bits below the signs hold where they say nothing.
+  // The value of the bits below the sign bits if they carry no information: the complement of their axis's sign bit.
   static __device__ Key unsaid(Key key) { return (~(key >> kLowBits) & kGroup) * kEachGroup; }
 
-  Key kept_, moved_[kSteps];  // by 2^i
+  Key kept_, moved_[kSteps];  // moved_[i]: bits moved by 2^i
   int bits_;
 };
 

@@ -1,4 +1,4 @@
-// Padding rows of sites.
+// Writes padding rows of sites.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -6,7 +6,7 @@
 
 namespace jaxsparse::cuda {
 
-// Makes rows `begin` to `end` padding; all threads of the grid call it. Neighbours write neighbouring words.
+// Fills rows begin .. end - 1 with padding, in coalesced writes. All threads of the grid call it.
 template <int D>
 __device__ void fill_padding(int32_t* sites, int64_t begin, int64_t end) {
   if constexpr (D == 3) {
@@ -17,7 +17,7 @@ __device__ void fill_padding(int32_t* sites, int64_t begin, int64_t end) {
   }
 }
 
-// Ends distinct sites, `found` of them: rows from there to `end` become padding. All threads of the grid call it.
+// Completes a list of `found` distinct sites: pads it up to `end` and writes the counts. All threads of the grid call it.
 template <int D, class Args>
 __device__ void end_sites(const Args& a, int32_t found, int32_t end) {
   fill_padding<D>(a.sites, found, end);

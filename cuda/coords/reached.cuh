@@ -1,4 +1,4 @@
-// The coarse sites that a fine one reaches, by blocks of 64.
+// The coarse sites whose windows hold a given fine site ("reached" by it), by blocks of 64.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +11,14 @@ namespace jaxsparse::cuda {
 template <int D>
 struct CoarseAxes {
   CoarseAxis axis[D];
-  int64_t stride[D], reach[D];  // a coarse coordinate times the stride is no farther from the fine one than this
-  int32_t windows;              // that can hold one fine site
-  // Two at most on each axis and found without a division or a number of 64 bits, as with kernel 3, stride 2. Then:
+  int64_t stride[D], reach[D];  // reach: the largest distance of stride * coarse from fine
+  int32_t windows;              // the most windows that can hold one fine site
+  // At most two windows on each axis, found without divisions or 64-bit numbers, as with kernel 3, stride 2. Then:
   bool are_simple;
   struct {
     int32_t padding, in_stride, shift, kernel;  // in_stride: the stride less 1
-    int32_t lowest;                             // coordinate within the bounds
-    uint32_t coords;                            // so many
+    int32_t lowest;                             // the lowest coordinate within the bounds
+    uint32_t coords;                            // the number of coordinates within the bounds
   } simple[D];
 
   explicit CoarseAxes(const CoarseSitesArgs& a)
@@ -40,7 +40,7 @@ struct CoarseAxes {
   }
 };
 
-// The sites of a block whose coordinate on an axis is the lowest; shifted by bits_in_block(), those with another.
+// Masks of the sites of a block with the lowest coordinate on an axis. Shifted by bits_in_block(coord): those with another.
 template <int D>
 struct LowestSites {
   uint64_t on[D];
@@ -59,8 +59,8 @@ struct LowestSites {
 // A coarse coordinate on one axis.
 struct OnAxis {
   bool exists, has_key;
-  uint32_t number;  // of its block
-  int32_t bits;     // its share of the bits in that
+  uint32_t number;  // its block's number
+  int32_t bits;     // its bits of the site's number in the block
 };
 
 template <int D>
@@ -70,14 +70,14 @@ __device__ OnAxis on_axis(const CoarseSitesArgs& a, int d, bool exists, int64_t 
   return {exists, exists && axis_fits(coord, D), at >> block_axis_bits(D, d), bits_in_block<D>(d, static_cast<int32_t>(at))};
 }
 
-// The coarse sites that a fine one reaches, by blocks: on simple axes, where each is looked at once.
+// The coarse sites that a fine one reaches, by blocks, for simple axes.
 template <int D>
 struct Reached {
   uint64_t batch;
-  uint64_t sites[D][2];  // on each axis, in the block of the first and in that of the second where it is another
+  uint64_t sites[D][2];  // per axis, a mask in the first block, and one in the second block if there is one
   uint32_t number[D][2];
-  int32_t seconds;  // axes with a second block, a bit each
-  int32_t outside;  // those without a key
+  int32_t seconds;  // a bit per axis, set if there is a second block
+  int32_t outside;  // the number of reached coarse sites without a key
 
   __device__ Reached(const CoarseAxes<D>& axes, const Site<D>& site)
       : batch(static_cast<uint64_t>(site.batch) << BlockNumbers<D>().batch_shift), seconds(0) {
@@ -110,7 +110,7 @@ struct Reached {
     outside = all - with_key;
   }
 
-  // Those in the block that is the second on the axes whose bits are set.
+  // The mask of reached sites in one block: the second one on axes whose bit in `which` is set, the first one on others.
   __device__ uint64_t in_block(int32_t which, uint64_t* block) const {
     constexpr BlockNumbers<D> numbers;
     uint64_t reached = ~uint64_t{0};
@@ -125,7 +125,7 @@ struct Reached {
   }
 };
 
-// The coarse site of one window in which a fine one may lie, numbered by places on the axes, the last the fastest.
+// The coarse site of a window that may hold a fine site, as mask and block. Windows are numbered with the last axis fastest.
 template <int D>
 __device__ uint64_t reached_by(const CoarseSitesArgs& a, const CoarseAxes<D>& axes, const Site<D>& site, int32_t window,
                                uint64_t* block, int32_t* outside) {

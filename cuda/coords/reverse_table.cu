@@ -1,7 +1,7 @@
-// reverse_table: a thread has a few outputs under one tap.
+// Reverses a kernel map. A thread handles a few outputs under one tap.
 //
-// On an H200, 3^3 stride 2 map of 128,053 outputs and 375,575 pairs: 9.8 us and 1.0 to clear the masks; one entry a thread,
-// found by a 64-bit division, took 18.8, and 4.8 to clear masks and table.
+// On an H200, 3^3 stride 2 map of 128,053 outputs and 375,575 pairs: 9.8 us, and 1.0 to clear the masks. Slower: one entry
+// per thread, found by a 64-bit division, 18.8, and 4.8 to clear masks and table.
 #include "cuda/common/device.cuh"
 #include "cuda/coords/kernel_map.h"
 
@@ -9,7 +9,7 @@ namespace jaxsparse::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kReversedAtOnce = 4;  // outputs that a thread looks at under one tap
+constexpr int kReversedAtOnce = 4;  // outputs per thread, under one tap
 constexpr int kReverseTile = kReversedAtOnce * kThreads;
 
 __global__ void reverse_table_kernel(ReverseTableArgs a) {

@@ -1,11 +1,11 @@
-// Coarse sites that are the sorted fine ones without their last bits; one cooperative kernel:
+// Coarse sites if coordinates are only shifted right (see coarse_shift) and fine sites are sorted. One cooperative kernel:
 //
-//     count   fine sites in each block's share whose coarse site differs from that of the one before; the index is cleared
-//             first, and padding written while those are on their way
-//     write   those, the last tile first: it is still in registers, and the one before it in the cache; and the index
+//     count   heads, the fine sites whose coarse site differs from the previous one's, in each block's share. The index is
+//             cleared first, and padding is written while the loads of sites are in flight
+//     write   the heads' coarse sites and the index, last tile first: it is still in registers, the one before in the cache
 //
-// On an H200 without the index 4.3 us of 10,000 sites, 6.0 of 100,000, 6.2 with 4 times the capacity, 51.5 of 4 million.
-// With it 10.5 us of 91,767 and 6.7 of 14,467, where the sites alone took 6.8 and 4.7, and the index's own kernels 6.3 and 4.1.
+// On an H200 without the index 4.3 us for 10,000 sites, 6.0 for 100,000, 6.2 with 4 times the capacity, 51.5 for 4 million.
+// With it 10.5 us for 91,767 and 6.7 for 14,467; the sites alone took 6.8 and 4.7, the index's own kernels 6.3 and 4.1.
 #include "cuda/common/grid.cuh"
 #include "cuda/coords/coarse_sites.h"
 #include "cuda/coords/padding.cuh"
@@ -14,14 +14,14 @@
 namespace jaxsparse::cuda {
 namespace {
 
-// Coarse sites of up to kRows neighbours in the list of fine ones, a thread's: where a warp's 32 are done it has the
-// next 32. Sites have keys, and so have these, which are nearer to 0: none is made.
+// A thread's part of the coarse sites of up to kRows consecutive fine ones. A warp handles sets of 32 consecutive rows. Fine
+// sites have keys, and coarse ones are nearer to 0, so no key has to be checked.
 template <int D>
 struct ShiftedTile {
   static constexpr int kAtOnce = D < 4 ? 4 : 2, kRows = kAtOnce * kGridThreads;
 
   Site<D> site[kAtOnce];
-  unsigned heads[kAtOnce];  // lanes of the warp whose row begins a coarse site
+  unsigned heads[kAtOnce];  // lanes of the warp whose row is the first of its coarse site
 
   __device__ int32_t of_warp() const {
     int32_t sum = 0;
@@ -29,10 +29,10 @@ struct ShiftedTile {
     return sum;
   }
 
-  // Calls meanwhile() while the sites are on their way.
+  // Calls meanwhile() while the loads of sites are in flight.
   template <typename Meanwhile>
   __device__ void read(const CoarseSitesArgs& a, int shift, Range tile, Meanwhile meanwhile) {
-    const int each = (tile.end - tile.begin + kGridThreads - 1) / kGridThreads;  // sets of 32 rows of a warp
+    const int each = (tile.end - tile.begin + kGridThreads - 1) / kGridThreads;  // sets of 32 rows per warp
     const int lane = threadIdx.x % kWarp;
     const int32_t first = tile.begin + threadIdx.x / kWarp * each * kWarp;
     Site<D> before(a.coords, max(min(first, tile.end) - 1, 0));
@@ -60,7 +60,7 @@ struct ShiftedTile {
     }
   }
 
-  // Whether a value differs from that of the lane below; *before has that below the lowest, then that of the highest.
+  // Whether a value differs from that of the lane below. *before is the value below lane 0, then that of the last lane.
   static __device__ bool differs_below(int32_t value, int32_t* before) {
     const int32_t below = __shfl_up_sync(kAllLanes, value, 1);
     const bool differs = value != (threadIdx.x % kWarp == 0 ? *before : below);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
   if (threadIdx.x == 0) heads_of[blockIdx.x] = heads;
   grid.sync();
 
-  // From the last tile, which is here, to the first: what was read last is most likely to be in the cache.
+  // From the last tile, which is in registers, to the first: what was read last is most likely still in the cache.
   const BlockSums rows = sum_blocks(heads_of);
   int32_t next = rows.before + heads;
   for (int32_t begin = last; begin >= own.begin && begin < own.end; begin -= tile.kRows) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
       const bool is_kept = (tile.heads[i] >> lane & 1) != 0 && own_row < a.capacity;
       if (is_kept) tile.site[i].write(a.sites, own_row);
       if (a.index == nullptr) continue;
-      // Held since it was cleared the map would spill.
+      // Made here, since keeping it in registers from the start would spill.
       HashMap<BlockSlot> map(static_cast<BlockSlot*>(a.index), BlockSlot::number(min(n, a.capacity)));
       enter_in_order(map, in_block(tile.site[i]), is_kept, own_row);
     }

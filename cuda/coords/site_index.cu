@@ -1,9 +1,8 @@
-// site_index clears a hash map and enters the input sites, in two kernels; of sites that coarse_sites makes it makes the index
-// of blocks itself, which costs less there. By blocks 2 and 6 us for a scan of 91,767 sites on an H200, 10 and 24 for 1
-// million, 37 and 125 for 4 million. Where lanes looked ahead for what the next warps hold of a block, so that nothing but
-// the compare-and-swap was an atomic, the second took 7, 25 and 108.
-//
-// Of each slot the key alone cleared: as long for a scan, 22 us for 1 million sites.
+// Builds an index of input sites, or of their blocks: one kernel clears a hash map, another enters the sites. For sites made
+// by coarse_sites, that builds the index itself, which costs less. By blocks they take 2 and 6 us for a scan of 91,767 sites
+// on an H200, 10 and 24 for 1 million, 37 and 125 for 4 million. Tried instead:
+//     lanes look ahead to what later warps hold of a block, so that only the compare-and-swap is atomic: entering 7, 25, 108
+//     only the key of each slot cleared: as long for a scan, 22 us for 1 million sites
 #include "cuda/coords/site_index.cuh"
 
 #include "cuda/common/device.cuh"
@@ -33,7 +32,7 @@ __global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
   for (int64_t row = global_thread(); row < rows; row += all_threads()) {
     const Key key = key_of(Site<D>(a.coords, row));
     if (key == kNoKey) continue;
-    // -1 is the largest unsigned number, so of equal sites the first row wins
+    // an empty row is -1, the largest unsigned number, so of equal sites the first row wins
     atomicMin(reinterpret_cast<unsigned*>(&map.insert_if_absent(key)->row), static_cast<unsigned>(row));
   }
 }
@@ -44,7 +43,7 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
   int64_t row = global_thread();
   Site<D> site = site_at(row);
   HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
-  __syncwarp();  // keeps those reads above the branches that wait for the count
+  __syncwarp();  // keeps the compiler from moving these loads below the branches that wait for the count
   const int32_t rows = real_rows(a.count, a.rows);
   while (row - threadIdx.x % kWarp < rows) {
     const InBlock in = in_block(site);

@@ -1,4 +1,4 @@
-// The slots of an index of sites: what a key of its hash map stands for.
+// The slots of an index of sites or blocks, which is a hash map, and how they are filled.
 #pragma once
 
 #include "cuda/coords/blocks.cuh"
@@ -19,32 +19,32 @@ struct alignas(16) SiteSlot {
 // A block of sites.
 struct alignas(32) BlockSlot {
   uint64_t key;    // see blocks.cuh
-  uint64_t slots;  // in the first one, how many there are
-  uint4 sites;     // a mask of which of its 64 exist, the row of the first that does, unused: read and written at once
+  uint64_t slots;  // in the first slot: the number of slots
+  uint4 sites;     // x, y: mask of the block's sites; z: row of the first one; w: unused. Read and written in one access
 
   static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
   __device__ void hold(uint64_t mask, int32_t first_row) {
     sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(first_row), 0);
   }
 
-  // The same of some of its sites, whoever else has others.
+  // Adds some of the block's sites; other threads may add others at the same time.
   __device__ void add(uint64_t mask, int32_t first_row) {
     atomicOr(reinterpret_cast<unsigned long long*>(&sites), static_cast<unsigned long long>(mask));
     atomicMin(&sites.z, static_cast<uint32_t>(first_row));
   }
 
-  // How many for so many sites. There are far fewer blocks than sites, so the map may be small; were each site alone in its
-  // block it would still leave a fifth empty.
+  // The number of slots for so many sites. There are usually far fewer blocks than sites; even if each site has a block of
+  // its own, a fifth of the slots stays empty.
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };
 
-// Empties slots; all threads of the grid call it. Neighbours write neighbouring words, and whole sectors of the cache.
+// Empties slots, in coalesced writes of whole sectors. All threads of the grid call it.
 template <typename Slot>
 __device__ void clear_slots(Slot* index, uint32_t slots) {
   constexpr int kWords = sizeof(Slot) / sizeof(uint4);
   uint4* const words = reinterpret_cast<uint4*>(index);
   for (int64_t i = global_thread(); i < int64_t{slots} * kWords; i += all_threads()) {
-    const uint32_t half = i % kWords == 0 ? ~0u : 0;  // no key, or of a block no sites
+    const uint32_t half = i % kWords == 0 ? ~0u : 0;  // kNoKey, or an empty mask
     words[i] = make_uint4(half, half, ~0u, ~0u);
   }
   if constexpr (std::is_same_v<Slot, BlockSlot>) {
@@ -74,8 +74,8 @@ __device__ InBlock in_block(const Site<D>& site) {
   return in;
 }
 
-// Enters a site for each lane of a warp for which `exists` holds: of neighbours that lie in one block the first does it for
-// all, so `row` is that of its site, or if it has none that of the next lane that has one. All lanes call it.
+// Enters a site for each lane of a warp with `exists`; all lanes call it. The first lane of a run in the same block enters
+// it for all, so `row` must be that of the lane's site or, without one, that of the next lane with one.
 __device__ inline void enter_in_order(HashMap<BlockSlot>& map, const InBlock& in, bool exists, int32_t row) {
   const uint64_t below = __shfl_up_sync(kAllLanes, in.block, 1);
   const bool leads = threadIdx.x % kWarp == 0 || below != in.block;

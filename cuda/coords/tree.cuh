@@ -1,25 +1,25 @@
-// Puts blocks of 64 sites in order, as many as a device value says, met in any order and any number of times.
+// Sorts a list of blocks of 64 sites by code and merges equal ones, by a tree. Only the device knows the list's length.
 //
-// A node of the tree is a mask of 64 bits: which of its children there are, and in a leaf, a block, which sites. A level has
-// a digit of 6 bits of the blocks' codes, from the highest. The nodes of the top level are addressed by the bits above that;
-// those of the others have the numbers 0, 1 .. in the order of their codes. The top is marked by whoever lists the entries;
-// then, level by level, in a cooperative kernel:
+// A node is a 64-bit mask: of its children, or in a leaf, which is a block, of its sites. Each level has 6 bits of the
+// blocks' codes, from the highest. Nodes of the top level are addressed by the bits above; nodes of other levels are
+// numbered in the order of their codes. The kernel that lists the entries marks their children in the top level. Then a
+// cooperative kernel does, level by level:
 //
-//     number  a sum over the shares of nodes before and a scan over each say where the children of each node begin
-//     mark    each entry sets its bits in its node below; a block of threads first gathers in shared memory what goes to
-//             one node above the leaves
+//     number  a sum over the earlier shares of nodes, and a scan over the own share, number the children of each node
+//     mark    each entry sets its bits in its node of the next level. Above the leaves, a thread block first combines in
+//             shared memory what goes to the same node
 //
-// A scan's coarse blocks have 22 bits, which is the top alone. All of it is bound by latency: a barrier of the grid is 0.75
+// A scan's coarse blocks have 22 bits, which the top level covers. Latency bounds everything: a barrier of the grid is 0.75
 // us, a sum over the blocks as much, and each phase between them 2 to 3 us of dependent accesses to L2.
 //
-// Tried and left, on an H100, with more entries a node than now:
+// Tried, not better, on an H100, with more entries per node than now:
 //     each warp marks inner nodes in global memory: 9 and 22 us for two levels, atomics wait for one address
-//     who sets a leaf's bits adds to its share's count: 12 us, where a phase that counts takes 2; on an H200 all of the kernel
-//         815 us instead of 352 for 6.2 million sites
-//     besides that the top numbered without a barrier, each block summing up counts of 16 nodes, each entry the rest: 53
-//         us for four trees of a network on an H200, and 53 without both
-//     each block writes its own share of leaves: 7 us (now 3), shares differ in sites
-//     18 bits for the top level: as fast where that saves no level, 6 us more where the tree is small
+//     setting a leaf's bits also adds to its share's count: 12 us, where a counting phase takes 2; on an H200 the whole
+//         kernel 815 us instead of 352 for 6.2 million sites
+//     that, and the top numbered without a barrier (each block sums counts of 16 nodes, each entry the rest): 53 us for
+//         four trees of a network on an H200, and 53 without both
+//     each block writes its own share of leaves: 7 us (now 3), since shares differ in sites
+//     18 bits for the top level: as fast if that saves no level, 6 us more if the tree is small
 #pragma once
 
 #include "cuda/common/grid.cuh"
@@ -28,17 +28,17 @@
 namespace jaxsparse::cuda {
 
 struct Level {
-  uint64_t* children;  // of each node, those that exist
-  int32_t* first;      // the number of the first of them
+  uint64_t* children;  // per node, the mask of its children
+  int32_t* first;      // per node, the number of its first child
 };
 
 struct Tree {
   Level top;            // [kTopNodes]
-  Level odd, even;      // [entries], the levels below in turn
-  int32_t* node_of;     // [entries], on the level at hand
-  uint64_t* block_of;   // [entries], the key of each leaf
-  int32_t* nodes_of;    // [kMostLevels, kMostBlocks], children in a block's share of nodes
-  int32_t* sites_of;    // [kMostBlocks], sites in groups of leaves
+  Level odd, even;      // [entries], used in turn by the levels below
+  int32_t* node_of;     // [entries], each entry's node on the current level
+  uint64_t* block_of;   // [entries], the block key of each leaf
+  int32_t* nodes_of;    // [kMostLevels, kMostBlocks], number of children in a block's share of nodes
+  int32_t* sites_of;    // [kMostBlocks], number of sites per group of leaves
 
   __device__ Level level(int depth) const { return depth == 0 ? top : depth % 2 == 1 ? odd : even; }
 };
@@ -61,13 +61,13 @@ inline Tree take_tree(Workspace& workspace, int64_t entries) {
   return tree;
 }
 
-// A kernel's end must follow before the top is marked.
+// Must run in an earlier kernel than the marking of the top level.
 __device__ inline void clear_tree(const Tree& tree) {
   for (int64_t node = global_thread(); node < kTopNodes; node += all_threads()) tree.top.children[node] = 0;
   for (int64_t i = global_thread(); i < kMostLevels * kMostBlocks; i += all_threads()) tree.nodes_of[i] = 0;
 }
 
-// How a tree is laid out whose codes have so many bits.
+// The shape of a tree for codes of so many bits.
 struct TreeShape {
   int levels;  // above the leaves
 
@@ -78,14 +78,14 @@ struct TreeShape {
   }
 };
 
-// What the threads of a block mark in inner nodes, gathered: a slot for each node, unless another has it.
+// The marks that a thread block sets in inner nodes, combined in shared memory. A node's slot may be taken by another node.
 template <int kSlots>
 struct Gathered {
-  int32_t node[kSlots];  // -1 in an empty one
+  int32_t node[kSlots];  // -1 in an empty slot
   uint32_t bits[2][kSlots];
 };
 
-// Marks children of a node of a level, and counts those that are new in its share, of `each` nodes.
+// Marks children of a node of a level, and adds the number of new ones to the count of its share, which has `each` nodes.
 __device__ inline void mark_child(const Tree& tree, int depth, uint32_t each, int32_t node, uint64_t children) {
   const uint64_t before = atomicOr(reinterpret_cast<unsigned long long*>(tree.level(depth).children + node),
                                    static_cast<unsigned long long>(children));
@@ -93,7 +93,7 @@ __device__ inline void mark_child(const Tree& tree, int depth, uint32_t each, in
   if (added != 0) atomicAdd(tree.nodes_of + depth * kMostBlocks + node / each, added);
 }
 
-// The same for a child for each thread of the block for which `exists` holds. All threads of the block call it.
+// The same for one child per thread with `exists`. All threads of the block call it.
 template <int kThreads>
 __device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool exists, int32_t node, int digit) {
   __shared__ Gathered<kThreads> gathered;
@@ -115,32 +115,32 @@ __device__ void mark_children(const Tree& tree, int depth, uint32_t each, bool e
   __syncthreads();
 }
 
-// An entry, for inner levels its code alone.
+// An entry. On inner levels only its code is needed.
 struct Listed {
   uint64_t code, block, sites;
 };
 
 struct Leaves {
-  const uint64_t* sites;   // of each, those that exist
-  const int32_t* entered;  // what the output said
+  const uint64_t* sites;   // per leaf, the mask of its sites
+  const int32_t* entered;  // per leaf, what output.enter or enter_leaf returned
   int32_t number;
 };
 
-// Numbers and marks all levels below the top, whose marks must be set, for entries entry_of(i, whether all of it is
-// needed). Asks the output, at least a barrier after the call, for a number for each entry's block: enter(block), or where
-// `late` is set enter_leaf(leaf, block). All blocks call it; it ends with a barrier of the grid.
+// Numbers and marks all levels below the top, whose marks must be set. entry_of(i, is_leaf) returns an entry, all of it only
+// if is_leaf. For each entry it calls output.enter(block), or if output.late, enter_leaf(leaf, block), at the earliest after
+// the first barrier, and keeps the number returned. All blocks call it; it ends with a barrier of the grid.
 template <typename EntryOf, typename Output>
 __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of,
                             const Output& output) {
   const auto read_entry = [&](int64_t i, bool is_leaf) {
     return i < entries ? entry_of(static_cast<int32_t>(i), is_leaf) : Listed{};
   };
-  int32_t nodes = kTopNodes;  // whatever the shape, which is still on its way
+  int32_t nodes = kTopNodes;  // all of them, since loading the shape is still in flight
   for (int depth = 0;; ++depth) {
     const Level level = tree.level(depth), below = tree.level(depth + 1);
     const Range own = share(nodes, kWarp, gridDim.x);
     const auto read_children = [&](int32_t node) { return node < own.end ? level.children[node] : 0; };
-    uint64_t held = read_children(own.begin + threadIdx.x);  // on its way while the sums are made
+    uint64_t held = read_children(own.begin + threadIdx.x);  // in flight during the sums
     const BlockSums children = sum_blocks(tree.nodes_of + depth * kMostBlocks);
     int32_t next = children.before;
     for (int32_t begin = own.begin; begin < own.end; begin += kGridThreads) {
@@ -167,7 +167,7 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       if (exists) {
         const int32_t parent = depth == 0 ? shape.top_node(entry.code) : tree.node_of[i];
         const uint64_t before = (uint64_t{1} << shape.digit(entry.code, depth)) - 1;
-        const int32_t first = level.first[parent];  // on their way while the block is entered
+        const int32_t first = level.first[parent];  // both loads are in flight while the block is entered
         const uint64_t of_parent = level.children[parent];
         int32_t entered = to_leaves && !output.late ? output.enter(entry.block) : 0;
         node = first + __popcll(of_parent & before);
@@ -191,7 +191,7 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
   }
 }
 
-// The place of a mask's n-th bit that is set, from 0.
+// The position of a mask's n-th set bit; n counts from 0.
 __device__ inline int nth_bit(uint64_t mask, int n) {
   uint32_t word = static_cast<uint32_t>(mask);
   int bit = 0;
@@ -207,14 +207,14 @@ __device__ inline int nth_bit(uint64_t mask, int n) {
   return bit;
 }
 
-// Hands leaves and sites over. Calls begin(how many sites there are); hold(leaf, what was entered for it, row of its first
-// site, its sites); and write(row, block, bit) for each site, `bit` its place in the block with that key. All blocks call it.
-// A warp has a few leaves at a time, and a lane each of their sites in turn.
+// Passes leaves and sites to the output: begin(number of sites); hold(leaf, what enter returned, row of its first site, its
+// sites); and write(row, block, bit) for each site, `bit` its number in the block. All blocks call it. A warp handles a few
+// leaves at a time, with one lane per site.
 template <typename Output>
 __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
   constexpr int kLeaves = 8;
-  // Sites are counted in groups of leaves: of so many each block counts all, of more only some, and a barrier follows. On an
-  // H200 5,927 leaves took 1.5 us more where each block counted all.
+  // Sites are counted in groups of leaves. Up to so many leaves each block counts all groups; beyond, it counts some, and a
+  // barrier follows. On an H200 5,927 leaves took 1.5 us more if each block counted all.
   constexpr int32_t kCountedByAll = 4096;
   __shared__ int32_t before_group[kMostBlocks];
   static_assert(kMostBlocks == kGridThreads, "a group a thread");
@@ -229,7 +229,7 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
     own_block = own < leaves.number ? tree.block_of[own] : 0;
     entered = own < leaves.number ? leaves.entered[own] : 0;
   };
-  int32_t before = 0;  // sites of the group's leaves before `first`
+  int32_t before = 0;  // sites of the group before leaf `first`
   const auto count_before = [&] {
     if (first >= leaves.number) return;
     before = 0;
@@ -266,7 +266,7 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
     const int32_t own = lane < kLeaves ? __popcll(own_sites) : 0, up_to = warp_inclusive_scan(own), begin = up_to - own;
     if (own > 0) output.hold(first + lane, entered, row + begin, own_sites);
     const int32_t sites = __shfl_sync(kAllLanes, up_to, kWarp - 1);
-    int32_t last = -1;  // leaf that begins before `done`
+    int32_t last = -1;  // the last leaf that begins before `done`
     for (int32_t done = 0; done < sites; done += kWarp) {
       const bool begins = own > 0 && begin >= done && begin < done + kWarp;
       const unsigned all_that_begin = __reduce_or_sync(kAllLanes, begins ? 1u << (begin - done) : 0u);

@@ -1,17 +1,17 @@
-// One cooperative kernel:
+// Finds the distinct sites of a list of points. One cooperative kernel:
 //
-//     keys    a key a point, which of their bits differ, and how often each last digit is there
-//     sort    (key, point) pairs, stably: the points of a site come in increasing order
-//     count   how many keys each block's share has that differ from the one before
-//     write   rows: sites, their points, the row of each point; then padding
+//     keys    makes the key of each point, finds which key bits matter, and counts the digits of the first pass
+//     sort    sorts (key, point) pairs stably, so that the points of a site come in increasing order
+//     count   counts the keys in each block's share that differ from the previous one
+//     write   writes sites, their points, and the row of each point; then padding
 //
-// Bound by the sort's passes, four for a scan, whose keys differ in 33 bits: each is a few microseconds of latency up to some
-// hundred thousand points, 24 bytes a point beyond. On an H200 38 us with 124,668 points, 52 with 271,156, 155 with 1 million,
-// 605 with 4 million. With as many bits on each axis as the longest needs, up to 54, and codes made anew in each pass it took
-// 39, 57, 204 and 857, of which 5 and 100 went with the counts of large shares.
+// Bound by the sort's passes, four for a scan, whose keys differ in 33 bits. A pass is a few microseconds of latency up to
+// some hundred thousand points, 24 bytes per point beyond. On an H200 38 us with 124,668 points, 52 with 271,156, 155 with 1
+// million, 605 with 4 million. With as many bits on each axis as the longest needs, up to 54, and codes made anew in each
+// pass, it took 39, 57, 204 and 857; 5 and 100 of the gain are due to the counts of large shares.
 //
-// Tried and left: sites by the tree of tree.cuh with marks straight to global memory, then points sorted by row, 17 bits
-// instead of 36 to 45. On an H100 with 271,156 points 123 us (101 by sorting then): 60 for the tree, 20 for each pass.
+// Tried: sites by the tree of tree.cuh, with marks in global memory, then points sorted by row, 17 bits instead of 36 to
+// 45. On an H100 with 271,156 points 123 us (101 by sorting at that time): 60 for the tree, 20 for each pass.
 #include "cuda/coords/unique_sites.h"
 
 #include "cuda/coords/key_span.cuh"
@@ -23,13 +23,13 @@ namespace {
 
 struct Scratch {
   SortBuffers sort;
-  uint64_t* bits_of;    // [blocks], of the keys in a block's share
-  int32_t* without_of;  // [kReasons, kMostBlocks], points without a key by what they say
-  int32_t* heads_of;    // [blocks], keys that differ from the one before
-  int32_t* with_key;    // [1], points that have one
+  uint64_t* bits_of;    // [blocks], OR of KeySpan::bits_of over a block's share
+  int32_t* without_of;  // [kReasons, kMostBlocks], number of points without a key, by reason
+  int32_t* heads_of;    // [blocks], number of keys that differ from the previous one
+  int32_t* with_key;    // [1], number of points with a key
 };
 
-// Neighbours in the sorted list, a thread's: where a warp's 32 are done it has the next 32.
+// A thread's part of the sorted list. A warp handles kSortPerThread sets of 32 consecutive keys.
 struct Part {
   uint64_t code[kSortPerThread];
   bool is_head[kSortPerThread];
@@ -69,17 +69,17 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
     if (key == kNoKey && why >= 0 && why < kReasons) atomicAdd(&without[why], 1);
     return key;
   });
-  bits = block_or<kSortThreads>(bits);  // and a barrier: `without` is complete
+  bits = block_or<kSortThreads>(bits);  // contains a barrier, after which `without` is complete
   if (threadIdx.x == 0) s.bits_of[blockIdx.x] = bits;
   if (first_thread == 0) *s.with_key = n;
   if (threadIdx.x < kReasons) s.without_of[threadIdx.x * kMostBlocks + blockIdx.x] = without[threadIdx.x];
-  sync_while(grid, [&] {  // no more sites than points: what lies beyond is padding
+  sync_while(grid, [&] {  // there are no more sites than points: the rest is padding
     for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
     fill_padding<D>(a.sites, n, a.capacity);
   });
 
   bits = or_blocks<kSortThreads>(s.bits_of);
-  if (threadIdx.x == 0) span.make(bits, kDigits - 1);  // the last digit is counted already
+  if (threadIdx.x == 0) span.make(bits, kDigits - 1);  // the first pass's digit is counted already
   __syncthreads();
   radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key (&keys)[kSortPerThread]) { span.to_codes(keys); });
   const uint64_t* codes = s.sort.keys;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
       of_warp += __popc(votes[i]);
     }
     const int32_t before = block_exclusive_scan<kSortThreads>(lane == 0 ? of_warp : 0, &total);
-    int32_t row = next + __shfl_sync(kAllLanes, before, 0) - 1;  // of the warp's last head
+    int32_t row = next + __shfl_sync(kAllLanes, before, 0) - 1;  // row of the last head before the warp's keys
     next += total;
 #pragma unroll
     for (int i = 0; i < kSortPerThread; ++i) {
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   }
   end_sites<D>(a, rows.all, min(n, a.capacity));
   for (int64_t row = rows.all + first_thread; row <= a.capacity; row += all_threads()) a.offsets[row] = with_key;
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kReasons * kWarp) {  // a warp a reason
+  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < kReasons * kWarp) {  // a warp per reason
     const int why = threadIdx.x / kWarp;
     int32_t points_without = 0;
     for (unsigned block = threadIdx.x % kWarp; block < gridDim.x; block += kWarp) {

@@ -1,4 +1,4 @@
-// Distinct sites of a list, sorted by key, with the list's rows grouped by site.
+// The distinct sites of a list of points, sorted by key, with the points grouped by site.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,7 +8,7 @@
 
 namespace jaxsparse::cuda {
 
-// Bytes of workspace for a list of n.
+// Bytes of workspace for n points.
 constexpr int64_t unique_sites_workspace(int64_t n) { return sort_workspace(n) + padded(16 * 512) + padded(4 * 8 * 512); }
 
 struct UniqueSitesArgs {
@@ -26,9 +26,9 @@ struct UniqueSitesArgs {
   void* workspace;   // unique_sites_workspace(points)
 };
 
-// Distinct valid sites sorted by key, the first `capacity` kept; `kept` counts those, `found` all; row_of[p] is the row of
-// point p's site, -1 where it has none. The points of row r are order[offsets[r]] .. order[offsets[r + 1] - 1], increasing.
-// without[i] counts the points with batch -1 - i.
+// Distinct valid sites sorted by key. The first `capacity` are kept; `kept` counts those, `found` all. row_of[p] is the row
+// of point p's site, or -1. The points of row r are order[offsets[r]] .. order[offsets[r + 1] - 1], increasing. without[i]
+// counts the points with batch -1 - i.
 cudaError_t unique_sites(const UniqueSitesArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda

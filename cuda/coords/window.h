@@ -1,11 +1,11 @@
-// Which blocks of 64 sites lie under the window of an output: the arithmetic of the builder "blocks", for CPU and GPU.
+// The blocks of 64 sites under the window of an output, for the map builder "blocks", on CPU and GPU.
 #pragma once
 
 #include "cuda/coords/key.h"
 
 namespace jaxsparse {
 
-// On one axis a window lies over `blocks` blocks, and its first tap is `offset` sites into the first of them.
+// On one axis: a window lies over `blocks` blocks, and its first tap is `offset` sites after the start of the first.
 struct WindowAxis {
   int64_t first_block;  // counted from the lower end of the coordinate range
   int32_t offset, blocks;
@@ -28,7 +28,7 @@ JAXSPARSE_HD WindowAxis window_axis(const Geometry& g, int axis, int32_t coarse)
 
 constexpr int kMostUnderWindow = 27;  // blocks: 3 on each of three axes, for kernels up to 9^3
 
-// The most blocks that a window can lie over on each axis, and in all: a number over kMostUnderWindow if too many.
+// Returns the most blocks that a window can lie over (kMostUnderWindow + 1 if more); `across` gets the most on each axis.
 template <int D>
 JAXSPARSE_HD int blocks_under_window(const Geometry& g, int32_t (&across)[D]) {
   int64_t blocks = 1;
@@ -36,7 +36,7 @@ JAXSPARSE_HD int blocks_under_window(const Geometry& g, int32_t (&across)[D]) {
     const int bits = block_axis_bits(D, a);
     const int64_t reach = g.dilation[a] * (g.kernel[a] - 1);
     const bool aligned = g.stride[a] % (int64_t{1} << bits) == 0 && g.padding[a] % (int64_t{1} << bits) == 0;
-    const int64_t worst = aligned ? 0 : (int64_t{1} << bits) - 1;  // offset of a window's first tap
+    const int64_t worst = aligned ? 0 : (int64_t{1} << bits) - 1;  // largest offset of a window's first tap
     const int64_t most = ((worst + reach) >> bits) + 1;
     across[a] = static_cast<int32_t>(most <= kMostUnderWindow ? most : kMostUnderWindow + 1);
     blocks *= across[a];
@@ -45,7 +45,7 @@ JAXSPARSE_HD int blocks_under_window(const Geometry& g, int32_t (&across)[D]) {
   return static_cast<int>(blocks);
 }
 
-// Whether the builder "blocks" can serve a geometry.
+// Whether the builder "blocks" can be used for a geometry.
 inline bool blocks_can_serve(const Geometry& g) {
   int32_t one[1], two[2], three[3], four[4];
   switch (g.dims) {
