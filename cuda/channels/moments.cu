@@ -1,27 +1,26 @@
-// One cooperative kernel: the sums of each share of the rows, and after a barrier of the grid those of all shares, in a
-// fixed order. A thread has 16 bytes of a row at a time, and several rows on their way.
+// Sums over rows per channel, see moments.h, in one cooperative kernel: the sums of each share of the rows, then, after a
+// barrier of the grid, those of all shares, in a fixed order. A thread reads 16 bytes of a row, with several rows in flight.
 //
-// The statistics are taken in one pass over x: a share sums differences from its first row, which is about as far from
-// the mean as any, and shares are put together by Chan's formula around the mean of the first, so nothing cancels where the
-// mean is large.
+// Statistics take one pass over x. A share sums differences from its first row, which is as near to the mean as any other;
+// shares are combined by Chan's formula around the mean of the first share. So a large mean causes no cancellation.
 //
-// Measured on an H200, float16, in us; before, in two kernels of 264 shares each:
+// Measured on an H200, float16, in us; in parentheses an earlier version, two kernels of 264 shares each:
 //
 //     rows x channels    12,000 x 32   63,000 x 128   183,262 x 64   183,262 x 96   183,262 x 256
 //     statistics         4.1 (12.9)    6.6 (15.0)     7.4 (16.6)     9.0 (18.7)     25.7 (36.9)
 //     moments            3.7 (6.9)     8.1 (10.8)     9.6 (13.6)     20.1 (24.2)    45.2 (49.9)
 //
-// With a gate b counts where an affine map of a is positive: the sums behind a ReLU, without its masked cotangents in memory.
-// Forward and backward of SparseResUNet42 on two KITTI scans went from 9.11 ms to 8.91 by that.
+// With a gate, b counts only where an affine map of a is positive. This gives the sums behind a ReLU without storing its
+// masked cotangents: forward and backward of SparseResUNet42 on two KITTI scans went from 9.11 ms to 8.91.
 //
-// About 3.6 of it are the launch, the barrier and latencies; what does not fit L2 is bound by memory. There, last column, 64
-// bytes of a row a block took 28 and 53 us, and 256 were no better than 128. With branches in the loop each load was waited
-// for before the next addition: 53 us in place of the 28.
+// About 3.6 us of each are the launch, the barrier and latencies. What does not fit L2 is bound by memory: there (last
+// column) 64 bytes of a row per block took 28 and 53 us, and 256 were no better than 128. With branches in the loop each
+// load had to complete before the next addition: 53 us instead of 28.
 //
-// Not built: statistics in the epilogue of the convolution. They would save the reading of y, 0.5 to 5 us, and not the rest,
-// since the sums of its blocks want a kernel of their own. By the SASS, means and squares of a block's columns, by Chan's
-// formula from pairs of rows up, are 320 instructions a warp at 32 columns, 500 at 64, 630 at 96, 710 at 128, after the
-// last product, where only other blocks hide them: at 183,262 rows 4 to 8 us of issue slots, at 29,000 of 256 channels 3.
+// Not built: statistics in the epilogue of the convolution. They would only save reading y, 0.5 to 5 us, since combining the
+// sums of its blocks needs another kernel. By the SASS, means and squares of a block's columns, by Chan's formula from pairs
+// of rows up, take 320 instructions per warp at 32 columns, 500 at 64, 630 at 96, 710 at 128. After the last product only
+// other blocks hide them: at 183,262 rows 4 to 8 us of issue slots, at 29,000 of 256 channels 3.
 #include "cuda/channels/moments.h"
 
 #include <cstring>
@@ -34,7 +33,7 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 
-// V numbers of a row, as words: taking one out waits for them, having them does not.
+// V numbers of a row as raw words. Only extracting a number waits for the load.
 template <typename T, int V>
 struct Pack {
   std::conditional_t<V == 1, T, uint4> words;
@@ -46,7 +45,7 @@ struct Pack {
   }
 };
 
-// How many rows each share has: they are dealt out to the shares in turn, kDown at a time.
+// The number of rows of each share. Rows are dealt out to the shares in turn, kDown at a time.
 template <int kDown>
 struct ShareSizes {
   int32_t turns, last, of_last;
@@ -58,7 +57,8 @@ struct ShareSizes {
   }
 };
 
-// Of two sums of differences from `center`: the mean, and the sum of squared differences from it.
+// From the sums of differences from `center` (*first) and of their squares (*second): the mean, and the sum of squared
+// differences from the mean.
 template <typename A>
 __device__ void finish_statistics(A center, int32_t rows, A* first, A* second) {
   if (rows == 0) return;
@@ -67,12 +67,12 @@ __device__ void finish_statistics(A center, int32_t rows, A* first, A* second) {
   *first = center + mean;
 }
 
-// From N pairs a lane: in warp w < N, lane by lane, the sums over all warps of the w-th.
+// Each lane has N pairs of sums. In warp w < N, a lane gets the sum of pair w over the same lane of all warps.
 template <int N, typename A>
 __device__ void sum_warps(A* first, A* second) {
   __shared__ A sums[2 * N][kWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();  // earlier sums may still be read
+  __syncthreads();  // threads may still read earlier sums
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     sums[2 * i][warp][lane] = first[i];
@@ -88,7 +88,7 @@ __device__ void sum_warps(A* first, A* second) {
   }
 }
 
-// Halves what a lane has, v[0 .. 2n): it gives one half to the lane `step` away and adds the half that it gets.
+// Halves a lane's sums v[0 .. 2n): it sends one half to the lane `step` away and adds the half that it gets to the other.
 template <typename A>
 __device__ void halve(A* v, int n, int step) {
   const bool upper = threadIdx.x & step;
@@ -99,15 +99,15 @@ __device__ void halve(A* v, int n, int step) {
   }
 }
 
-// A block has kLeft * 32 channels: a pack for each lane, or for several, which at the end divide it and have kLeft left.
+// A block handles kLeft * 32 channels. V / kLeft lanes of a warp share a pack, for other rows; in the end each has kLeft.
 enum class Sums { kStatistics, kMoments, kGated };
 
 template <typename T, int V, int kLeft, Sums kSums>
 __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32_t shares, uint32_t tiles) {
   using A = Accumulator<T>;
-  constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs and rows at a time
+  constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs per row, rows at a time
   constexpr bool of_one = kSums == Sums::kStatistics;
-  constexpr int kAtOnce = of_one ? 8 : 4;                                 // of those rows
+  constexpr int kAtOnce = of_one ? 8 : 4;                                 // rows in flight per thread
   const uint32_t t = threadIdx.x, warp = t / kWarp;
   const int32_t packs = m.channels / V, step = static_cast<int32_t>(shares * kDown);
   A* const partial = static_cast<A*>(m.workspace);  // [share, 2, channels]
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
       b[j] = static_cast<const Pack<T, V>*>(m.b)[at];
       if constexpr (!of_one) a[j] = static_cast<const Pack<T, V>*>(m.a)[at];
     };
-    // The first rows are asked for while the number of real ones is.
+    // The first rows are loaded together with the number of real rows.
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) read(j, j);
     if (of_one && first_row < end) center_of_one = static_cast<const Pack<T, V>*>(m.b)[int64_t{first_row} * packs + pack];
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
   }
   cooperative_groups::this_grid().sync();
 
-  constexpr int kColumns = 8;  // few channels a block, so that many take part
+  constexpr int kColumns = 8;  // few channels per block, so that many blocks take part
   constexpr int kSharesAtOnce = kThreads / kColumns, kTurns = static_cast<int>(div_up(kMomentBlocks, kSharesAtOnce));
   for (int32_t begin = static_cast<int32_t>(blockIdx.x) * kColumns; begin < m.channels; begin += gridDim.x * kColumns) {
     const int32_t channel = begin + t % kColumns;
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) moments_kernel(MomentsArgs m, uint32
     const A center = of_one ? from[0] : A{0};
     A firsts[kTurns], seconds[kTurns];
 #pragma unroll
-    for (int i = 0; i < kTurns; ++i) {  // all on their way at once
+    for (int i = 0; i < kTurns; ++i) {  // all loads in flight at once
       const uint32_t share = t / kColumns + i * kSharesAtOnce;
       firsts[i] = share < shares ? from[int64_t{share} * 2 * m.channels] : A{0};
       seconds[i] = share < shares ? from[(int64_t{share} * 2 + 1) * m.channels] : A{0};
@@ -230,7 +230,7 @@ cudaError_t run(const MomentsArgs& m, cudaStream_t stream) {
   return launch_grid<kThreads>(kernel, shares * tiles, stream, m, shares, tiles);
 }
 
-// A block takes 128 bytes of a row, or more.
+// A block covers at least 128 bytes of a row, except with at most 32 channels, or if rows are not whole pieces of 16 bytes.
 template <typename T>
 cudaError_t run_as(const MomentsArgs& m, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T), kLeft = V == 8 ? 2 : 1;
