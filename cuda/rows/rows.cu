@@ -1,7 +1,7 @@
-// invert_index: one stable sort by value, a binary search for each value's start. segment_sum: one thread for each
-// (value, channel), rows in a fixed order, so no float atomics and equal bits; bound by the latency of reading x by index,
-// which is why a thread reads several rows at once. For the features of 271,156 points of ten sweeps 11 us on an H200; with a
-// row at a time and groups of up to 32 by a thread 32.
+// Sums over groups of rows. invert_index: a stable sort by value, then a binary search for each value's start.
+// segment_sum: a thread per (value, channel) adds rows in a fixed order, without float atomics, so results are bitwise
+// reproducible. It is bound by the latency of reading x by index, so a thread reads several rows at once: 11 us on an H200
+// for the features of 271,156 points of ten sweeps; 32 with one row at a time and groups of up to 32 rows per thread.
 #include "cuda/rows/rows.h"
 
 #include "cuda/common/numbers.cuh"
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) invert_index_kernel(InvertInd
   const Grid grid = cooperative_groups::this_grid();
   put_keys(buffers, a.positions, shared, [&](int32_t p) {
     const int32_t value = a.index[p];
-    return static_cast<uint64_t>(value >= 0 && value < a.values ? value : a.values);  // what is outside sorts behind the others
+    return static_cast<uint64_t>(value >= 0 && value < a.values ? value : a.values);  // values out of range sort last
   });
   grid.sync();
   radix_sort(grid, buffers, a.positions, bits, shared, [](const auto&) {});
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(kSortThreads, 1) invert_index_kernel(InvertInd
   }
 }
 
-// The sum of one channel of rows order[begin], order[begin + step] ..., in that order. Indices of the next few are read
-// while rows are on their way: a chain of an index and a row each would take a microsecond a row.
+// The sum of one channel of rows order[begin], order[begin + step] ..., in that order. The next indices are loaded while
+// rows are in flight: dependent loads of an index and a row at a time would take a microsecond per row.
 template <typename T>
 __device__ Accumulator<T> sum_listed(const SegmentSumArgs& a, int32_t channel, int32_t begin, int32_t end, int32_t step) {
   constexpr int kAtOnce = 8;
@@ -65,12 +65,12 @@ __device__ Accumulator<T> sum_listed(const SegmentSumArgs& a, int32_t channel, i
   return sum;
 }
 
-constexpr int32_t kManyRows = 16;  // a group of more is left to a whole warp
+constexpr int32_t kManyRows = 16;  // larger groups are summed by a warp
 constexpr int kRun = 8;
 
-// A thread a (value, channel), but groups of many rows, such as the voxel that holds what a scanner sees of itself, are
-// summed by a warp a channel: lane l takes rows l, l + 32, ... They lie together, so each block looks for them among values
-// from all over, kRun neighbours at a time: 32 bytes of offsets.
+// A thread per (value, channel). Groups of many rows, such as the voxel of a scanner's own returns, are summed by a warp per
+// channel: lane l takes rows l, l + 32, ... Such groups tend to be neighbours, so to balance blocks, each searches values
+// that are spread over the whole range, in runs of kRun neighbours (32 bytes of offsets).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) segment_sum_kernel(SegmentSumArgs a) {
   __shared__ int32_t many[kThreads];

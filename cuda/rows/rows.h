@@ -1,4 +1,4 @@
-// Sums over groups of rows: an index turned into lists of positions, and the sums of the listed rows.
+// Sums over groups of rows: an index is inverted into lists of positions, and the rows at these positions are summed.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,8 +19,8 @@ struct InvertIndexArgs {
   void* workspace;   // invert_index_workspace(positions)
 };
 
-// order = positions p with 0 <= index[p] < values, sorted stably by index[p], then -1; those of value v lie at
-// offsets[v] .. offsets[v + 1].
+// order = the positions p with 0 <= index[p] < values, sorted stably by index[p], then -1. Those of value v are
+// order[offsets[v]] .. order[offsets[v + 1] - 1].
 cudaError_t invert_index(const InvertIndexArgs& args, cudaStream_t stream);
 
 struct SegmentSumArgs {
@@ -32,7 +32,7 @@ struct SegmentSumArgs {
   void* y;  // [values, channels]
 };
 
-// y[v] = sum of x[order[j]] over offsets[v] <= j < offsets[v + 1], in an order that depends on their number alone.
+// y[v] = sum of x[order[j]] over offsets[v] <= j < offsets[v + 1]. The order of summation depends only on their number.
 cudaError_t segment_sum(const SegmentSumArgs& args, cudaStream_t stream);
 
 }  // namespace jaxsparse::cuda
