@@ -101,7 +101,7 @@ template <int kThreads = kGridThreads>
 __device__ BlockSums sum_blocks(const int32_t* of_block) {
   const unsigned t = threadIdx.x;
   const uint64_t value = t < gridDim.x ? of_block[t] : 0;
-  const uint64_t sums = block_sum<kThreads>(t < blockIdx.x ? value << 32 | value : value);  // both sums in one; each is below 2^32
+  const uint64_t sums = block_sum<kThreads>(t < blockIdx.x ? value << 32 | value : value);  // both below 2^32: in one
   return {static_cast<int32_t>(sums >> 32), static_cast<int32_t>(sums)};
 }
 
