@@ -1,4 +1,4 @@
-// The signatures of the custom calls: operands, results and attributes of each, once for CPU and CUDA.
+// The signatures of the custom calls (operands, results, attributes), shared by CPU and CUDA.
 #pragma once
 
 #include <utility>
@@ -8,7 +8,7 @@
 
 namespace jaxsparse {
 
-// A binding of a context, so many operands and so many results.
+// An FFI binding with a context, kIn operands and kOut results.
 template <typename Context, int kIn, int kOut>
 auto bind() {
   if constexpr (kOut > 0) {
@@ -40,9 +40,9 @@ auto with_tile(Binding binding) {
       .template Attr<int64_t>("splits");
 }
 
-// Defines the handlers of the custom calls that CPU and CUDA share, from the functions of their names in scope, and
-// `kHandlers`, which lists them. `Context` is the functions' first argument; traits may follow. A macro, because XLA's own
-// is one.
+// Defines the handlers of the custom calls that CPU and CUDA share, from functions of the same names in scope, and
+// `kHandlers`, which lists them. `Context` gives the functions' first argument; FFI traits may follow. It is a macro because
+// XLA_FFI_DEFINE_HANDLER is one.
 #define JAXSPARSE_DEFINE_HANDLERS(Context, ...)                                                               \
   XLA_FFI_DEFINE_HANDLER(kUniqueSites, unique_sites, (bind<Context, 2, 8>()), __VA_ARGS__);                   \
   XLA_FFI_DEFINE_HANDLER(                                                                                     \

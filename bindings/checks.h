@@ -1,8 +1,8 @@
-// What every handler checks before it touches a byte: dtypes, shapes and attributes, once for CPU and CUDA.
+// Checks of dtypes, shapes and attributes that every handler runs before it reads a buffer, shared by CPU and CUDA.
 //
-// One struct a custom call holds its sizes and decoded attributes; `check_<call>` fills it from the buffers or returns
-// an error that names the call, what is wrong, and the shapes of all operands. Sizes bind by name: the first operand
-// with a size sets it, every later one must agree. After a check, typed_data of the stated dtype is safe.
+// Each custom call has a struct for its sizes and decoded attributes. `check_<call>` fills it, or returns an error with the
+// call, what is wrong, and the shapes of all operands. Sizes bind by name: the first operand with a size sets it, all later
+// ones must agree. After a check, typed_data of the stated dtype is safe.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 
 constexpr int64_t kUnbound = -1;
 constexpr int64_t kMaxTaps = 65536;
-constexpr int64_t kMaxSize = int64_t{1} << 30;  // of any axis but a workspace's: rows are numbered in int32
-constexpr int64_t kMaxAxisAttr = int64_t{1} << 30;  // times a 32-bit coordinate, it stays far inside int64
+constexpr int64_t kMaxSize = int64_t{1} << 30;  // of any axis, except of uint8 buffers: rows are numbered in int32
+constexpr int64_t kMaxAxisAttr = int64_t{1} << 30;  // its product with a 32-bit coordinate cannot overflow int64
 
 inline std::string dtype_name(ffi::DataType dtype) {
   switch (dtype) {
@@ -45,7 +45,7 @@ inline bool is_feature_dtype(ffi::DataType dtype) {
 
 inline bool is_16_bit(ffi::DataType dtype) { return dtype == ffi::F16 || dtype == ffi::BF16; }
 
-// Collects the first failure; builds strings only if there is one.
+// Keeps the first failure; builds strings only if there is one.
 class Checks {
  public:
   explicit Checks(const char* call) : call_(call) { operands_.reserve(10); }

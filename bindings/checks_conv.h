@@ -1,4 +1,4 @@
-// Checks of the convolutions and of what they prepare, see checks.h.
+// Checks of the convolution calls, and of those that prepare schedules and pairs; see checks.h.
 #pragma once
 
 #include <optional>
@@ -11,13 +11,13 @@ namespace jaxsparse {
 // --- 6 conv_forward, 7 conv_wgrad ---
 
 struct Conv {
-  ffi::DataType dtype = ffi::DataType::INVALID;  // of everything
+  ffi::DataType dtype = ffi::DataType::INVALID;  // of all features and weights
   int tile_rows = 0;
   int64_t taps = kUnbound, in_rows = kUnbound, out_rows = kUnbound, in_channels = kUnbound, out_channels = kUnbound;
   int64_t segments = kUnbound, mask_words = kUnbound, workspace = kUnbound;
 };
 
-// What both convolutions share: the map, the dtype, the attributes.
+// Checks that both convolutions share: x, the map, the attributes.
 inline void check_conv(Checks& checks, In x, In table, In masks, In out_counts, int64_t tile_rows, Conv* s) {
   s->dtype = x.element_type();
   checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
@@ -61,7 +61,7 @@ struct ConvSchedule {
   int32_t groups = 0;
 };
 
-// `groups` has the words of each group's mask, one group after the other.
+// `groups` holds the mask words of each group, one group after the other.
 inline ffi::Error check_conv_schedule(In table, In masks, In out_counts, Out order, Out tile_masks, Out tile_table,
                                       Out workspace, Axes groups, ConvSchedule* s) {
   Checks checks("jaxsparse_conv_schedule_v1");
@@ -105,7 +105,7 @@ inline void check_gemm(Checks& checks, const Gemm& s) {
   checks.require(s.out_channels >= 8 && s.out_channels % 8 == 0, "output channels must be a multiple of 8");
 }
 
-// `x_channels` is where those of x go: to in_channels, unless there is a second input.
+// `x_channels` receives the channels of x; it points to in_channels, except if a second input may follow.
 inline void check_conv_gemm(Checks& checks, In x, In w, In order, In tile_masks, In tile_table, Out y,
                             int64_t* x_channels, Gemm* s) {
   int64_t tile_rows = cuda::kScheduleRows, tiles = kUnbound;
@@ -138,10 +138,10 @@ constexpr const char* kFusedOperands[] = {"mean", "variance", "scale", "bias", "
 
 struct FusedConv : Gemm {
   int64_t segments = kUnbound, first_channels = kUnbound;
-  std::optional<In> given[6];  // in that order
+  std::optional<In> given[6];  // in the order of kFusedOperands
 };
 
-// What follows the sums, and the second input. Bit i of `given` says whether the i-th operand is among the rest.
+// Checks the epilogue and the second input. Bit i of `given` says whether operand i of kFusedOperands is in `rest`.
 inline void check_fused(Checks& checks, In out_counts, ffi::RemainingArgs rest, int64_t given, int64_t activation,
                         FusedConv* s) {
   checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
@@ -183,7 +183,7 @@ inline ffi::Error check_conv_fused(In x, In w, In order, In tile_masks, In tile_
   return checks.error();
 }
 
-// Of one tap, under which each row lies by itself.
+// A convolution with one tap and no map: each output row is computed from the same input row.
 inline ffi::Error check_linear_fused(In x, In w, In counts, Out y, ffi::RemainingArgs rest, int64_t given,
                                      int64_t activation, FusedConv* s) {
   Checks checks("jaxsparse_linear_fused_v1");

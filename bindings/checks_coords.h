@@ -1,4 +1,4 @@
-// Checks of the calls on sites and kernel maps, see checks.h.
+// Checks of the calls for sites and kernel maps, see checks.h.
 #pragma once
 
 #include <string>
@@ -68,7 +68,7 @@ inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out kept, O
 
 // --- 2 coarse_sites ---
 
-// A slot of a hash map has 32 bytes at most, on CPU and CUDA.
+// Bytes of an index of sites: hash-map slots have at most 32 bytes, on CPU and CUDA.
 inline int64_t site_index_bytes(int64_t rows) { return 32 * hash_slots(rows); }
 
 struct CoarseSites {

@@ -1,4 +1,4 @@
-// Checks of the calls on rows of features, see checks.h.
+// Checks of the calls for rows of features, see checks.h.
 #pragma once
 
 #include <optional>
@@ -51,7 +51,7 @@ inline ffi::Error check_segment_sum(In x, In order, In offsets, Out y, SegmentSu
 struct Channels {
   ffi::DataType dtype = ffi::DataType::INVALID;
   int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
-  std::optional<In> a, center, gate_scale, gate_shift;  // the first two or none; the others with them or not
+  std::optional<In> a, center, gate_scale, gate_shift;  // none, the first two, or all four
 };
 
 inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,

@@ -1,4 +1,4 @@
-// The custom calls on the CPU: decode, check, run on XLA's thread pool.
+// The custom calls on the CPU. Each checks its operands, decodes attributes, and runs on XLA's thread pool.
 #include <atomic>
 #include <condition_variable>
 #include <exception>
@@ -19,8 +19,8 @@
 namespace jaxsparse {
 namespace {
 
-// Runs tasks on the calling thread and on XLA's pool. The caller takes tasks too and waits only for tasks that some
-// thread has begun, so a pool whose threads all wait here still makes progress.
+// Runs tasks on the calling thread and on XLA's pool. The caller takes tasks too, and waits only for tasks that a thread has
+// begun, so there is no deadlock even if all threads of the pool wait here.
 class PoolParallelFor {
  public:
   explicit PoolParallelFor(ffi::ThreadPool pool) : pool_(pool) {}
@@ -58,7 +58,7 @@ class PoolParallelFor {
     }
 
     const int64_t tasks;
-    const std::function<void(int64_t)>& body;  // read only while a task is left, when the caller still waits
+    const std::function<void(int64_t)>& body;  // used only while a task is left, so the caller is still waiting
     std::atomic<int64_t> next{0};
     std::mutex mutex;
     std::condition_variable all_done;
@@ -69,7 +69,7 @@ class PoolParallelFor {
   mutable ffi::ThreadPool pool_;
 };
 
-// Turns what the body throws (memory that cannot be had) into an error of the call.
+// Turns an exception of the body (such as failed allocation) into an error of the call.
 template <typename F>
 ffi::Error guarded(const char* call, F&& body) {
   try {
@@ -95,7 +95,7 @@ int32_t kept_of(Out found, int64_t capacity) {
   return static_cast<int32_t>(std::min<int64_t>(*data<int32_t>(found), capacity));
 }
 
-// Calls f(T{}) for float and double; other dtypes are cast before they get here.
+// Calls f(T{}) for float or double; Python casts other dtypes before the call.
 template <typename F>
 ffi::Error for_float(const char* call, ffi::DataType dtype, F&& f) {
   if (dtype == ffi::F32) return guarded(call, [&] { f(float{}); });

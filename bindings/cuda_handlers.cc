@@ -1,5 +1,5 @@
-// The custom calls on CUDA: check, hand pointers to the kernels, report the launch's status. Nothing here allocates,
-// synchronises or reads the device, so XLA may record every call into a CUDA graph.
+// The custom calls on CUDA. Each checks its operands, passes pointers to the kernels and returns the launch's status.
+// Nothing here allocates, synchronises or reads device memory, so XLA may record every call into a CUDA graph.
 #include <cuda_runtime_api.h>
 
 #include <string>
@@ -39,7 +39,7 @@ ffi::Error check_candidates(const char* call, int64_t n) {
                                      "supported");
 }
 
-// Only for dtypes that a check let through.
+// Only for feature dtypes, which a check has established.
 cuda::Dtype kernel_dtype(ffi::DataType dtype) {
   switch (dtype) {
     case ffi::F16: return cuda::Dtype::kF16;
@@ -51,7 +51,7 @@ cuda::Dtype kernel_dtype(ffi::DataType dtype) {
 
 const int32_t* ints(In buffer) { return buffer.typed_data<int32_t>(); }
 int32_t* ints(Out buffer) { return buffer->typed_data<int32_t>(); }
-int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }  // checks bound every size by 2^30
+int32_t narrow(int64_t size) { return static_cast<int32_t>(size); }  // checks limit every size to 2^30
 
 ffi::Error unique_sites(cudaStream_t stream, In coords, In count, Out sites, Out kept, Out found, Out row_of,
                         Out order, Out offsets, Out without, Out workspace) {
@@ -225,7 +225,7 @@ cuda::Tile tile_of(int64_t rows, int64_t cols, int64_t stages, int64_t splits) {
   return {narrow(rows), narrow(cols), narrow(stages), narrow(splits)};
 }
 
-// The launchers refuse a tile that was not built, and one of several splits where there are no clusters; nothing else.
+// The launchers reject tiles that were not built, and tiles with splits on GPUs without clusters; nothing else.
 ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& tile) {
   if (status == cudaErrorNotSupported && tile.splits > 1) {
     return ffi::Error::InvalidArgument(std::string(call) + ": a tile of " + std::to_string(tile.splits) +
@@ -414,10 +414,10 @@ auto with_ending(Binding binding) {
       .template Attr<double>("epsilon");
 }
 
-// Nothing here allocates, waits or reads the device from the host, so XLA may record the calls into a CUDA graph.
+// kCmdBufferCompatible: XLA may record the calls into a CUDA graph, see the head of this file.
 JAXSPARSE_DEFINE_HANDLERS(Stream, {ffi::Traits::kCmdBufferCompatible});
 
-// The scheduled products and the sums over rows, which CUDA alone has.
+// The calls that only CUDA has: scheduled products and sums per channel.
 XLA_FFI_DEFINE_HANDLER(kConvSchedule, conv_schedule, (bind<Stream, 3, 4>().Attr<AxisAttribute>("groups")),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kConvGemm, conv_gemm, (with_tile(bind<Stream, 5, 1>()).Attr<int64_t>("exact")),

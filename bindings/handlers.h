@@ -1,4 +1,4 @@
-// The custom calls of each platform, by name. bindings/module.cc hands them to Python, which registers them.
+// The custom-call handlers of each platform, by name. bindings/module.cc passes them to Python, which registers them.
 #pragma once
 
 #include <utility>

@@ -1,4 +1,4 @@
-// The Python module jaxsparse._native: what was built, and the custom-call handlers as capsules.
+// The Python module jaxsparse._native: the custom-call handlers as capsules, and versions and tiles of this build.
 #include <pybind11/pybind11.h>
 
 #include "bindings/handlers.h"

@@ -1,3 +1,4 @@
+// Convolution on the CPU: gathers rows tap by tap and calls the inner loops for the best instruction set of the machine.
 #include "bindings/cpu/conv.h"
 
 #include <cstring>
@@ -27,7 +28,7 @@ int64_t whole_vectors(int64_t columns) {
   return (columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// 64-byte aligned scratch, zeroed.
+// Scratch memory, 64-byte aligned and zeroed.
 template <typename T>
 class Scratch {
  public:
@@ -43,7 +44,7 @@ class Scratch {
   T* data_;
 };
 
-// Copies rows of `columns` values into rows of `padded` values; the padding of `to` is left as it is.
+// Copies rows of `columns` values into rows of `padded` values; the padding of `to` is not written.
 template <typename T>
 void copy_rows(const T* from, int64_t rows, int64_t columns, int64_t padded, T* to) {
   for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * padded, from + r * columns, columns * sizeof(T));
@@ -58,7 +59,7 @@ void conv_forward(const ParallelFor& parallel_for, const T* x, const T* w, const
   Scratch<T> weights(volume * c_in * columns);
   copy_rows(w, volume * c_in, c_out, columns, weights.get());
 
-  const int64_t tiles = (out.rows_each + tile_rows - 1) / tile_rows;  // in each segment
+  const int64_t tiles = (out.rows_each + tile_rows - 1) / tile_rows;  // per segment
   parallel_for(out.number * tiles, [&](int64_t task) {
     const int64_t s = task / tiles, begin = out.begin(s) + task % tiles * tile_rows;
     const int64_t end = std::min(begin + tile_rows, out.begin(s + 1)), real_end = std::clamp(out.end(s), begin, end);
@@ -86,8 +87,8 @@ void conv_forward(const ParallelFor& parallel_for, const T* x, const T* w, const
 template <typename T>
 void conv_wgrad(const ParallelFor& parallel_for, const T* x, const T* g, const int32_t* table, const Segments& out,
                 int64_t volume, int64_t c_in, int64_t c_out, T* dw) {
-  // A task owns a block of dw: one tap and up to kBlock input channels. It sums chunks of kChunk pairs in row order,
-  // so that the rounding error grows with kChunk + pairs / kChunk and the result depends on the real rows alone.
+  // A task computes a block of dw: one tap and up to kBlock input channels. It sums chunks of kChunk pairs, in row order. So
+  // the rounding error grows with kChunk + pairs / kChunk, and the result depends only on the real rows.
   constexpr int64_t kBlock = 48, kChunk = 256;
   const int64_t columns = whole_vectors<T>(c_out), rows = out.rows(), blocks = (c_in + kBlock - 1) / kBlock;
   parallel_for(volume * blocks, [&](int64_t task) {

@@ -1,5 +1,5 @@
-// The convolution's products on the CPU, for T = float and double. The arguments are those of the custom calls of the
-// same names (see jaxsparse/ops/conv/lowering.py); accumulation is in T.
+// Convolution on the CPU, for T = float and double, with sums in T. The arguments are those of the custom calls of the same
+// names (see jaxsparse/ops/conv/lowering.py).
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,12 @@
 
 namespace jaxsparse::cpu {
 
-// y[m] = sum over taps k of x[table[k, m]] @ w[k]; rows that are not real are zero. A task computes `tile_rows` rows.
+// y[m] = sum over taps k of x[table[k, m]] @ w[k]; padding rows are zero. A task computes `tile_rows` rows.
 template <typename T>
 void conv_forward(const ParallelFor&, const T* x, const T* w, const int32_t* table, const Segments& out,
                   int64_t volume, int64_t c_in, int64_t c_out, int64_t tile_rows, T* y);
 
-// dw[k] = sum over real m of outer(x[table[k, m]], g[m]).
+// dw[k] = sum over real rows m of outer(x[table[k, m]], g[m]).
 template <typename T>
 void conv_wgrad(const ParallelFor&, const T* x, const T* g, const int32_t* table, const Segments& out, int64_t volume,
                 int64_t c_in, int64_t c_out, T* dw);

@@ -1,9 +1,8 @@
-// Compiled once for each instruction set (CMakeLists.txt sets JAXSPARSE_ISA and the flags). Nothing here may come from
-// the standard library's templates: the linker keeps one copy of an inline function, and that copy could hold
-// instructions that the machine lacks.
+// The inner loops of the convolution on the CPU, compiled once per instruction set (CMakeLists.txt sets JAXSPARSE_ISA and
+// the flags). Templates of the standard library must not be used here: the linker keeps one copy of an inline function,
+// which could hold instructions that the machine lacks.
 //
-// Both loops hold a block of ROWS x VECTORS accumulators in registers; each step broadcasts ROWS values and loads
-// VECTORS vectors, so that the block's size sets the products per load.
+// Both loops hold ROWS x VECTORS accumulators in registers. Each step broadcasts ROWS values and loads VECTORS vectors.
 #include "bindings/cpu/conv_isa.h"
 
 #define JAXSPARSE_JOIN_(a, b) a##b
@@ -12,7 +11,7 @@
 namespace jaxsparse::cpu {
 namespace {
 
-// Block sizes that fit the register file: 32 registers of 64 bytes, 16 of 32, 16 of 16.
+// Block sizes that fit the registers: 32 of 64 bytes, 16 of 32, 16 of 16. Vectors have 64 bytes on all instruction sets.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;
 #elif defined(__AVX2__)
@@ -68,7 +67,7 @@ void outer_sum_block(const T* x, const T* g, int64_t pairs, int64_t c_in, int64_
   }
 }
 
-// Walks `rows` in blocks of kRows and what is left in one smaller block; f takes the block's size as a constant.
+// block_of calls f with a block's size, min(rows, ROWS), as a constant; for_row_blocks takes blocks of kRows, then the rest.
 template <int ROWS, typename F>
 void block_of(int64_t rows, F&& f) {
   if constexpr (ROWS > 0) {

@@ -1,11 +1,11 @@
-// The two inner loops of the convolution, compiled once for each instruction set and chosen when the module loads.
+// The two inner loops of the convolution on the CPU, compiled once per instruction set and chosen at the first call.
 #pragma once
 
 #include <cstdint>
 
 namespace jaxsparse::cpu {
 
-// Columns are handled in vectors of 64 bytes: 16 floats or 8 doubles. Callers pad their buffers to whole vectors.
+// Columns are processed in vectors of 64 bytes: 16 floats or 8 doubles. Callers pad their buffers to whole vectors.
 template <typename T>
 constexpr int64_t kLanes = 64 / sizeof(T);
 
@@ -19,7 +19,7 @@ struct InnerLoops {
   void (*outer_sum)(const T* x, const T* g, int64_t pairs, int64_t c_in, int64_t columns, T* dw);
 };
 
-// The argument only picks the element type. The latter two exist on x86-64 alone.
+// The argument only selects the element type. avx2 and avx512 exist only on x86-64.
 InnerLoops<float> loops_baseline(float);
 InnerLoops<double> loops_baseline(double);
 InnerLoops<float> loops_avx2(float);

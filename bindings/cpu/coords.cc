@@ -1,3 +1,4 @@
+// Distinct and coarse sites on the CPU: makes all keys, sorts them, and writes the distinct ones.
 #include "bindings/cpu/coords.h"
 
 #include <array>
@@ -11,14 +12,14 @@
 namespace jaxsparse::cpu {
 namespace {
 
-constexpr int64_t kGrain = 4096;  // rows a task: long enough to hide its start, short enough to balance two cores
+constexpr int64_t kGrain = 4096;  // rows per task: enough to hide its start, few enough to balance two cores
 
 struct KeyAt {
   Key key;
   int32_t position;
 };
 
-// Stable least-significant-digit radix sort by key; digits in which all keys agree are skipped.
+// Stable radix sort by key, least significant digit first; digits in which all keys agree are skipped.
 void sort_by_key(std::vector<KeyAt>& items) {
   std::array<std::array<int64_t, 256>, 8> histogram{};
   for (const KeyAt& item : items) {
@@ -35,7 +36,7 @@ void sort_by_key(std::vector<KeyAt>& items) {
   }
 }
 
-// Writes the distinct keys of a sorted list as sites, padding after them, and calls visit(item, row) for every item.
+// Writes the distinct keys of a sorted list as sites, then padding; calls visit(item, row) for every item. Returns how many.
 template <int D, typename Visit>
 int64_t write_distinct(const std::vector<KeyAt>& sorted, int64_t capacity, int32_t* sites, Visit&& visit) {
   int64_t row = -1;

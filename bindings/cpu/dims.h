@@ -1,4 +1,4 @@
-// From a number of dimensions at run time to one at compile time.
+// Turns a run-time number of dimensions into a compile-time constant.
 #pragma once
 
 #include <type_traits>

@@ -1,5 +1,5 @@
-// Hash maps as on the GPU (see cuda/coords/kernel_map.cu): of sites, or of blocks of 64 sites with masks. Both are bound by
-// cache misses, so an output asks for all its slots before it reads the first.
+// Kernel maps on the CPU, by hash maps as on the GPU (see cuda/coords/kernel_map.cu): of sites, or of blocks of 64 sites
+// with masks. Both are bound by cache misses, so all slots of an output are prefetched before the first is read.
 #include "bindings/cpu/kernel_map.h"
 
 #include <array>
@@ -12,9 +12,9 @@
 namespace jaxsparse::cpu {
 namespace {
 
-constexpr int64_t kGrain = 4096;  // rows a task: long enough to hide its start, short enough to balance two cores
+constexpr int64_t kGrain = 4096;  // rows per task: enough to hide its start, few enough to balance two cores
 
-// Open addressing with linear probing; any number of threads may insert at once.
+// A hash map with open addressing and linear probing. Any number of threads may insert at once.
 class HashMap {
  public:
   HashMap(uint64_t* keys, int64_t slots) : keys_(keys), last_(static_cast<uint64_t>(slots) - 1) {}
@@ -31,7 +31,7 @@ class HashMap {
 
   void prefetch(uint64_t key) const { __builtin_prefetch(&keys_[hash(key) & last_]); }
 
-  // The slot of a key, -1 where it is absent.
+  // The slot of a key, -1 if it is absent.
   int64_t find(uint64_t key) const {
     for (uint64_t slot = hash(key) & last_;; slot = (slot + 1) & last_) {
       if (keys_[slot] == key) return static_cast<int64_t>(slot);
@@ -45,11 +45,11 @@ class HashMap {
 };
 
 struct Block {
-  uint64_t mask;  // which of its 64 sites exist
-  int32_t row;    // of the first that does
+  uint64_t mask;  // a bit for each of its 64 sites that exists
+  int32_t row;    // row of the first of these
 };
 
-// An index: keys, then what they stand for, a block or the row of a site.
+// An index of sites: the keys of all slots, then their values, which are blocks or rows.
 template <typename Value>
 struct Index {
   HashMap map;
@@ -80,7 +80,7 @@ void enter_blocks(const ParallelFor& parallel_for, const int32_t* coords, int64_
   parallel_ranges(parallel_for, count, kGrain, [&](int64_t begin, int64_t end) {
     const auto key = [&](int64_t r) { return key_of_row<D>(coords + r * (1 + D)); };
     const auto begins_block = [&](int64_t r) { return r == 0 || (key(r) | kInBlock) != (key(r - 1) | kInBlock); };
-    while (begin < end && !begins_block(begin)) ++begin;  // the range before has it
+    while (begin < end && !begins_block(begin)) ++begin;  // the previous range enters that block
     for (int64_t r = begin; r < end;) {
       Block block{0, static_cast<int32_t>(r)};
       const Key first = key(r);
@@ -94,7 +94,7 @@ void enter_blocks(const ParallelFor& parallel_for, const int32_t* coords, int64_
   });
 }
 
-// Lists, for every tap, one entry of a list of things an axis: the axes' lists lie one after the other.
+// For every tap and axis, an index into an array with one entry per (axis, position of the tap on it), axis after axis.
 template <int D>
 std::vector<std::array<int64_t, D>> tap_entries(const Geometry& geometry) {
   std::vector<std::array<int64_t, D>> entries(geometry.volume());
@@ -107,8 +107,8 @@ std::vector<std::array<int64_t, D>> tap_entries(const Geometry& geometry) {
   return entries;
 }
 
-// Writes the table and masks of the outputs: rows_of(m, rows) finds the input row of every tap of output m. `make()`
-// gives each task a rows_of with memory of its own.
+// Writes table and masks of all outputs. rows_of(m, rows) finds the input row of every tap of output m; `make()` returns a
+// rows_of for each task, with its own scratch memory.
 template <typename Make>
 void write_outputs(const ParallelFor& parallel_for, const KernelMapArgs& a, Make make) {
   const int64_t volume = a.geometry.volume(), words = (volume + 31) / 32;
@@ -161,7 +161,7 @@ void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
   const std::vector<std::array<int64_t, D>> entries = tap_entries<D>(a.geometry);
   int64_t places = 0;
   for (int d = 0; d < D; ++d) places += a.geometry.kernel[d];
-  struct Place {  // of a tap on one axis: its share of the block's number under the window, and of the site's in it
+  struct Place {  // a tap's share, on one axis, of the block's number under the window and of the site's number in it
     int32_t block;
     int32_t site;
   };
@@ -205,7 +205,7 @@ void map_by_blocks(const ParallelFor& parallel_for, const KernelMapArgs& a) {
         const Block& block = held[which];
         const uint64_t bit = uint64_t{1} << in_block;
         const int64_t row = block.mask & bit ? block.row + __builtin_popcountll(block.mask & (bit - 1)) : -1;
-        found[k] = row < a.in_count ? static_cast<int32_t>(row) : -1;  // false only where sites are not sorted after all
+        found[k] = row < a.in_count ? static_cast<int32_t>(row) : -1;  // row >= in_count only if sites are not sorted
       }
     };
   });

@@ -1,4 +1,4 @@
-// Work for several threads, without knowing whose threads they are.
+// The interface by which CPU code runs tasks in parallel; the caller supplies the threads.
 #pragma once
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Sums over groups of rows on the CPU: a counting sort by index, and one task per range of groups.
 #include "bindings/cpu/rows.h"
 
 #include <algorithm>
@@ -12,7 +13,7 @@ void invert_index(const int32_t* index, int64_t positions, int64_t groups, int32
   }
   for (int64_t v = 0; v < groups; ++v) offsets[v + 1] += offsets[v];
   std::fill(order + offsets[groups], order + positions, -1);
-  // offsets[v] walks from the start of group v to its end, which is the start of group v + 1: shift back afterwards.
+  // Advances offsets[v] from the start of group v to its end, the start of group v + 1; they are shifted back below.
   for (int64_t p = 0; p < positions; ++p) {
     if (valid(p)) order[offsets[index[p]]++] = static_cast<int32_t>(p);
   }

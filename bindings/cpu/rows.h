@@ -1,4 +1,4 @@
-// Rows by index on the CPU: the order that groups positions by their index, and sums over the groups.
+// Sums over groups of rows on the CPU: the order that groups positions by their index, and sums over the groups.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace jaxsparse::cpu {
 
-// order: the positions p with 0 <= index[p] < groups, sorted stably by index; -1 after them.
-// offsets [groups + 1]: where each group begins in it.
+// order: the positions p with 0 <= index[p] < groups, sorted stably by index[p], then -1.
+// offsets [groups + 1]: the start of each group in order.
 void invert_index(const int32_t* index, int64_t positions, int64_t groups, int32_t* order, int32_t* offsets);
 
 // y[v] = sum of x[order[j]] for j in offsets[v] .. offsets[v + 1], in that order. T is float or double.

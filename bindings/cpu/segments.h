@@ -1,4 +1,4 @@
-// Which rows are real: an array of rows is `number` equal segments, and the first counts[s] rows of segment s are real.
+// Real and padding rows: an array of rows has `number` equal segments; the first counts[s] rows of segment s are real.
 #pragma once
 
 #include <algorithm>
