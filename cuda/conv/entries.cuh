@@ -37,7 +37,7 @@ __device__ void for_taps(uint32_t taps, F f) {
   }
 }
 
-// With a block per tile of 64 rows: up to so many tiles, eight warps per tile are faster, beyond it four.
+// For kernels with a block per tile of 64 rows: up to this many tiles, eight warps per tile are faster; beyond, four.
 constexpr int kFewTiles = 384;
 
 }  // namespace jaxsparse::cuda

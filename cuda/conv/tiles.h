@@ -1,6 +1,6 @@
 // The tiles that the convolution kernels are built for. Python reads these lists too, to choose a tile for each layer.
 //
-// A block computes `rows` x `cols` of the result, with a ring buffer of `stages`. With `splits` > 1, so many blocks of a
+// A block computes `rows` x `cols` of the result, with a ring buffer of `stages`. With `splits` > 1, that many blocks of a
 // cluster share the input channels. To add a tile, add a row.
 #pragma once
 

@@ -29,7 +29,7 @@ inline int coarse_shift(const Geometry& geometry) {
   return shift;
 }
 
-// Bytes of workspace for so many candidates, which are rows times windows_per_site.
+// Bytes of workspace for a number of candidates, which is rows times windows_per_site.
 constexpr int64_t coarse_sites_workspace(int64_t candidates) {
   return padded(16 * candidates) + padded(8 * candidates) + tree_workspace(candidates) + padded(4 * 5 * 256) + 2 * padded(4);
 }

@@ -33,7 +33,7 @@ struct alignas(32) BlockSlot {
     atomicMin(&sites.z, static_cast<uint32_t>(first_row));
   }
 
-  // The number of slots for so many sites. There are usually far fewer blocks than sites; even if each site has a block of
+  // The number of slots for `rows` sites. There are usually far fewer blocks than sites; even if each site has a block of
   // its own, a fifth of the slots stays empty.
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
 };

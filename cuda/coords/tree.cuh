@@ -67,7 +67,7 @@ __device__ inline void clear_tree(const Tree& tree) {
   for (int64_t i = global_thread(); i < kMostLevels * kMostBlocks; i += all_threads()) tree.nodes_of[i] = 0;
 }
 
-// The shape of a tree for codes of so many bits.
+// The shape of a tree for codes of `bits` bits.
 struct TreeShape {
   int levels;  // above the leaves
 
@@ -213,8 +213,8 @@ __device__ inline int nth_bit(uint64_t mask, int n) {
 template <typename Output>
 __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
   constexpr int kLeaves = 8;
-  // Sites are counted in groups of leaves. Up to so many leaves each block counts all groups; beyond, it counts some, and a
-  // barrier follows. On an H200 5,927 leaves took 1.5 us more if each block counted all.
+  // Sites are counted in groups of leaves. Up to this many leaves each block counts all groups; beyond, it counts some, and
+  // a barrier follows. On an H200 5,927 leaves took 1.5 us more if each block counted all.
   constexpr int32_t kCountedByAll = 4096;
   __shared__ int32_t before_group[kMostBlocks];
   static_assert(kMostBlocks == kGridThreads, "a group a thread");

@@ -13,7 +13,7 @@ constexpr int64_t kTopNodes = int64_t{1} << kTopBits;
 constexpr int kTreeDigitBits = 6;
 constexpr int kMostLevels = (64 - kTopBits + kTreeDigitBits - 1) / kTreeDigitBits;
 
-// Bytes for the nodes of so many entries and the counts of up to kMostBlocks thread blocks.
+// Bytes for the nodes of `entries` entries and the counts of up to kMostBlocks thread blocks.
 constexpr int64_t tree_workspace(int64_t entries) {
   return 12 * kTopNodes + 3 * padded(8 * entries) + 3 * padded(4 * entries) + (kMostLevels + 1) * padded(4 * 512);
 }

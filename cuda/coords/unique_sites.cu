@@ -7,7 +7,7 @@
 //
 // Bound by the sort's passes, four for a scan, whose keys differ in 33 bits. A pass is a few microseconds of latency up to
 // some hundred thousand points, 24 bytes per point beyond. On an H200 38 us with 124,668 points, 52 with 271,156, 155 with 1
-// million, 605 with 4 million. With as many bits on each axis as the longest needs, up to 54, and codes made anew in each
+// million, 605 with 4 million. With as many bits on each axis as the longest needs, up to 54, and codes recomputed in each
 // pass, it took 39, 57, 204 and 857; 5 and 100 of the gain are due to the counts of large shares.
 //
 // Tried: sites by the tree of tree.cuh, with marks in global memory, then points sorted by row, 17 bits instead of 36 to

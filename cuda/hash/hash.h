@@ -19,7 +19,7 @@ JAXSPARSE_HD uint64_t hash(uint64_t key) {
   return key;
 }
 
-// The number of slots for so many keys: the least power of two that leaves at least half of the slots empty.
+// The number of slots for `keys` keys: the least power of two that leaves at least half of the slots empty.
 JAXSPARSE_HD int64_t hash_slots(int64_t keys) {
   if (keys <= 1) return 2;
 #ifdef __CUDA_ARCH__
