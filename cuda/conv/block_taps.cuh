@@ -43,7 +43,9 @@ class Entries {
         is_early_(a.taps <= kTapsAtATime) {
     const int32_t tile = first_tile + group();
     from_ = a.tile_table + (int64_t{tile} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece_ % kInTile * 4;
-    if (is_early_ && tap_ < a.taps && tile < all_tiles) early_ = *reinterpret_cast<const int4*>(from_ + tap_ * kScheduleRows);
+    if (is_early_ && tap_ < a.taps && tile < all_tiles) {
+      early_ = *reinterpret_cast<const int4*>(from_ + tap_ * kScheduleRows);
+    }
   }
 
   // The index, within the block, of the schedule tile whose entries this thread handles.

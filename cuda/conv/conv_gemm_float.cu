@@ -6,8 +6,10 @@ namespace {
 
 template <typename Arithmetic>
 cudaError_t conv_gemm_of(const ConvGemmArgs& a, cudaStream_t stream) {
-#define JAXSPARSE_TRY_TILE(rows, cols, stages) \
-  if (a.tile == Tile{rows, cols, stages}) return launch_implicit_gemm<ImplicitGemm<Arithmetic, rows, cols, stages, 16>>(a, stream);
+#define JAXSPARSE_TRY_TILE(rows, cols, stages)                                                \
+  if (a.tile == Tile{rows, cols, stages}) {                                                   \
+    return launch_implicit_gemm<ImplicitGemm<Arithmetic, rows, cols, stages, 16>>(a, stream); \
+  }
   JAXSPARSE_FLOAT_TILES(JAXSPARSE_TRY_TILE)
   return cudaErrorInvalidValue;
 }

@@ -130,7 +130,8 @@ __device__ void begin_keys(const int32_t* counts, const uint16_t* keys, int32_t 
   if (t < kScheduleKeys) s.next[t] += start + before;
 }
 
-__global__ void __launch_bounds__(kShareThreads, 1) order_kernel(ScheduleArgs a, const int32_t* counts, const uint16_t* keys) {
+__global__ void __launch_bounds__(kShareThreads, 1)
+    order_kernel(ScheduleArgs a, const int32_t* counts, const uint16_t* keys) {
   __shared__ OrderShared s;
   const int t = threadIdx.x, warp = t / kWarp;
   if (t < kScheduleKeys) s.next[t] = 0;

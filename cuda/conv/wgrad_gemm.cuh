@@ -127,8 +127,9 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
     const int32_t rows_there = count - step * kDepth - first_depth;
 #pragma unroll
     for (int i = 0; i < kDepth / kRowsAtOnce; ++i) {
-      copy_piece<16>(to + i * (copies_x ? kRowsA : kRowsB),
-                     from + wide(rows[i * kRowsAtOnce * 2], copies_x ? x_row_bytes : g_row_bytes), rows_there > i * kRowsAtOnce);
+      const int32_t row = rows[i * kRowsAtOnce * 2];
+      copy_piece<16>(to + i * (copies_x ? kRowsA : kRowsB), from + wide(row, copies_x ? x_row_bytes : g_row_bytes),
+                     rows_there > i * kRowsAtOnce);
     }
   };
   const auto copy_step = [&](int32_t step, int stage) {

@@ -11,7 +11,8 @@ template <int D>
 __device__ void fill_padding(int32_t* sites, int64_t begin, int64_t end) {
   if constexpr (D == 3) {
     const int4 padding = make_int4(kPaddingCoord, kPaddingCoord, kPaddingCoord, kPaddingCoord);
-    for (int64_t row = begin + global_thread(); row < end; row += all_threads()) reinterpret_cast<int4*>(sites)[row] = padding;
+    int4* const rows = reinterpret_cast<int4*>(sites);
+    for (int64_t row = begin + global_thread(); row < end; row += all_threads()) rows[row] = padding;
   } else {
     for (int64_t i = begin * (1 + D) + global_thread(); i < end * (1 + D); i += all_threads()) sites[i] = kPaddingCoord;
   }
