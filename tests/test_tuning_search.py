@@ -399,3 +399,17 @@ def test_build_table_refuses_what_it_cannot_tune(tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main(["build-table", option, value])
         assert f"error: {option} (=" in capsys.readouterr().err
+
+
+def test_timed_programs_run_their_kernels_one_by_one(monkeypatch):
+    given, compile_ = [], jax.stages.Lowered.compile
+
+    def compiled(self, options=None):
+        given.append(options)
+        return compile_(self, options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    program = measure.Program(lambda x: x + 1, [(jnp.ones(3),)], Choices()).compile()
+    np.testing.assert_array_equal(program(), 2)
+    ((name, side_by_side),) = js.COMPILER_OPTIONS.items()
+    assert given[0][name] != side_by_side

@@ -42,6 +42,10 @@ def numbers(shape: tuple[int, ...], dtype: Any, copy: int) -> jax.Array:
     return jnp.asarray(np.resize(np.roll(_numbers(), 7919 * copy) * np.float32(scale), shape)).astype(dtype)
 
 
+# Whatever XLA_FLAGS say: calls of a layer that do not wait for each other must not run side by side while they are timed.
+ONE_BY_ONE = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+
+
 class Program:
     """A compiled function with its arguments; `arguments` are taken in turn."""
 
@@ -49,7 +53,7 @@ class Program:
         self._arguments = list(arguments)
         with choice.activate(choices):
             self._lowered = jax.jit(function).lower(*self._arguments[0])
-        self._options = options
+        self._options = ONE_BY_ONE | (options or {})
 
     def compile(self) -> Program:
         """What takes long and may run in another thread."""
