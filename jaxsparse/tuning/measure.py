@@ -42,7 +42,7 @@ def numbers(shape: tuple[int, ...], dtype: Any, copy: int) -> jax.Array:
     return jnp.asarray(np.resize(np.roll(_numbers(), 7919 * copy) * np.float32(scale), shape)).astype(dtype)
 
 
-# Whatever XLA_FLAGS say: calls of a layer that do not wait for each other must not run side by side while they are timed.
+# Whatever XLA_FLAGS say: calls of a layer that do not wait for each other must not overlap while they are timed.
 ONE_BY_ONE = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
 
