@@ -179,8 +179,8 @@ def row_of(program, batches, args, expected):
         def step(state, x):
             return run(state, x)
 
-        options = {"compiler_options": js.COMPILER_OPTIONS} if args.concurrent else {}
-        return jax.jit(step, donate_argnums=(0,) if program.donates else (), **options).lower(shapes, batches[0])
+        donated, options = (0,) if program.donates else (), js.COMPILER_OPTIONS if args.concurrent else None
+        return jax.jit(step, donate_argnums=donated, compiler_options=options).lower(shapes, batches[0])
 
     compiled, *seconds = measure.compile_seconds(lower)
     memory = measure.memory_mb(compiled)

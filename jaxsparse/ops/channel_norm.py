@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 from jax import lax
+
+
+def check_per_channel(op: str, width: int, whose: str, vectors: Mapping[str, jax.Array | None]) -> None:
+    """Refuses a vector that is not `[width]`; `whose` says in the message what has that width."""
+    for name, numbers in vectors.items():
+        if numbers is not None and numbers.shape != (width,):
+            raise ValueError(f"{op}: `{name}` of shape {numbers.shape} must be [{width}], {whose}.")
 
 
 @jax.tree_util.register_dataclass

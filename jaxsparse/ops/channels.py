@@ -213,7 +213,7 @@ def affine(
       x: `[N, C]`.
       scale, shift: `[C]`, float32 or wider.
       center: `[C]`, the same dtype; taken as constant.
-      counts: int32 `[1]`.
+      counts: int32 `[1]`, real rows.
       relu: whether negative results become 0.
     """
     center = jax.lax.stop_gradient(center)

@@ -15,6 +15,7 @@ from jax import lax
 
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
+from jaxsparse.ops.channel_norm import check_per_channel
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
@@ -87,8 +88,7 @@ def linear(
             f"linear: kernel of shape {kernel.shape} does not fit x.feats with {x.num_features} features (shape "
             f"{x.feats.shape}); it must be [{x.num_features}, C_out]."
         )
-    if bias is not None and bias.shape != kernel.shape[1:]:
-        raise ValueError(f"linear: `bias` of shape {bias.shape} must be [{kernel.shape[1]}], the output features.")
+    check_per_channel("linear", kernel.shape[1], "the output features", {"bias": bias})
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
     (y,) = linear_rows(x.feats, kernel, x.sites.counts, transposed=False, **options)
     if bias is not None:

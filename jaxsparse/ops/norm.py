@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse.ops.channel_norm import check_per_channel
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import activate
@@ -62,9 +63,8 @@ def batch_norm(
       ValueError: where one of the vectors is not as long as the features are wide, or there is no such activation.
     """
     check_tensor("batch_norm", x)
-    for name, numbers in {"mean": mean, "variance": variance, "scale": scale, "bias": bias}.items():
-        if numbers is not None and numbers.shape != (x.num_features,):
-            raise ValueError(f"batch_norm: `{name}` of shape {numbers.shape} must be [{x.num_features}], the features.")
+    vectors = {"mean": mean, "variance": variance, "scale": scale, "bias": bias}
+    check_per_channel("batch_norm", x.num_features, "the features", vectors)
     dtype = accumulation_dtype(x.dtype)
     factor = lax.rsqrt(variance.astype(dtype) + epsilon)
     if scale is not None:

@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap, check_implementation, map_between
-from jaxsparse.ops.channel_norm import ChannelNorm
+from jaxsparse.ops.channel_norm import ChannelNorm, check_per_channel
 from jaxsparse.ops.conv import fused, primitives
 from jaxsparse.ops.conv.config import ConvConfig
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
@@ -205,16 +205,15 @@ def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sit
     check_activation(op, activation)
     if not isinstance(norm, ChannelNorm | None):
         raise TypeError(f"{op}: `norm` must be a ChannelNorm, got {type(norm).__name__}; a BatchNorm goes to a layer.")
-    for name in ("mean", "variance", "scale", "bias"):
-        numbers = getattr(norm, name, None)
-        if numbers is not None and numbers.shape != (width,):
-            raise ValueError(f"{op}: `norm.{name}` of shape {numbers.shape} must be [{width}], the output features.")
     if norm is None:
         norm = ChannelNorm(bias=bias)
-    elif bias is not None:
-        wide = accumulation_dtype(x.dtype)
-        mean = 0 if norm.mean is None else norm.mean.astype(wide)
-        norm = dataclasses.replace(norm, mean=mean - bias.astype(wide))
+    else:
+        vectors = {f"norm.{name}": getattr(norm, name) for name in fused.Ending.NAMES[:4]}
+        check_per_channel(op, width, "the output features", vectors)
+        if bias is not None:
+            wide = accumulation_dtype(x.dtype)
+            mean = 0 if norm.mean is None else norm.mean.astype(wide)
+            norm = dataclasses.replace(norm, mean=mean - bias.astype(wide))
     if residual is None:
         return sites, fused.Ending.of(norm, None, activation)
     sites = common_sites(op, (on_sites(sites, x.feats), residual))
@@ -234,8 +233,7 @@ def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) ->
             f"{op}: `kernel` of shape {kernel.shape} has {kernel.shape[1]} input features, but x has {x.num_features} "
             f"(shape {x.feats.shape})."
         )
-    if bias is not None and bias.shape != kernel.shape[2:]:
-        raise ValueError(f"{op}: `bias` of shape {bias.shape} must be [{kernel.shape[2]}], the output features.")
+    check_per_channel(op, kernel.shape[2], "the output features", {"bias": bias})
 
 
 def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, coarse: Sites) -> None:
