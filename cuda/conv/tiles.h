@@ -14,7 +14,9 @@ constexpr int kMostGroupWords = 12;  // words of a group's mask
 #define JAXSPARSE_FORWARD_TILES(X) \
   X(64, 16, 4)                     \
   X(64, 32, 3)                     \
+  X(64, 32, 6)                     \
   X(64, 64, 4)                     \
+  X(64, 64, 6)                     \
   X(64, 64, 8)                     \
   X(128, 16, 4)                    \
   X(128, 32, 3)                    \

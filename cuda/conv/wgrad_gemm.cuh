@@ -3,13 +3,13 @@
 //     partial   a block multiplies one slot (see slots.cuh) for a [64 kGroups, kCols] piece of dw. The depth is the slot's
 //               pairs, 64 per step (32 in float32). cp.async gathers rows of x and g to shared memory, a row per depth,
 //               through a ring buffer of kStages that is never drained
-//     reduce    dw[k] = the slots of tap k, added in order
+//     reduce    dw[k] = the slots of tap k, added in a fixed order
 //
-// Bound by gathering, (in_channels + out_channels) features per pair, and by the instructions of a step (once three times as
-// many). More slots do not help with few channels: 2, 3, 4 and 6 blocks per multiprocessor, with those instructions, took
-// 1.26, 1.20, 1.26 and 1.32 ms of a training step of SparseResNet21D. Rows that are short together, copied as one: 346,221
-// pairs of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7 to 15.7. Copies that skip absent channels, for all
-// widths, cost 3 to 11 % at 64 and 256.
+// Bound by gathering, (in_channels + out_channels) features per pair, and with few channels by the latency of a step, so
+// more blocks share a multiprocessor there: with 2, 3 and 4, partial and reduce took 66, 57 and 54 us (2.4 million pairs of
+// 32 and 32 channels), 87, 80 and 115 (of 48 and 48), 89, 86 and 115 (of 64 and 64); 19.1 and 19.8 (363,123 of 64 and 64).
+// Rows that are short together, copied as one: 346,221 pairs of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7
+// to 15.7. Copies that skip absent channels, for all widths, cost 3 to 11 % at 64 and 256.
 #pragma once
 
 #include "cuda/conv/gemm.h"
@@ -189,23 +189,43 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   }
 }
 
-constexpr int kReduceThreads = 256;
+constexpr int kReduceThreads = 256, kSlotsAtOnce = 8;
 
-// A block sums 1024 weights of one tap, four per thread.
-template <typename T>
+// A block sums 1024 / kShares weights of one tap, four per thread. kShares threads share a weight; each adds every so
+// many-th slot. With few weights a chain of reads takes the time, since a quarter of all slots may belong to one tap: 6.4 us
+// with one share and four reads at a time, for 91,767 sites and 32 to 32 channels, where 8 shares take 3.6.
+template <typename T, int kShares>
 __global__ void wgrad_reduce_kernel(WgradGemmArgs a, int32_t tap_blocks) {
-  const int32_t tap = static_cast<int32_t>(blockIdx.x) / tap_blocks;
+  constexpr int kInShare = kReduceThreads / kShares;
+  const int32_t tap = static_cast<int32_t>(blockIdx.x) / tap_blocks, share = threadIdx.x / kInShare;
   const Range slots = slots_of_tap(a.tap_pairs, a.taps, a.slots, tap);
   const int64_t weights = int64_t{a.in_channels} * a.out_channels;  // a multiple of 4
-  const int64_t i = (int64_t{blockIdx.x} % tap_blocks * kReduceThreads + threadIdx.x) * 4;
-  if (i >= weights) return;
+  const int64_t i = (int64_t{blockIdx.x} % tap_blocks * kInShare + threadIdx.x % kInShare) * 4;
   const float* from = static_cast<const float*>(a.workspace) + i;
+  const int32_t end = i < weights ? slots.end : 0;
   float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-  for (int32_t slot = slots.begin; slot < slots.end; ++slot) {
-    const float4 part = *reinterpret_cast<const float4*>(from + slot * weights);
+  const auto add = [&](const float4& part) {
     sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+  };
+  for (int32_t slot = slots.begin + share; slot < end; slot += kSlotsAtOnce * kShares) {
+    float4 parts[kSlotsAtOnce];
+#pragma unroll
+    for (int j = 0; j < kSlotsAtOnce; ++j) {
+      const int32_t at = slot + j * kShares;
+      parts[j] = at < end ? *reinterpret_cast<const float4*>(from + at * weights) : make_float4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int j = 0; j < kSlotsAtOnce; ++j) add(parts[j]);
   }
+  if constexpr (kShares > 1) {
+    __shared__ float4 sums[kReduceThreads];
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (share > 0) return;
+#pragma unroll
+    for (int other = 1; other < kShares; ++other) add(sums[other * kInShare + threadIdx.x]);
+  }
+  if (i >= weights) return;
   const int64_t at = tap * weights + i;
   const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
   for (int e = 0; e < 4; ++e) {
@@ -221,11 +241,15 @@ template <class P>
 cudaError_t launch_wgrad_gemm(const WgradGemmArgs& a, cudaStream_t stream) {
   const int64_t weights = int64_t{a.in_channels} * a.out_channels;
   const int64_t pieces = div_up(a.in_channels, P::kRows) * div_up(a.out_channels, P::kCols);
-  const int32_t tap_blocks = static_cast<int32_t>(div_up(weights, kReduceThreads * 4));
+  const int shares = weights <= 64 * 64 ? 8 : weights <= 128 * 128 ? 2 : 1;
+  const auto reduce = shares == 8   ? wgrad_reduce_kernel<typename P::T, 8>
+                      : shares == 2 ? wgrad_reduce_kernel<typename P::T, 2>
+                                    : wgrad_reduce_kernel<typename P::T, 1>;
+  const int32_t tap_blocks = static_cast<int32_t>(div_up(weights * shares, kReduceThreads * 4));
   JAXSPARSE_TRY(
       cudaFuncSetAttribute(wgrad_partial_kernel<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::kSharedBytes));
   JAXSPARSE_TRY(launch(wgrad_partial_kernel<P>, a.slots * pieces, {P::kThreads, P::kSharedBytes}, stream, a));
-  return launch(wgrad_reduce_kernel<typename P::T>, int64_t{a.taps} * tap_blocks, {kReduceThreads}, stream, a, tap_blocks);
+  return launch(reduce, int64_t{a.taps} * tap_blocks, {kReduceThreads}, stream, a, tap_blocks);
 }
 
 }  // namespace jaxsparse::cuda

@@ -1,6 +1,7 @@
 // Builds an index of input sites, or of their blocks: one kernel clears a hash map, another enters the sites. For sites made
 // by coarse_sites, that builds the index itself, which costs less. By blocks they take 2 and 6 us for a scan of 91,767 sites
-// on an H200, 10 and 24 for 1 million, 37 and 125 for 4 million. Tried instead:
+// on an H200, 10 and 21 for 1 million, 37 and 109 for 4 million, whose index no longer fits L2. Tried instead:
+//     all blocks entered with atomics, also those of a single warp: entering 7, 23, 125
 //     lanes look ahead to what later warps hold of a block, so that only the compare-and-swap is atomic: entering 7, 25, 108
 //     only the key of each slot cleared: as long for a scan, 22 us for 1 million sites
 #include "cuda/coords/site_index.cuh"
@@ -47,7 +48,10 @@ __global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
   const int32_t rows = real_rows(a.count, a.rows);
   while (row - threadIdx.x % kWarp < rows) {
     const InBlock in = in_block(site);
-    enter_in_order(map, in, row < rows && in.block != kNoKey, static_cast<int32_t>(row));
+    // Sites are sorted, so only the first and the last block of a warp may have sites in other warps.
+    const bool is_first = __shfl_sync(kAllLanes, in.block, 0) == in.block;
+    const bool is_last = __shfl_sync(kAllLanes, in.block, kWarp - 1) == in.block;
+    enter_in_order(map, in, row < rows && in.block != kNoKey, static_cast<int32_t>(row), !is_first && !is_last);
     row += all_threads();
     site = site_at(row);
   }

@@ -75,12 +75,16 @@ __device__ InBlock in_block(const Site<D>& site) {
 }
 
 // Enters a site for each lane of a warp with `exists`; all lanes call it. The first lane of a run in the same block enters
-// it for all, so `row` must be that of the lane's site or, without one, that of the next lane with one.
-__device__ inline void enter_in_order(HashMap<BlockSlot>& map, const InBlock& in, bool exists, int32_t row) {
+// it for all, so `row` must be that of the lane's site or, without one, that of the next lane with one. If other warps hold
+// no site of the block, `is_whole` may say so, which saves atomics.
+__device__ inline void enter_in_order(HashMap<BlockSlot>& map, const InBlock& in, bool exists, int32_t row,
+                                      bool is_whole = false) {
   const uint64_t below = __shfl_up_sync(kAllLanes, in.block, 1);
   const bool leads = threadIdx.x % kWarp == 0 || below != in.block;
   const uint64_t mask = or_of_run(exists ? uint64_t{1} << in.bit : 0, leads);
-  if (leads && mask != 0) map.insert_if_absent(in.block)->add(mask, row);
+  if (!leads || mask == 0) return;
+  BlockSlot* const slot = map.insert_if_absent(in.block);
+  is_whole ? slot->hold(mask, row) : slot->add(mask, row);
 }
 
 }  // namespace jaxsparse::cuda

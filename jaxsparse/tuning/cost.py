@@ -176,12 +176,13 @@ def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu 
 
 
 def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
-    """Shares of the pairs in wgrad: as many as make two blocks of 128 x 128 a multiprocessor, and two a tap.
+    """Shares of the pairs in wgrad: as many blocks as a multiprocessor holds, two if they are large, and two a tap.
 
     The number of shares decides how sums are split and so how they round: it must not depend on tile or capacity.
     """
-    pieces = math.ceil(c_in / 128) * math.ceil(c_out / 128)
-    return max(2 * taps, 2 * gpu.multiprocessors // pieces)
+    pieces, channels = math.ceil(c_in / 128) * math.ceil(c_out / 128), max(c_in, c_out)
+    blocks = 4 if channels <= 32 else 3 if channels <= 48 else 2
+    return max(2 * taps, blocks * gpu.multiprocessors // pieces)
 
 
 def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
