@@ -101,9 +101,10 @@ class Case:
         """Rows of results with what they are of; says which are wrong."""
         about = {"workload": self.name, "scans": self.scans, "voxels": len(self.ring[0].coords), "library": library}
         for row in found:
-            if "wall_ms" not in row:
-                print(f"{self.name}: {library} is wrong, error {row['error']:.1e}", file=sys.stderr)
-            yield {**about, "dtype": args.dtype, "capacity": capacity, **row}
+            row = {**about, "dtype": args.dtype, "capacity": capacity, **row}
+            wrong = "" if "wall_ms" in row else f", error {row['error']:.1e}"
+            print(f"{self.name}, {library}, {row['task']}: {time_cell(row)} ms{wrong}", file=sys.stderr, flush=True)
+            yield row
 
 
 def run(args):
