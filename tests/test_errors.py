@@ -32,6 +32,8 @@ def test_wrong_feature_width():
         js.ops.linear(x, jnp.ones((48, 8)), jnp.ones(1))
     with raises(ValueError, "batch_norm: `scale` of shape (1,) must be [48]"):
         js.ops.batch_norm(x, jnp.ones(48), jnp.ones(48), jnp.ones(1))
+    with raises(ValueError, "batch_norm: `activation` (='relu6')", "leaky_relu"):
+        js.ops.batch_norm(x, jnp.ones(48), jnp.ones(48), activation="relu6")
 
 
 def test_array_in_place_of_a_tensor():

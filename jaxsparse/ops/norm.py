@@ -11,7 +11,7 @@ from jax import lax
 from jaxsparse.ops.channel_norm import check_per_channel
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
-from jaxsparse.ops.elementwise import activate
+from jaxsparse.ops.elementwise import activate, check_activation
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
@@ -63,6 +63,7 @@ def batch_norm(
       ValueError: where one of the vectors is not as long as the features are wide, or there is no such activation.
     """
     check_tensor("batch_norm", x)
+    check_activation("batch_norm", activation)
     vectors = {"mean": mean, "variance": variance, "scale": scale, "bias": bias}
     check_per_channel("batch_norm", x.num_features, "the features", vectors)
     dtype = accumulation_dtype(x.dtype)
