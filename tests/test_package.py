@@ -72,6 +72,13 @@ def test_python_in_the_docs_runs_as_shown(page):
         assert out.returncode == 0, out.stderr
 
 
+def test_files_that_the_page_of_internals_names_exist():
+    text = (ROOT / "docs/internals.md").read_text()
+    named = set(re.findall(r"\b(?:jaxsparse|bindings|cuda|tests)/[\w./*]*[\w*]", text))
+    assert len(named) > 20
+    assert [name for name in named if not list(ROOT.glob(name))] == []
+
+
 def test_public_names_have_docstrings():
     for module in (js, js.nn, js.ops, js.models):
         for name in module.__all__:
