@@ -98,12 +98,12 @@ class Case:
         self.weights, self.expected = cached(args.cache, inputs, lambda: truth(self.workload, first, args.dtype))
 
     def rows(self, library, found, args, capacity):
-        """Rows of results with what they are of; says which are wrong."""
+        """Rows of results with what they are of; prints the time of each at once, or that it is wrong."""
         about = {"workload": self.name, "scans": self.scans, "voxels": len(self.ring[0].coords), "library": library}
         for row in found:
             row = {**about, "dtype": args.dtype, "capacity": capacity, **row}
-            wrong = "" if "wall_ms" in row else f", error {row['error']:.1e}"
-            print(f"{self.name}, {library}, {row['task']}: {time_cell(row)} ms{wrong}", file=sys.stderr, flush=True)
+            outcome = f"{time_cell(row)} ms" if "wall_ms" in row else f"wrong, error {row['error']:.1e}"
+            print(f"{self.name}, {library}, {row['task']}: {outcome}", file=sys.stderr)
             yield row
 
 

@@ -34,9 +34,9 @@
 //     28.1      map entries read through `order` instead of the tiled table, and a pipeline one step shallower
 //     42        A gathered into registers: wgmma's fragment interleaves two rows, so each load must complete and be moved
 //
-// With few tiles, a deeper ring helps: 64x32/6 16.4 us, /3 19.1 (19,078 sites of 2.8 neighbours, 96 to 96); 64x64/4, /6 and /8
-// 5.8, 5.5 and 6.0 (kernel 2, stride 2, 14,474 outputs, 64 to 64), 8.2, 8.3 and 7.1 (5,879 outputs, 128 to 128). With many it
-// costs occupancy: 8.7 instead of 5.7 (kernel 2, stride 2, 60,107 outputs, 32 to 32).
+// With few tiles, a deeper ring helps: 64x32/6 16.4 us, /3 19.1 (19,078 sites of 2.8 neighbours, 96 to 96); 64x64/4, /6 and
+// /8 5.8, 5.5 and 6.0 (kernel 2, stride 2, 14,474 outputs, 64 to 64), 8.2, 8.3 and 7.1 (5,879 outputs, 128 to 128). With
+// many it costs occupancy: 8.7 instead of 5.7 (kernel 2, stride 2, 60,107 outputs, 32 to 32).
 //
 // Most instructions of a step belong to the copies, and their number matters: 136 with 128x128/3, once 176. Gains:
 //     unsigned instead of signed 64-bit products for addresses, which take three instructions each: 71.6 to 65.7 us (14,474

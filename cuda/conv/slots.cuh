@@ -1,5 +1,5 @@
 // How wgrad divides the pairs of all taps into slots. A slot holds up to a fixed number of pairs of one tap. A block sums
-// the products of one slot; then the slots of each tap are added in order.
+// the products of one slot; then the slots of each tap are added in a fixed order.
 //
 // The number of slots depends only on taps and channels, never on rows, and no float is added atomically, so results are
 // bitwise reproducible. Blocks have equal work, however the pairs are distributed over the taps.

@@ -8,8 +8,9 @@
 // Bound by gathering, (in_channels + out_channels) features per pair, and with few channels by the latency of a step, so
 // more blocks share a multiprocessor there: with 2, 3 and 4, partial and reduce took 66, 57 and 54 us (2.4 million pairs of
 // 32 and 32 channels), 87, 80 and 115 (of 48 and 48), 89, 86 and 115 (of 64 and 64); 19.1 and 19.8 (363,123 of 64 and 64).
-// Rows that are short together, copied as one: 346,221 pairs of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7
-// to 15.7. Copies that skip absent channels, for all widths, cost 3 to 11 % at 64 and 256.
+// All in float16; in float32 the numbers of blocks are the same. Rows that are short together, copied as one: 346,221 pairs
+// of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7 to 15.7. Copies that skip absent channels, for all
+// widths, cost 3 to 11 % at 64 and 256.
 #pragma once
 
 #include "cuda/conv/gemm.h"
@@ -192,8 +193,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
 constexpr int kReduceThreads = 256, kSlotsAtOnce = 8;
 
 // A block sums 1024 / kShares weights of one tap, four per thread. kShares threads share a weight; each adds every so
-// many-th slot. With few weights a chain of reads takes the time, since a quarter of all slots may belong to one tap: 6.4 us
-// with one share and four reads at a time, for 91,767 sites and 32 to 32 channels, where 8 shares take 3.6.
+// many-th slot. With few weights a chain of reads takes the time, since a quarter of all slots may belong to one tap:
+// 10.2 us with one share and four reads at a time, for 91,767 sites and 32 to 32 channels, where 8 shares take 4.2.
 template <typename T, int kShares>
 __global__ void wgrad_reduce_kernel(WgradGemmArgs a, int32_t tap_blocks) {
   constexpr int kInShare = kReduceThreads / kShares;

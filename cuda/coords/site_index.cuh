@@ -76,7 +76,7 @@ __device__ InBlock in_block(const Site<D>& site) {
 
 // Enters a site for each lane of a warp with `exists`; all lanes call it. The first lane of a run in the same block enters
 // it for all, so `row` must be that of the lane's site or, without one, that of the next lane with one. If other warps hold
-// no site of the block, `is_whole` may say so, which saves atomics.
+// no site of the block, `is_whole` may say so, which saves atomics. (shifted_sites, short of registers, does not.)
 __device__ inline void enter_in_order(HashMap<BlockSlot>& map, const InBlock& in, bool exists, int32_t row,
                                       bool is_whole = false) {
   const uint64_t below = __shfl_up_sync(kAllLanes, in.block, 1);
