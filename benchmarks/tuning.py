@@ -5,7 +5,8 @@
 
 - networks: each workload of `networks.py` compiled in each way; GPU time of a step over a ring of turned scans.
   With `--write-table` the table is that of all workloads tuned here, and is written too; else it is the shipped one.
-  "single" is the best of the tiles that serve every layer, the same for all, the order of rows as the heuristic has it.
+  "single" is the best of the `--singles` most promising tiles, one for all layers that it serves, rows ordered as the
+  heuristic has it.
 - transfer: SparseResUNet42 with the choices tuned for one scan, on others, beside tuning on those.
 - Every way is measured three times, in turn; the median counts.
 """
@@ -83,18 +84,20 @@ def step_ms(steps_by_way, inputs, args):
 
 
 def single_choices(model, x, mode):
-    """For each tile that serves some layer: that tile for all layers it serves."""
+    """For each tile that serves some layer: that tile for all layers it serves; the best by the cost model first."""
     works = divide(record(model, [(x,)]), tuning_search.this_platform(), mode)
-    questions = [task.question for work in works for task in work.tasks.values()]
-    singles = {}
+    tasks = [task for work in works for task in work.tasks.values()]
+    singles, predicted = {}, {}
     for tile in (t for t in FORWARD_TILES if t.rows == 128 and t.cols >= 64):
         for wgrad in [t for t in WGRAD_TILES if t.rows == 128] if mode == "training" else [None]:
-            found = {}
-            for q in questions:
+            label, found, us = show(tile) + (f" {show(wgrad)}" if wgrad else ""), {}, 0.0
+            for task in tasks:
+                q = task.question
                 wanted = wgrad if q.key.op == "wgrad" else tile
                 found[q.key] = wanted if wanted in q.candidates else q.heuristic()
-            singles[show(tile) + (f" {show(wgrad)}" if wgrad else "")] = Choices(found)
-    return singles
+                us += task.count * q.predict(found[q.key], task.neighbours)
+            singles[label], predicted[label] = Choices(found), us
+    return {label: singles[label] for label in sorted(singles, key=predicted.__getitem__)}
 
 
 def tuned_workloads(args):
@@ -132,7 +135,7 @@ def networks_part(args):
         mode = "training" if WORKLOADS[name].training else "inference"
         if args.singles:
             singles = single_choices(program.model, ring[0], mode)
-            for label in list(singles)[:: max(1, len(singles) // args.singles)]:
+            for label in list(singles)[: args.singles]:
                 steps[label] = compiled_step(program, ring, {"choices": choice.activate(singles[label])})
         ms = step_ms(steps, ring, args)
         single = min((label for label in ms if label not in ways), key=ms.get, default=None)
@@ -215,7 +218,7 @@ def main():
     parser.add_argument("--dtype", choices=list(LOSS_SCALE), default="float16")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
-    parser.add_argument("--singles", type=int, default=0, help="how many single choices to try, about (default: none)")
+    parser.add_argument("--singles", type=int, default=0, help="single choices to try, best predicted first")
     parser.add_argument("--write-table", default=None, help="networks: the file for a table of all workloads")
     parser.add_argument("--out", default=None, help="folder for the results (default: only print)")
     args = parser.parse_args()

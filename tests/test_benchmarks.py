@@ -132,10 +132,10 @@ def test_tuning_times_every_way_of_a_network(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "WORKLOADS", {"tiny": tiny})
     monkeypatch.setattr(tuning, "BUDGETS", {"inference": 2.0})
     arguments = ["tuning.py", "--data", str(tmp_path), "--dtype", "float32", "--steps", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--part", "networks"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--part", "networks", "--singles", "1"])
     tuning.main()
     (row,) = json.loads((tmp_path / "tuning.json").read_text())["results"]
-    assert set(row["all_ms"]) == {"heuristic", "table", "tuned"}
+    assert set(row["all_ms"]) == {"heuristic", "table", "tuned", row["single"]}
     assert all(ms > 0 for ms in row["all_ms"].values())
     assert js.tuning.TuningResult.load(tmp_path / "tuned_tiny.json").choices
 
