@@ -63,8 +63,9 @@ class SparseTensor:
 
     sites: Sites
     feats: jax.Array
-    # The arrays that `ops.concatenate` made `feats` of, else empty. Where layers read these in place of `feats`, the
-    # compiler drops the concatenation. They are no leaves of the pytree: only `feats` crosses the boundary of a `jit`.
+    # The arrays that hold `feats` beside each other: itself, the result of a kernel that leaves padding rows as they
+    # are, or what `ops.concatenate` joined. Where layers read these in place of `feats`, the compiler drops the zeros
+    # of padding and the concatenation. They are no leaves of the pytree: only `feats` crosses the boundary of a `jit`.
     parts: tuple[jax.Array, ...]
 
     def __init__(
@@ -97,7 +98,7 @@ class SparseTensor:
             feats = jnp.zeros((1, feats.shape[1]), feats.dtype)
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "feats", jnp.where(sites.is_real[:, None], feats, 0))
-        object.__setattr__(self, "parts", ())
+        object.__setattr__(self, "parts", (self.feats,))
 
     def tree_flatten(self):
         """Sites and features; nothing is static here."""
@@ -114,8 +115,13 @@ class SparseTensor:
         x = object.__new__(cls)
         object.__setattr__(x, "sites", children[0])
         object.__setattr__(x, "feats", children[1])
-        object.__setattr__(x, "parts", ())
+        object.__setattr__(x, "parts", (x.feats,))
         return x
+
+    @property
+    def unmasked(self) -> jax.Array:
+        """The features, of which padding rows may hold anything: for ops that read real rows alone."""
+        return self.parts[0] if len(self.parts) == 1 else self.feats
 
     coords = property(lambda self: self.sites.coords, doc="int32 `[N, 1 + D]`, batch index first.")
     count = property(lambda self: self.sites.count, doc="int32 scalar, how many rows are real.")
@@ -217,8 +223,9 @@ class SparseTensor:
         return np.asarray(self.coords)[:n], np.asarray(self.feats)[:n]
 
 
-def on_sites(sites: Sites, feats: jax.Array, parts: tuple[jax.Array, ...] = ()) -> SparseTensor:
-    """A tensor from features that are zero on padding rows already; checks and masks nothing."""
+def on_sites(sites: Sites, feats: jax.Array, parts: tuple[jax.Array, ...] | None = None) -> SparseTensor:
+    """A tensor from features that are zero on padding rows already, and its parts; checks and masks nothing."""
     x = SparseTensor.tree_unflatten(None, (sites, feats))
-    object.__setattr__(x, "parts", parts)
+    if parts is not None:
+        object.__setattr__(x, "parts", parts)
     return x

@@ -201,7 +201,7 @@ def devoxelize(
       order.
     """
     check_implementation(implementation)
-    feats = voxels.feats if isinstance(voxels, SparseTensor) else voxels
+    feats = voxels.unmasked if isinstance(voxels, SparseTensor) else voxels
     return gather_rows(feats, point_to_voxel, implementation=implementation)
 
 

@@ -209,7 +209,6 @@ def assert_fused(x, w, table, counts, tile, groups, numbers, residual, activatio
     real = np.zeros(len(z), bool)
     real[real_rows(len(z), counts)] = True
     assert (np.abs(y.astype(F64) - true) <= bound)[real].all()
-    assert y[~real].tobytes() == bytes(y[~real].nbytes)
 
 
 @pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
@@ -273,19 +272,19 @@ def test_epilogue_of_hard_values(activation):
     np.testing.assert_allclose(y, expected, rtol=2e-3, atol=1e-6)
 
 
-def test_rows_with_an_epilogue_do_not_depend_on_tile_mates_or_capacity():
+@pytest.mark.parametrize("padding", [90, 40_000])
+def test_rows_with_an_epilogue_do_not_depend_on_tile_mates_or_capacity(padding):
     rng = np.random.default_rng(1)
     count, volume = 150, 9
     x, w = rng.normal(size=(count, 24)).astype(F16), rng.normal(size=(volume, 24, 16)).astype(F16)
     table, numbers = random_table(rng, volume, count, count, 0.3), channel_numbers(rng, 16, NUMBERS)
     residual, groups = rng.normal(size=(count, 16)).astype(F16), Geometry.create(1, volume, 1).tap_groups
     y = conv_fused(x, w, table, [count], (128, 16, 4), (), numbers, residual, 1, 1e-5)
-    more = np.concatenate([table, np.full((volume, 90), -1, I32)], 1)
-    padded = np.concatenate([residual, np.full((90, 16), np.nan, F16)])
+    more = np.concatenate([table, np.full((volume, padding), -1, I32)], 1)
+    padded = np.concatenate([residual, np.full((padding, 16), np.nan, F16)])
     for tile in ((128, 32, 3), (64, 16, 4)):
         y_more = conv_fused(x, w, more, [count], tile, groups, numbers, padded, 1, 1e-5)
         assert y_more[:count].tobytes() == y.tobytes()
-        assert y_more[count:].tobytes() == bytes(y_more[count:].nbytes)
 
 
 def halves(x, first):

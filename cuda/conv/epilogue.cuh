@@ -18,11 +18,6 @@
 
 namespace jaxsparse::cuda {
 
-// Output row numbers: a padding row r is marked as -2 - r; -1 means no row at all.
-__device__ inline int32_t marked(int32_t row) { return row < 0 ? row : -2 - row; }
-__device__ inline bool is_marked(int32_t row) { return row < -1; }
-__device__ inline int32_t unmarked(int32_t row) { return -2 - row; }
-
 // {scale, scale, shift, shift} of each pair of the block's columns, in shared memory.
 template <int kCols>
 __device__ float4* affine_of_columns() {
@@ -31,7 +26,7 @@ __device__ float4* affine_of_columns() {
 }
 
 // A thread's part of preparing the epilogue. `ask` issues the loads: the number of real rows and the parameters of one
-// channel. `put` uses them later: it writes the channel's scale and shift to shared memory and marks padding rows.
+// channel. `put` uses them later: it writes the channel's scale and shift to shared memory and drops padding rows.
 struct Channel {
   int32_t channel = 0, real_rows = 0;
   uint32_t mean = 0, variance = 0, scale = 0, bias = 0;  // raw 32-bit words, which hold two channels if those have 16 bits
@@ -52,7 +47,7 @@ struct Channel {
 #pragma unroll
     for (int32_t& row : out_row) {
       const bool is_real = e.rows.number == 1 ? row < real_rows : row_is_real(e.rows, row);
-      if (!is_real) row = marked(row);
+      if (!is_real) row = -1;
     }
     if (threadIdx.x >= kCols) return;
     const float deviation = e.variance.data == nullptr ? 1 : rsqrtf(value_of(e.variance, variance) + e.epsilon);

@@ -49,8 +49,8 @@ struct FusedConvArgs : ConvGemmArgs {
   Epilogue epilogue;
 };
 
-// conv_gemm with an epilogue, rounded once, for 16-bit x and y of the same dtype. With one tap `order` may be null: row m of
-// y is then row m of x times w, without a schedule.
+// conv_gemm with an epilogue, rounded once, for 16-bit x and y of the same dtype. Padding rows of y are not written. With one
+// tap `order` may be null: row m of y is then row m of x times w, without a schedule.
 cudaError_t conv_fused(const FusedConvArgs& args, cudaStream_t stream);
 
 struct WgradGemmArgs {

@@ -152,6 +152,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   const unsigned tile = blockIdx.x / kSplits;
   const int32_t split = blockIdx.x % kSplits;  // the rank in the cluster
   const int32_t first_tile = static_cast<int32_t>(tile / col_tiles) * kGroups;
+  if constexpr (kFused) {  // padding rows come last, and are not written
+    if (begins_late(512) && first_tile * kScheduleRows >= end_of_real_rows(a.epilogue.rows)) return;
+  }
   const int32_t first_col = static_cast<int32_t>(tile % col_tiles) * kCols, own_col = first_col + split * kOwnCols;
   const int32_t in_channels = a.in_channels;
   const auto first_of = [&](int32_t rank) { return in_channels / kDepthTogether * rank / kSplits * kDepthTogether; };
@@ -312,32 +315,29 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   if constexpr (kFused) {
     const auto is_padding_alone = [&] {
       const Segments& rows = a.epilogue.rows;
-      return rows.number == 1 && first_tile * kScheduleRows >= rows.counts[0];  // padding rows come last
+      return rows.number == 1 && first_tile * kScheduleRows >= rows.counts[0];
     };
-    if (residual_at < 0 && is_padding_alone()) {
-      for (int32_t& row : out_row) row = marked(row);
-    } else {
-      if (residual_at < 0) {  // no row of the tile has a tap in the last word, so the loop did not prepare the epilogue
-        Channel channel;
-        channel.ask<kOwnCols>(a, own_col);
-        channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
-        residual_at = P::kSumBytes;
-        if constexpr (kSplits == 1) {
-          Ending<P>::copy_residual(a, out_row, own_col, stages);
-          commit_copies();
-          wait_for_copies<0>();
-          __syncthreads();
-        }
-      }
-      if constexpr (kSplits > 1) {  // the residual is copied while the cluster adds its sums
-        Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
+    if (residual_at < 0) {  // no row of the tile has a tap in the last word, so the loop did not prepare the epilogue
+      if (is_padding_alone()) return;
+      Channel channel;
+      channel.ask<kOwnCols>(a, own_col);
+      channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
+      residual_at = P::kSumBytes;
+      if constexpr (kSplits == 1) {
+        Ending<P>::copy_residual(a, out_row, own_col, stages);
         commit_copies();
-        if (has_products) add_splits<P>(sums, stages, split);
         wait_for_copies<0>();
         __syncthreads();
       }
-      Ending<P>::apply(a, out_row, own_col, affine_of_columns<kOwnCols>(), stages + residual_at, sums);
     }
+    if constexpr (kSplits > 1) {  // the residual is copied while the cluster adds its sums
+      Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
+      commit_copies();
+      if (has_products) add_splits<P>(sums, stages, split);
+      wait_for_copies<0>();
+      __syncthreads();
+    }
+    Ending<P>::apply(a, out_row, own_col, affine_of_columns<kOwnCols>(), stages + residual_at, sums);
   } else if constexpr (kSplits > 1) {
     if (has_products) add_splits<P>(sums, stages, split);
   }
@@ -346,12 +346,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   const int q = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const bool is_padding = kFused && is_marked(out_row[r]);
-    const int32_t row = is_padding ? unmarked(out_row[r]) : out_row[r];
-    if (is_padding) {
-#pragma unroll
-      for (int j = 0; j < kOwnCols / 8; ++j) sums[j * 4 + 2 * r] = sums[j * 4 + 2 * r + 1] = 0;
-    }
+    const int32_t row = out_row[r];
     if (sizeof(T) == 2 && (kFused || a.out_dtype == a.dtype)) {
       T* to = static_cast<T*>(a.y) + int64_t{row} * a.out_channels + own_col;
 #pragma unroll

@@ -166,9 +166,14 @@ __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(S
   const int t = threadIdx.x, lane = t % kWarp, slice = t / kWarp;
   const int64_t tile = blockIdx.x;
   if (tile * kScheduleRows >= a.rows.rows) return;
+  const int32_t place = static_cast<int32_t>(tile) * kScheduleRows + t;
+  if (begins_late(1024) && tile * kScheduleRows >= end_of_real_rows(a.rows)) {
+    if (t < kScheduleRows && place < a.rows.rows) a.order[place] = place;
+    for (int32_t word = t; word < a.mask_words; word += kSlices * kWarp) a.tile_masks[tile * a.mask_words + word] = 0;
+    return;
+  }
   bool is_real = false;
   if (t < kScheduleRows) {
-    const int32_t place = static_cast<int32_t>(tile) * kScheduleRows + t;
     int32_t row = place;
     if (place < a.rows.rows) {
       if (a.groups > 0) row = a.order[place];  // undefined for padding rows

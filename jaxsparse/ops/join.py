@@ -52,6 +52,6 @@ def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
         raise ValueError("concatenate: `tensors` is empty; pass at least one.")
     sites = common_sites("concatenate", tensors)
     real = sites.is_real[:, None]
-    parts = tuple(t.feats for t in tensors)
-    feats = jnp.where(real, jnp.concatenate(parts, 1), 0)
-    return on_sites(sites, feats, parts if all(p.dtype == feats.dtype for p in parts) else ())
+    feats = jnp.where(real, jnp.concatenate([t.unmasked for t in tensors], 1), 0)
+    parts = tuple(part for t in tensors for part in t.parts)
+    return on_sites(sites, feats, parts if all(part.dtype == feats.dtype for part in parts) else None)

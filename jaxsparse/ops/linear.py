@@ -90,7 +90,7 @@ def linear(
         )
     check_per_channel("linear", kernel.shape[1], "the output features", {"bias": bias})
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
-    (y,) = linear_rows(x.feats, kernel, x.sites.counts, transposed=False, **options)
+    (y,) = linear_rows(x.unmasked, kernel, x.sites.counts, transposed=False, **options)
     if bias is not None:
         y = jnp.where(x.sites.is_real[:, None], y + bias.astype(x.dtype)[None], 0)
     return on_sites(x.sites, y)

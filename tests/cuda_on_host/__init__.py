@@ -83,13 +83,20 @@ def _listed(pairs, number):
     return (np.arange(pairs.shape[1]) < number[:, None])[:, :, None]
 
 
+def _real(rows, counts):
+    """Which rows are real, where each count belongs to an equal share of the rows."""
+    share = rows // len(counts)
+    return np.arange(rows) % share < np.repeat(counts, share)
+
+
 def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
 
     Runs it twice, on the host with threads and blocks in one order and in the reverse, and asserts that the results are
     the same bits: a race, or a result that depends on an order CUDA does not promise, fails here. Exempt are workspaces
     and site indices, columns of a kernel map past the outputs, entries of a reversed map or a schedule under taps that
-    a row or a tile lacks, and a tap's pairs past their number, which hold anything: the callers compare the others.
+    a row or a tile lacks, a tap's pairs past their number, and padding rows of a convolution with an epilogue, which
+    hold anything: the callers compare the others; those rows are returned as 0.
     """
     types = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
     attrs = _ffi._encode(attrs)
@@ -107,6 +114,9 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
         outs = [[np.where(_taps_of(masks, len(table))[:, :, 0].T, table, -1), masks] for table, masks in outs]
     if target == "conv_schedule":
         outs = [[order, masks, np.where(_taps_of(masks, table.shape[1]), table, -1)] for order, masks, table, _ in outs]
+    if target in ("conv_fused", "linear_fused"):
+        counts = operands[2 if target == "linear_fused" else 5]
+        outs = [[np.where(_real(len(y), counts)[:, None], y, y.dtype.type(0))] for (y,) in outs]
     if target == "conv_pairs":
         outs = [[np.where(_listed(pairs, number), pairs, -1), number, rest] for pairs, number, rest in outs]
     for one, other in zip(*outs, strict=True):

@@ -92,7 +92,7 @@ def conv(
             out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
             if end[0].is_empty:
                 return linear(x, kernel[0], precision=precision)
-            return on_sites(out_sites, _bind_linear(x, kernel[0], end, precision, config, implementation))
+            return _bind_linear(x, out_sites, kernel[0], end, precision, config, implementation)
     elif kernel_map is not None:
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
@@ -104,7 +104,7 @@ def conv(
         out_sites = out_sites.with_status(x.sites.status)
     out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
     options = (precision, config, implementation)
-    return on_sites(out_sites, _bind("forward", x, kernel, kernel_map, x.capacity, end, *options))
+    return _bind("forward", x, out_sites, kernel, kernel_map, x.capacity, end, *options)
 
 
 def conv_transpose(
@@ -163,10 +163,15 @@ def conv_transpose(
     out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
     swapped = jnp.swapaxes(kernel, 1, 2)
     options = (precision, config, implementation)
-    return on_sites(out_sites, _bind("dgrad", x, swapped, kernel_map, fine.capacity, end, *options))
+    return _bind("dgrad", x, out_sites, swapped, kernel_map, fine.capacity, end, *options)
 
 
-def _bind(product, x, kernel, kernel_map, in_rows, end, precision, config, implementation):
+def _fused(x, out_sites, params, kernel, rows, operands):
+    y = fused.fused(tuple(params.items()), fused.inputs(x), kernel, rows, operands)
+    return on_sites(out_sites, jnp.where(out_sites.is_real[:, None], y, 0), (y,))
+
+
+def _bind(product, x, out_sites, kernel, kernel_map, in_rows, end, precision, config, implementation):
     m = kernel_map
     spec = primitives.Spec(
         x.dtype,
@@ -182,12 +187,12 @@ def _bind(product, x, kernel, kernel_map, in_rows, end, precision, config, imple
     params = {"spec": spec, "out_dtype": x.dtype, "implementation": implementation}
     ending, operands = end
     if ending.is_empty:
-        return primitives.PRODUCTS[product](x.feats, kernel, *arrays, **params)[0]
+        return on_sites(out_sites, primitives.PRODUCTS[product](x.unmasked, kernel, *arrays, **params)[0])
     params |= {"product": product, "ending": ending}
-    return fused.fused(tuple(params.items()), fused.inputs(x), kernel, arrays, operands)
+    return _fused(x, out_sites, params, kernel, arrays, operands)
 
 
-def _bind_linear(x, kernel, end, precision, config, implementation):
+def _bind_linear(x, out_sites, kernel, end, precision, config, implementation):
     ending, operands = end
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
     params = options | {
@@ -196,7 +201,7 @@ def _bind_linear(x, kernel, end, precision, config, implementation):
         "ending": ending,
         "implementation": implementation,
     }
-    return fused.fused(tuple(params.items()), fused.inputs(x), kernel, (x.sites.counts,), operands)
+    return _fused(x, out_sites, params, kernel, (x.sites.counts,), operands)
 
 
 def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ended]:
@@ -219,7 +224,7 @@ def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sit
     sites = common_sites(op, (on_sites(sites, x.feats), residual))
     if residual.num_features != width:
         raise ValueError(f"{op}: `residual` has {residual.num_features} features, but the result has {width}.")
-    return sites, fused.Ending.of(norm, residual.feats.astype(x.dtype), activation)
+    return sites, fused.Ending.of(norm, residual.unmasked.astype(x.dtype), activation)
 
 
 def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:

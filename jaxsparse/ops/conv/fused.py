@@ -81,7 +81,7 @@ Ended = tuple[Ending, list[jax.Array]]
 def inputs(x: SparseTensor) -> tuple[jax.Array, ...]:
     """The features, or two arrays that stand for their concatenation, as the kernel takes them."""
     is_served = len(x.parts) == 2 and x.dtype.itemsize == 2 and all(part.shape[1] % 8 == 0 for part in x.parts)
-    return x.parts if is_served else (x.feats,)
+    return x.parts if is_served else (x.unmasked,)
 
 
 def _beside(first: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
@@ -167,7 +167,7 @@ linear.batch_as_reference()
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def fused(params, inputs, w, rows, operands):
-    """`ending(product(inputs beside each other, w))`.
+    """`ending(product(inputs beside each other, w))`; padding rows of the result may hold anything.
 
     Args:
       params: those of `op` or `linear` as pairs, and `product`: "forward", "dgrad" or "linear".
