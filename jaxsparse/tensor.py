@@ -118,6 +118,10 @@ class SparseTensor:
         object.__setattr__(x, "parts", (x.feats,))
         return x
 
+    def __reduce__(self):
+        """A pickle or a copy is a tensor of features alone."""
+        return on_sites, (self.sites, self.feats)
+
     @property
     def unmasked(self) -> jax.Array:
         """The features, of which padding rows may hold anything: for ops that read real rows alone."""
