@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxsparse import _keys, status
 from jaxsparse._compat import trace_state
@@ -144,8 +145,12 @@ class Sites:
 
     @property
     def counts(self) -> jax.Array:
-        """`count` as the one-segment counts that primitives take: int32 `[1]`."""
-        return self.count[None]
+        """`count` as the one-segment counts that primitives take: int32 `[1]`.
+
+        Of a program's argument it is a copy: most kernels read it, and where the next call passes another array, the
+        host then changes one command of a CUDA graph, not dozens (SparseResNet21D, training: 0.1 ms of 5.0 on an H200).
+        """
+        return self.memo("counts", lambda: lax.optimization_barrier(jnp.minimum(self.count, self.capacity))[None])
 
     @property
     def is_real(self) -> jax.Array:
@@ -218,6 +223,7 @@ class Sites:
                 status.report(Problem.SITES_CAPACITY, found[0] > capacity, found[0], capacity, stride),
             )
             made = Sites(coords, kept[0], problems, stride, self.capacities, self.batch_size, bounds, "morton")
+            made.memo("counts", lambda: kept)
             if implementation != "xla":  # plain JAX makes no index
                 made.memo("index", lambda: (index,))
             return self.status, made

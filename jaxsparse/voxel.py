@@ -146,6 +146,7 @@ def voxelize(
         grid,
         "morton",
     )
+    made.memo("counts", lambda: kept)
     return on_sites(made, _reduce(feats, row_of, grouped, capacity, reduce, implementation)), row_of[:rows]
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scenes import pad_rows, random_coords, random_tensor
+from scenes import pad_rows, quick_rngs, random_coords, random_tensor
 
 import jaxsparse as js
 from jaxsparse.geometry import Geometry
@@ -66,9 +66,24 @@ def test_tensor_is_pickled_and_copied_without_maps_and_parts(copied):
     x = js.ops.concatenate([x, x])
     js.kernel_map(x.sites, x.sites, 3)
     y = copied(x)
-    assert not y.sites.same_as(x.sites) and y.parts == (y.feats,)
+    assert not y.sites.same_as(x.sites)
+    assert y.parts == (y.feats,)
     for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_only_the_count_of_an_argument_is_copied():
+    """A CUDA graph is then updated in one place where the next call passes another array."""
+    net = js.models.SparseResNet21D(4, width=0.25, rngs=quick_rngs())
+    net.eval()
+
+    def voxels(points):
+        return js.voxelize(points, jnp.ones((len(points), 4)), 1.0, capacity=60)[0]
+
+    points = jnp.asarray(RNG.uniform(0, 9, (60, 3)), jnp.float32)
+    outputs = [lambda x: net(x)[-1].feats, lambda points: net(voxels(points))[-1].feats]
+    texts = [jax.jit(f).lower(x).as_text() for f, x in zip(outputs, (voxels(points), points), strict=True)]
+    assert [text.count("optimization_barrier") for text in texts] == [1, 0]
 
 
 def test_static_facts_survive_jit():
