@@ -166,11 +166,6 @@ def conv_transpose(
     return _bind("dgrad", x, out_sites, swapped, kernel_map, fine.capacity, end, *options)
 
 
-def _fused(x, out_sites, params, kernel, rows, operands):
-    y = fused.fused(tuple(params.items()), fused.inputs(x), kernel, rows, operands)
-    return on_sites(out_sites, jnp.where(out_sites.is_real[:, None], y, 0), (y,))
-
-
 def _bind(product, x, out_sites, kernel, kernel_map, in_rows, end, precision, config, implementation):
     m = kernel_map
     spec = primitives.Spec(
@@ -202,6 +197,12 @@ def _bind_linear(x, out_sites, kernel, end, precision, config, implementation):
         "implementation": implementation,
     }
     return _fused(x, out_sites, params, kernel, (x.sites.counts,), operands)
+
+
+def _fused(x, out_sites, params, kernel, rows, operands):
+    """Product and ending as one op. What its kernel leaves on padding rows is masked where somebody reads `feats`."""
+    y = fused.fused(tuple(params.items()), fused.inputs(x), kernel, rows, operands)
+    return on_sites(out_sites, jnp.where(out_sites.is_real[:, None], y, 0), (y,))
 
 
 def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sites, fused.Ended]:
