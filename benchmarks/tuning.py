@@ -90,14 +90,15 @@ def single_choices(model, x, mode):
     singles, predicted = {}, {}
     for tile in (t for t in FORWARD_TILES if t.rows == 128 and t.cols >= 64):
         for wgrad in [t for t in WGRAD_TILES if t.rows == 128] if mode == "training" else [None]:
-            label, found, us = show(tile) + (f" {show(wgrad)}" if wgrad else ""), {}, 0.0
+            label = show(tile) + (f" {show(wgrad)}" if wgrad else "")
+            found, us = {}, 0.0
             for task in tasks:
                 q = task.question
                 wanted = wgrad if q.key.op == "wgrad" else tile
                 found[q.key] = wanted if wanted in q.candidates else q.heuristic()
                 us += task.count * q.predict(found[q.key], task.neighbours)
             singles[label], predicted[label] = Choices(found), us
-    return {label: singles[label] for label in sorted(singles, key=predicted.__getitem__)}
+    return {label: singles[label] for label in sorted(predicted, key=predicted.__getitem__)}
 
 
 def tuned_workloads(args):

@@ -149,6 +149,7 @@ class Sites:
 
         Of a program's argument it is a copy: most kernels read it, and where the next call passes another array, the
         host then changes one command of a CUDA graph, not dozens (SparseResNet21D, training: 0.1 ms of 5.0 on an H200).
+        Ops that make sites put their own counts into the memo.
         """
         return self.memo("counts", lambda: lax.optimization_barrier(jnp.minimum(self.count, self.capacity))[None])
 

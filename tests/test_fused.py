@@ -16,7 +16,6 @@ from jax.test_util import check_grads
 from scenes import quick_rngs, random_kernel, random_tensor, row_error
 
 import jaxsparse as js
-from jaxsparse._keys import real_rows
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops.conv import fused
 from jaxsparse.tensor import on_sites
@@ -247,53 +246,6 @@ def test_nan_in_padding_of_every_operand_and_cotangent_changes_nothing(kind, spl
     for a, b in zip(run(0.0, 0.0), run(jnp.nan, jnp.nan), strict=True):
         assert np.isfinite(b).all()
         np.testing.assert_array_equal(a, b)
-
-
-def leave_padding(monkeypatch):
-    """Has the fused ops leave NaN on padding rows, as a kernel may that does not write them."""
-
-    def leaving(op, rows):
-        def run(*operands, **params):
-            (y,) = op(*operands, **params)
-            counts = fused._counts(operands[2 : 2 + rows], params.get("product", "linear"))
-            return [jnp.where(real_rows(counts, len(y))[:, None], y, jnp.nan)]
-
-        return run
-
-    monkeypatch.setattr(fused, "op", leaving(fused.op, 4))
-    monkeypatch.setattr(fused, "linear", leaving(fused.linear, 1))
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
-@pytest.mark.parametrize("network", [js.models.SparseResUNet42, js.models.SparseResNet21D])
-def test_what_the_kernels_leave_on_padding_rows_reaches_nothing(network, dtype, monkeypatch):
-    """Results, and gradients with running statistics, for all parameters and for those of the last layers alone."""
-    x = random_tensor(0, rows=300, capacity=400, features=3, dtype=dtype, low=-9, high=9)
-    model = network(3, width=0.25, dtype=dtype, rngs=quick_rngs())
-    model.eval()
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    leaves, tree = jax.tree.flatten(params)
-
-    def outputs(leaves, feats):
-        y = nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest, copy=True)(x.with_feats(feats))
-        return [t.feats for t in (y if isinstance(y, list) else [y])]
-
-    def run():
-        def loss(moving, first):
-            found = outputs([*leaves[:first], *moving], x.feats)
-            return sum(jnp.square(feats.astype(jnp.float32)).sum() for feats in found)
-
-        def every(leaves):
-            grads = [jax.grad(loss)(leaves[first:], first) for first in (0, len(leaves) - 6)]
-            return jax.tree.leaves((outputs(leaves, x.feats), grads))
-
-        return jax.jit(every)(leaves)
-
-    expected = run()
-    leave_padding(monkeypatch)
-    for got, want in zip(run(), expected, strict=True):
-        assert np.isfinite(got).all()
-        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.usefixtures("every_width")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import _ffi
+from jaxsparse._keys import real_rows
 
 _HERE = pathlib.Path(__file__).parent
 _ROOT = _HERE.parents[1]
@@ -83,12 +84,6 @@ def _listed(pairs, number):
     return (np.arange(pairs.shape[1]) < number[:, None])[:, :, None]
 
 
-def _real(rows, counts):
-    """Which rows are real, where each count belongs to an equal share of the rows."""
-    share = rows // len(counts)
-    return np.arange(rows) % share < np.repeat(counts, share)
-
-
 def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
     """Calls `jaxsparse_<target>_v1`; `results` are (shape, dtype) pairs.
 
@@ -116,7 +111,7 @@ def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:
         outs = [[order, masks, np.where(_taps_of(masks, table.shape[1]), table, -1)] for order, masks, table, _ in outs]
     if target in ("conv_fused", "linear_fused"):
         counts = operands[2 if target == "linear_fused" else 5]
-        outs = [[np.where(_real(len(y), counts)[:, None], y, y.dtype.type(0))] for (y,) in outs]
+        outs = [[np.where(real_rows(counts, len(y))[:, None], y, y.dtype.type(0))] for (y,) in outs]
     if target == "conv_pairs":
         outs = [[np.where(_listed(pairs, number), pairs, -1), number, rest] for pairs, number, rest in outs]
     for one, other in zip(*outs, strict=True):
