@@ -391,6 +391,22 @@ def test_a_device_has_clusters_if_code_for_it_was_built(capability, built, has, 
     assert conv_choices.has_clusters("cuda") == has
 
 
+@pytest.mark.parametrize(("capability", "kib"), [("8.0", 163), ("8.6", 99), ("8.9", 99), ("9.0", 227), ("12.0", 99)])
+def test_tiles_fit_the_shared_memory_of_the_device(capability, kib, monkeypatch):
+    class Device:
+        compute_capability, device_kind = capability, "a device"
+
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device()])
+    for c_in, dtype in ((64, "float16"), (4, "float16"), (64, "float32")):
+        forward, wgrad = questions(50_000, c_in, 64, dtype)
+        assert forward.candidates
+        assert wgrad.candidates
+        assert all(cost.conv_shared_bytes(tile, 27) <= kib * 1024 for tile in forward.candidates)
+        assert all(cost.wgrad_shared_bytes(tile) <= kib * 1024 for tile in wgrad.candidates)
+    assert (Tile(256, 128, 4) in questions(50_000, 64, 64)[0].candidates) == (kib == 227)
+    assert (Tile(128, 128, 3) in questions(50_000, 64, 64)[1].candidates) == (kib > 99)
+
+
 def test_a_tile_in_a_file_from_before_there_were_splits_has_one():
     entry = json.loads(json.dumps(to_json(key(), (128, 64, 3))))
     assert from_json(entry) == (key(), Tile(128, 64, 3, 1))

@@ -131,6 +131,23 @@ FLOAT_ROW_US, FLOAT_COL_US = 0.0027, 0.0014  # of a step of float32: tiles of 64
 BYTES = {"float16": 2, "tf32": 4, "float32": 4, "float64": 8}
 
 
+def conv_shared_bytes(tile, taps: int) -> int:
+    """Shared memory of a block of `cuda/conv/implicit_gemm.cuh`: stages, factors of an epilogue, taps, entries."""
+    rows, cols, stages, splits = tile
+    return stages * STEP_BYTES * (rows + _stored(cols)) + cols // splits * 8 + 128 + (min(taps, 32) + 1) * rows * 4
+
+
+def wgrad_shared_bytes(tile) -> int:
+    """Shared memory of a block of `cuda/conv/wgrad_gemm.cuh`: stages, and the pairs of eight steps."""
+    rows, cols, stages, _ = tile
+    return stages * STEP_BYTES * (rows + _stored(cols)) + 8 * 64 * 8
+
+
+def _stored(cols: int) -> int:
+    """Columns as they lie in shared memory, in blocks of 64 unless they are few."""
+    return cols if cols <= 32 else math.ceil(cols / 64) * 64
+
+
 def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted: bool, gpu: Gpu = H100) -> float:
     """An implicit product over a schedule, `cuda/conv/implicit_gemm.cuh`."""
     rows, cols, stages, splits = tile
@@ -143,8 +160,7 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
     else:
         step = max(products_us, FLOAT_ROW_US * rows + FLOAT_COL_US * cols)
     blocks = math.ceil(kernel_map.rows / rows) * math.ceil(c_out / cols) * splits
-    shared = stages * STEP_BYTES * (rows + cols) + min(kernel_map.taps, 32) * rows * 4 + 1024
-    resident = gpu.resident(2 * rows, cols, shared)
+    resident = gpu.resident(2 * rows, cols, conv_shared_bytes(tile, kernel_map.taps))
     depth = c_in * itemsize / STEP_BYTES / splits  # steps a tap
     most = kernel_map.taps if kernel_map.taps > 9 or not is_sorted else taps
     chain = gpu.chain(copied, stages)
@@ -192,11 +208,10 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu 
     pieces = math.ceil(c_in / rows) * math.ceil(c_out / cols)
     in_slot = max(kernel_map.pairs / max(slots - kernel_map.taps, 1), 256)
     used = min(slots, kernel_map.pairs / in_slot + kernel_map.taps / 2)
-    itemsize, depth = BYTES[dtype], STEP_BYTES // BYTES[dtype]  # depth: pairs a step
+    depth = STEP_BYTES // BYTES[dtype]  # pairs a step
     copied = STEP_BYTES * (rows + cols)
     step = gpu.step(rows * cols * depth / PRODUCTS[dtype], copied)
-    shared = stages * depth * (rows + max(cols, 64)) * itemsize + 2 * stages * depth * 8 + 1024
-    resident = gpu.resident(2 * rows, cols, shared)
+    resident = gpu.resident(2 * rows, cols, wgrad_shared_bytes(tile))
     partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, gpu.chain(copied, stages))
     sums = 2 * 4 * used * c_in * c_out / gpu.memory_bytes + gpu.launch_us
     return partial + sums

@@ -89,8 +89,27 @@ def has_clusters(platform: str) -> bool:
     return int(major) >= 9 and major in built
 
 
-def _forward_tiles(platform: str) -> tuple[Tile, ...]:
-    return FORWARD_TILES if has_clusters(platform) else tuple(tile for tile in FORWARD_TILES if tile.splits == 1)
+def most_shared_bytes(platform: str) -> int:
+    """Shared memory that a block can have on the device of this process; as on Hopper where there is none.
+
+    From the table of compute capabilities in the CUDA programming guide.
+    """
+    capability = str(getattr(choice.device_here(platform), "compute_capability", "9.0"))
+    if capability in ("8.6", "8.9") or capability.startswith("12."):
+        return 99 * 1024
+    return (163 if capability.startswith("8.") else 227) * 1024
+
+
+def _forward_tiles(platform: str, taps: int, tiles: tuple[Tile, ...] = FORWARD_TILES) -> tuple[Tile, ...]:
+    """Those that the device runs."""
+    bytes_there, has = most_shared_bytes(platform), has_clusters(platform)
+    fitting = (tile for tile in tiles if cost.conv_shared_bytes(tile, taps) <= bytes_there)
+    return tuple(tile for tile in fitting if tile.splits == 1 or has)
+
+
+def _wgrad_tiles(platform: str, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    bytes_there = most_shared_bytes(platform)
+    return tuple(tile for tile in tiles if cost.wgrad_shared_bytes(tile) <= bytes_there)
 
 
 def conv(platform: str, p: Problem) -> Question:
@@ -102,15 +121,15 @@ def conv(platform: str, p: Problem) -> Question:
         predict = cost.cpu_conv_us
         return Question(key, PLAIN_TILE_ROWS, lambda rows, n: predict(rows, at(n), *widths, dtype), is_here, p)
     sorts = bool(sort(platform, p).heuristic())
-    whole = _forward_tiles(platform) if widths[0] % 8 == 0 else NARROW_TILES
-    tiles: tuple = FLOAT_TILES if _is_float(p) else whole
+    built = FLOAT_TILES if _is_float(p) else FORWARD_TILES if widths[0] % 8 == 0 else NARROW_TILES
+    tiles = _forward_tiles(platform, p.taps, built)
     return Question(key, tiles, lambda tile, n: cost.conv_us(tile, at(n), *widths, dtype, sorts), is_here, p)
 
 
 def sort(platform: str, p: Problem) -> Question:
     """Whether a schedule sorts rows with like taps together: asked alike by all layers of one map and direction."""
     device, is_here = choice.device_of(platform)
-    at, tiles = _map(p), _forward_tiles(platform)
+    at, tiles = _map(p), _forward_tiles(platform, p.taps)
     return Question(
         _key("sort", device, p),
         (False, True),
@@ -125,7 +144,7 @@ def wgrad(platform: str, p: Problem) -> Question:
     at, dtype, widths = _map(p), p.spec.dtype_name(platform), p.widths(platform)
     return Question(
         _key("wgrad", device, p, dtype, widths),
-        FLOAT_WGRAD_TILES if _is_float(p) else WGRAD_TILES,
+        _wgrad_tiles(platform, FLOAT_WGRAD_TILES if _is_float(p) else WGRAD_TILES),
         lambda tile, n: cost.wgrad_us(tile, at(n), *widths, dtype),
         is_here,
         p,
