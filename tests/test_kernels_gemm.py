@@ -70,7 +70,8 @@ def test_schedule_has_rows_in_order_and_the_map_in_tiles(volume, rows, counts, s
     np.testing.assert_array_equal(order, sorted_order(table, counts, groups) if sort else np.arange(rows))
     in_tiles = np.full((volume, 64 * len(tile_masks)), -1, I32)
     in_tiles[:, :rows] = np.where(np.isin(order, real_rows(rows, counts)), table[:, order], -1)
-    in_tiles = in_tiles.reshape(volume, -1, 64).swapaxes(0, 1)
+    in_tiles = in_tiles.reshape(volume, -1, 4, 16).swapaxes(0, 1).swapaxes(2, 3)  # rows 16 apart follow each other
+    in_tiles = in_tiles.reshape(-1, volume, 64)
     there = (in_tiles >= 0).any(2)
     k = np.arange(volume)
     np.testing.assert_array_equal(tile_masks[:, k // 32] >> k % 32 & 1, there)

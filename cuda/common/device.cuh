@@ -69,15 +69,22 @@ __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
   return row % segment_rows < segments.counts[row / segment_rows];
 }
 
-// The kernel's dynamic shared memory; more than 48 KiB needs cudaFuncAttributeMaxDynamicSharedMemorySize.
+// The kernel's dynamic shared memory, aligned for wgmma; more than 48 KiB needs cudaFuncAttributeMaxDynamicSharedMemorySize.
 __device__ inline char* dynamic_shared() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(16) char bytes[];
+  extern __shared__ __align__(1024) char bytes[];
   return bytes;
 #else  // host tests
   return cuda_on_host::dynamic_shared;
 #endif
 }
+
+// What a block can have of it, at most.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostSharedBytes = 163 * 1024;
+#else
+constexpr int kMostSharedBytes = 227 * 1024;
+#endif
 
 // The grid size of a kernel with a grid-stride loop over a number of items that only the device knows: enough blocks to fill
 // any device, but bounded, so that a larger capacity costs nothing.

@@ -18,13 +18,6 @@
 
 namespace jaxsparse::cuda {
 
-// {scale, scale, shift, shift} of each pair of the block's columns, in shared memory.
-template <int kCols>
-__device__ float4* affine_of_columns() {
-  __shared__ float4 affine[kCols / 2];
-  return affine;
-}
-
 // A thread's part of preparing the epilogue. `ask` issues the loads: the number of real rows and the parameters of one
 // channel. `put` uses them later: it writes the channel's scale and shift to shared memory and drops padding rows.
 struct Channel {

@@ -34,18 +34,23 @@
 //     28.1      map entries read through `order` instead of the tiled table, and a pipeline one step shallower
 //     42        A gathered into registers: wgmma's fragment interleaves two rows, so each load must complete and be moved
 //
-// With few tiles, a deeper ring helps: 64x32/6 16.4 us, /3 19.1 (19,078 sites of 2.8 neighbours, 96 to 96); 64x64/4, /6 and
-// /8 5.8, 5.5 and 6.0 (kernel 2, stride 2, 14,474 outputs, 64 to 64), 8.2, 8.3 and 7.1 (5,879 outputs, 128 to 128). With
-// many it costs occupancy: 8.7 instead of 5.7 (kernel 2, stride 2, 60,107 outputs, 32 to 32).
+// With few tiles, a deeper ring helps: 64x32/6 15.5 us, /3 18.7 (19,078 sites of 2.8 neighbours, 96 to 96), 4.9 and 5.2
+// (kernel 2, stride 2, 14,474 outputs, 64 to 64); 64x64/4, /6 and /8 7.9, 7.9 and 7.0 (5,879 outputs, 128 to 128). With many
+// it costs occupancy: 6.3 instead of 5.4 (kernel 2, stride 2, 60,107 outputs, 32 to 32).
 //
-// Most instructions of a step belong to the copies, and their number matters: 136 with 128x128/3, once 176. Gains:
+// Most instructions of a step belong to the copies, and their number matters: 106 with 128x128/3, once 176. Gains:
 //     unsigned instead of signed 64-bit products for addresses, which take three instructions each: 71.6 to 65.7 us (14,474
 //     sites, 256 to 256), 39.2 to 36.6 (31,833 sites, 128 to 128)
 //     the look-up of the row no longer waits for that of the tap: 7 % with tiles of 64 columns
 //     stay_here keeps the compiler from recomputing values in every step
+//     136 to 106, SparseResUNet42 1.58 ms to 1.52, at 19,078 sites 1.00 to 0.97: a thread's four entries of the map lie
+//     together and are read at once; a row of -1 after the last tap instead of a test; offsets of stages in bytes; the
+//     warpgroup known to be uniform, since wgmma's descriptors otherwise take 8 moves to uniform registers in every step
+//     no integer division before the first copies: 3.1 to 2.9 (kernel 2, stride 2, 13,973 outputs, 32 to 32)
 //     kOverlaps, where a block is alone on its multiprocessor: 76.4 to 72.9, and 39.3 to 37.4, with 128x128/4
 //
 // Tried and left out, on an H200:
+//     kOverlaps from four stages on, and the first copies in a loop that is not unrolled: within 1 %
 //     weights by TMA, in boxes of rows of one tap, which saves all warps but one a sixth of a step's instructions: 43.5 us
 //     for 44.5 at 60,107 sites, 128 to 128, and 19.0 for 19.4 at 64 to 64; but 13.8 for 11.2 at 91,767 sites, 32 to 32, and
 //     37.4 for 32.0 at 96 to 96, where a step takes two boxes or four
@@ -96,11 +101,14 @@ namespace jaxsparse::cuda {
 
 constexpr int kDepthTogether = 16;  // products that tensor cores add at a time; splits begin at its multiples
 
+// Keeps a thread's constant in a register, in place of computing it in every step. With mma.sync that would spill.
+__device__ inline int keep(int value) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr bool kHasRegisterForPlace = true;
+  return stay_here(value);
 #else
-constexpr bool kHasRegisterForPlace = false;  // with mma.sync, keeping a_to in a register would spill
+  return value;
 #endif
+}
 
 // Compile-time parameters of one kernel.
 template <typename Arithmetic, int kTileRows_, int kCols_, int kStages_, int kPieceBytes_, int kSplits_ = 1>
@@ -121,8 +129,11 @@ struct ImplicitGemm {
   static constexpr int kAhead = kStages - (kOverlaps ? 2 : 1);  // pipeline depth: steps by which copies run ahead
   static constexpr int kSumBytes = kSplits > 1 ? kRows * kCols * 4 : 0;  // sums for the other blocks of the cluster
   static_assert(kSumBytes <= kStages * kStageBytes && kOwnCols % 8 == 0);
-  static int shared_bytes(int taps) {
-    return kStages * kStageBytes + kTapsAtOnce * 4 + (taps < kTapsAtOnce ? taps : kTapsAtOnce) * kRows * 4 + 1024;
+  static constexpr int kAffineBytes = kOwnCols / 2 * static_cast<int>(sizeof(float4));
+  // Bytes of shared memory: the stages, an epilogue's factors, the list of taps, and the rows that they read.
+  static int shared_bytes(int taps, bool has_epilogue) {
+    const int listed = taps < kTapsAtOnce ? taps : kTapsAtOnce;
+    return kStages * kStageBytes + (has_epilogue ? kAffineBytes : 0) + kTapsAtOnce * 4 + (listed + 1) * kRows * 4;
   }
 };
 
@@ -141,12 +152,13 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
   constexpr int kDepth = Product::kDepth, kSplits = P::kSplits, kOwnCols = P::kOwnCols;
   constexpr bool kFused = kHasEpilogue<Args>;
-  if constexpr (kSplits > 1 && !kHasClusters) return;
-  char* const stages = dynamic_shared() + stay_here(-shared_address(dynamic_shared()) & 1023);  // for the swizzle
-  int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes);  // tap list
-  int32_t* const in_row_of = taps + kTapsAtOnce;                                        // [listed taps, kRows]
+  if constexpr ((kSplits > 1 && !kHasClusters) || P::kStages * P::kStageBytes > kMostSharedBytes) return;
+  char* const stages = dynamic_shared();
+  [[maybe_unused]] float4* const affine = reinterpret_cast<float4*>(stages + kStages * P::kStageBytes);
+  int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes + (kFused ? P::kAffineBytes : 0));
+  int32_t* const in_row_of = taps + kTapsAtOnce;  // [listed taps + 1, kRows], rows of a schedule's tile by place_of_row
 
-  const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
+  const int t = threadIdx.x, lane = t % kWarp, group = own_warpgroup<kGroups>();
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
   const int32_t all_tiles = static_cast<int32_t>(div_up(a.out_rows, kScheduleRows));
   const unsigned tile = blockIdx.x / kSplits;
@@ -171,6 +183,25 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     const int32_t m = first_tile * kScheduleRows + t / kWarp * 16 + lane / 4 + 8 * r;
     out_row[r] = m >= a.out_rows ? -1 : is_scheduled ? a.order[m] : m;
   }
+
+  // Copies of a thread: one piece of four rows of A, 16 apart (of eight, 8 apart, where pieces have 8 bytes). Of B one piece
+  // of every kColsAtOnce-th row if its rows are columns, otherwise every kOfRowB-th piece of one row.
+  constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA;
+  constexpr int kRowsAtOnce = kWarpgroup / kPiecesA, kQuads = 16 / kRowsAtOnce, kColsAtOnce = kThreads / kPiecesA;
+  constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
+  constexpr int kPlacesB = static_cast<int>(div_up(Product::kRowBytesB / 16, kOfRowB));
+  const int a_piece = t % kPiecesA, a_row = t / kPiecesA % kRowsAtOnce, b_row = t / kOfRowB, b_piece = t % kOfRowB;
+  const int a_byte = a_piece * P::kPieceBytes;
+  const uint32_t a_to = keep(group * kBytesA + swizzled<128>(a_row, a_byte / 16) + a_byte % 16);
+  [[maybe_unused]] uint32_t b_to[kPlacesB];
+#pragma unroll
+  for (int i = 0; i < kPlacesB; ++i) {
+    b_to[i] = keep(kGroups * kBytesA + Product::place_in_b(b_row, b_piece + i * kOfRowB));
+  }
+  const int a_entries = keep(group * kScheduleRows + a_row * 4);
+  const int32_t b_cols = keep(a.out_channels - first_col - b_piece * 8);
+  const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
+
   float sums[kCols / 2];
 #pragma unroll
   for (float& sum : sums) sum = 0;
@@ -180,6 +211,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 
 #pragma unroll 1
   for (int word = 0; word < a.mask_words; ++word) {
+    const PerTap per_tap = {channels, __fdividef(1, static_cast<float>(max(channels, 1)))};
+    Place place_a = per_tap.place(a_piece * kInPieceA), place_b = per_tap.place(b_row);
+    const Step step_places = per_tap.step(kDepth);
     // The taps of this word that any row of the tile has, and the input rows that they read.
     uint32_t mask = 0;
     if (is_scheduled) {
@@ -196,13 +230,15 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     } else if constexpr (kFused) {
       mask = first_tile * kScheduleRows < end_of_real_rows(a.epilogue.rows);
       const int32_t m = first_tile * kScheduleRows + t;
-      if (t < kRows) in_row_of[t] = m < a.out_rows ? m : -1;
+      const int to = t / kScheduleRows * kScheduleRows + place_of_row(t % kScheduleRows);
+      if (t < kRows) in_row_of[to] = m < a.out_rows ? m : -1;
     }
     if (mask == 0) continue;
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = stay_here(__popc(mask));
     if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
+    if (t < kRows) in_row_of[tap_count * kRows + t] = -1;  // past the last tap
     commit_copies();
     [[maybe_unused]] Channel channel;
     if constexpr (kFused) {
@@ -211,26 +247,18 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     wait_for_copies<0>();
     __syncthreads();
 
-    // Copies of a thread: one piece of every kRowsA-th row of A. Of B the same if its rows are columns, otherwise every
-    // kOfRowB-th piece of one row.
-    constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA, kRowsA = kThreads / kPiecesA;
-    constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
-    const int a_piece = t % kPiecesA, a_row = t / kPiecesA, b_row = t / kOfRowB, b_piece = t % kOfRowB;
-    const int a_byte = a_piece * P::kPieceBytes;
-    uint32_t a_to = swizzled<128>(a_row, a_byte / 16) + a_byte % 16;
-    if constexpr (kHasRegisterForPlace) a_to = stay_here(a_to);
-    const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
-    const int32_t divisor = kSplits == 1 ? channels : max(channels, 8);
-    Place place_a(a_piece * kInPieceA, divisor, kDepth), place_b(b_row, divisor, kDepth);
     const int32_t steps = static_cast<int32_t>(div_up(tap_count * channels, kDepth));
     int copied = 0, to_stage = 0;
     const auto copy_step = [&] {
       if (copied < steps) {
-        char* to = stages + to_stage * P::kStageBytes;
-        int32_t rows[kRows / kRowsA];
-        const int32_t* const entries = in_row_of + place_a.tap * kRows + a_row;
+        char* const to = stages + to_stage;
+        const int32_t entry = min(place_a.tap, tap_count) * kRows + a_entries;
+        const int4* const entries = reinterpret_cast<const int4*>(in_row_of + entry);
+        int4 quads[kQuads];
 #pragma unroll
-        for (int i = 0; i < kRows / kRowsA; ++i) rows[i] = place_a.tap < tap_count ? entries[i * kRowsA] : -1;
+        for (int i = 0; i < kQuads; ++i) quads[i] = entries[i * kRowsAtOnce];
+        const bool row_exists = place_b.tap < tap_count;
+        const int32_t b_tap = taps[place_b.tap];
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
@@ -244,38 +272,38 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         const char* from = reinterpret_cast<const char*>(array + channel);
         const uint32_t row_bytes = of_array * static_cast<unsigned>(sizeof(T));
 #pragma unroll
-        for (int i = 0; i < kRows / kRowsA; ++i) {
-          copy_if_not_negative<P::kPieceBytes>(to + a_to + i * kRowsA * 128, from + wide(rows[i], row_bytes), rows[i]);
+        for (int i = 0; i < 4 * kQuads; ++i) {
+          const int4 quad = quads[i % kQuads];
+          const int32_t row = i / kQuads == 0 ? quad.x : i / kQuads == 1 ? quad.y : i / kQuads == 2 ? quad.z : quad.w;
+          copy_if_not_negative<P::kPieceBytes>(to + a_to + i * kRowsAtOnce * 128, from + wide(row, row_bytes), row);
         }
-        to += kGroups * kBytesA;
         if constexpr (Product::kRowsOfBAreColumns) {
+          const int b_col = t / kPiecesA;
           const bool tap_exists = place_a.tap < tap_count;
           const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
-          const T* weights = w + wide(tap * a.out_channels + first_col + a_row, in_channels) + place_a.channel;
+          const T* weights = w + wide(tap * a.out_channels + first_col + b_col, in_channels) + place_a.channel;
+          char* const to_col = to + kGroups * kBytesA + swizzled<128>(b_col, a_piece);
 #pragma unroll
-          for (int col = 0; col < kCols; col += kRowsA) {
-            if (kCols % kRowsA != 0 && a_row + col >= kCols) break;
-            const bool exists = tap_exists && first_col + a_row + col < a.out_channels;
-            copy_piece<16>(to + a_to + col * 128, weights + col * in_channels, exists);
+          for (int col = 0; col < kCols; col += kColsAtOnce) {
+            if (kCols % kColsAtOnce != 0 && b_col + col >= kCols) break;
+            const bool exists = tap_exists && first_col + b_col + col < a.out_channels;
+            copy_piece<16>(to_col + col * 128, weights + col * in_channels, exists);
           }
         } else {
-          const bool row_exists = place_b.tap < tap_count;
-          const char* weights = b_from;
-          if (row_exists) weights += wide(taps[place_b.tap] * in_channels + place_b.channel, a.out_channels * sizeof(T));
+          const char* const weights = b_from + wide(b_tap * in_channels + place_b.channel, a.out_channels * sizeof(T));
 #pragma unroll
-          for (int own = 0; own < Product::kRowBytesB / 16; own += kOfRowB) {
-            char* const b_to = to + Product::place_in_b(b_row, b_piece + own);
+          for (int i = 0; i < kPlacesB; ++i) {
 #pragma unroll
-            for (int piece = own; piece < kPiecesB; piece += 8) {  // the same place in each block of 64 columns
+            for (int piece = i * kOfRowB; piece < kPiecesB; piece += 8) {  // the same place in each block of 64 columns
               if (b_piece + piece >= kPiecesB) break;
-              const bool exists = row_exists && first_col + (b_piece + piece) * 8 < a.out_channels;
-              copy_piece<16>(b_to + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);
+              const bool exists = row_exists && b_cols > piece * 8;
+              copy_piece<16>(to + b_to[i] + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);
             }
           }
-          place_b.advance(channels);
+          place_b.advance(step_places, channels);
         }
-        place_a.advance(channels);
-        to_stage = next_stage<kStages>(to_stage);
+        place_a.advance(step_places, channels);
+        to_stage = next_stage<kStages, P::kStageBytes>(to_stage);
         ++copied;
       }
       commit_copies();
@@ -284,7 +312,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
     for (int i = 0; i < P::kAhead; ++i) copy_step();
     if constexpr (kFused) {
-      if (is_last) channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
+      if (is_last) channel.put<kOwnCols>(a.epilogue, out_row, affine);
       if (is_last && kSplits > 1) residual_at = P::kSumBytes;
     }
     int stage = 0;
@@ -294,17 +322,17 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       wait_for_copies<P::kAhead - 1>();
       Product::see_copies();
       __syncthreads();
-      const char* from = stages + stage * P::kStageBytes;
+      const char* from = stages + stage;
       Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
       if constexpr (kFused && kSplits == 1) {  // at the first step after which a stage stays free
         if (is_last && step == max(steps - P::kAhead, 0)) {
-          residual_at = to_stage * P::kStageBytes;
+          residual_at = to_stage;
           Ending<P>::copy_residual(a, out_row, own_col, stages + residual_at);
         }
       }
       copy_step();
       if constexpr (P::kOverlaps) Product::wait_for_last();
-      stage = next_stage<kStages>(stage);
+      stage = next_stage<kStages, P::kStageBytes>(stage);
     }
     Product::wait();
     wait_for_copies<0>();
@@ -313,15 +341,11 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 
   Product::finish(sums, stages + group * Product::kFinishBytes);
   if constexpr (kFused) {
-    const auto is_padding_alone = [&] {
-      const Segments& rows = a.epilogue.rows;
-      return rows.number == 1 && first_tile * kScheduleRows >= rows.counts[0];
-    };
     if (residual_at < 0) {  // no row of the tile has a tap in the last word, so the loop did not prepare the epilogue
-      if (is_padding_alone()) return;
+      if (first_tile * kScheduleRows >= end_of_real_rows(a.epilogue.rows)) return;
       Channel channel;
       channel.ask<kOwnCols>(a, own_col);
-      channel.put<kOwnCols>(a.epilogue, out_row, affine_of_columns<kOwnCols>());
+      channel.put<kOwnCols>(a.epilogue, out_row, affine);
       residual_at = P::kSumBytes;
       if constexpr (kSplits == 1) {
         Ending<P>::copy_residual(a, out_row, own_col, stages);
@@ -337,7 +361,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
       wait_for_copies<0>();
       __syncthreads();
     }
-    Ending<P>::apply(a, out_row, own_col, affine_of_columns<kOwnCols>(), stages + residual_at, sums);
+    Ending<P>::apply(a, out_row, own_col, affine, stages + residual_at, sums);
   } else if constexpr (kSplits > 1) {
     if (has_products) add_splits<P>(sums, stages, split);
   }
@@ -382,7 +406,7 @@ template <class P, class Args>
 cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
   const auto kernel = implicit_gemm_kernel<P, Args>;
   const int64_t tiles = div_up(a.out_rows, P::kRows) * div_up(a.out_channels, P::kCols);
-  const int shared_bytes = P::shared_bytes(a.taps);
+  const int shared_bytes = P::shared_bytes(a.taps, kHasEpilogue<Args>);
   if constexpr (P::kSplits > 1) {
     bool has = false;
     JAXSPARSE_TRY(has_clusters(kernel, &has));

@@ -17,6 +17,13 @@ namespace jaxsparse::cuda {
 constexpr int kWarpgroup = 128;
 constexpr int kGroupRows = 64;  // rows of C
 
+// The thread's warpgroup in a block of kGroups. The compiler sees that it is the same in all lanes, so that addresses of
+// operands stay in uniform registers, from which wgmma takes them.
+template <int kGroups>
+__device__ int own_warpgroup() {
+  return kGroups == 1 ? 0 : static_cast<int>(__reduce_or_sync(kAllLanes, threadIdx.x / kWarpgroup));
+}
+
 // The byte offset of a 16-byte piece of a row of kRowBytes, with the swizzle: the piece's number is XORed with the row's, so
 // that copies, ldmatrix and wgmma have no bank conflicts.
 template <int kRowBytes>
@@ -24,10 +31,10 @@ __device__ uint32_t swizzled(uint32_t row, uint32_t piece) {
   return row * kRowBytes + ((piece ^ row * kRowBytes / 128 % (kRowBytes / 16)) << 4);
 }
 
-// The next of kStages stages in a ring buffer.
-template <int kStages>
+// The byte offset of the next of kStages stages in a ring buffer.
+template <int kStages, int kStageBytes>
 __device__ int next_stage(int stage) {
-  return stage + 1 == kStages ? 0 : stage + 1;
+  return stage == (kStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
 }
 
 // A row-major, for forward: 64 rows of 128 bytes. A depth-major (transposed), for wgrad: stored like B.

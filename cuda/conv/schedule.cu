@@ -157,7 +157,8 @@ __global__ void __launch_bounds__(kShareThreads, 1)
   }
 }
 
-// A block lays out one tile. Each warp handles a slice of the taps, each lane two rows, with all loads of entries in flight.
+// A block lays out one tile. Each warp handles a slice of the taps, each lane the two rows of two places that follow each
+// other, with all loads of entries in flight.
 template <int kSlices>
 __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(ScheduleArgs a) {
   constexpr int kTapsOfSlice = kWarp / kSlices;
@@ -193,13 +194,13 @@ __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(S
     uint32_t mask[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      row[r] = rows[r * kWarp + lane];
-      mask[r] = masks[r * kWarp + lane];
+      row[r] = rows[row_at_place(2 * lane + r)];
+      mask[r] = masks[row_at_place(2 * lane + r)];
     }
     const uint32_t any = __reduce_or_sync(kAllLanes, mask[0] | mask[1]);
     if (t == 0) a.tile_masks[tile * a.mask_words + word] = any;
     const int32_t* from = a.table + int64_t{word} * 32 * a.rows.rows;
-    int32_t* to = a.tile_table + (tile * a.taps + word * 32) * kScheduleRows + lane;
+    int32_t* to = a.tile_table + (tile * a.taps + word * 32) * kScheduleRows + 2 * lane;
     const uint32_t taps = taps_of_slice(any, kSlices, slice);
     int32_t entries[kTapsOfSlice][2];
     for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {
@@ -207,8 +208,7 @@ __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(S
       for (int r = 0; r < 2; ++r) entries[i][r] = mask[r] >> tap & 1 ? from[int64_t{tap} * a.rows.rows + row[r]] : -1;
     });
     for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) to[tap * kScheduleRows + r * kWarp] = entries[i][r];
+      *reinterpret_cast<int2*>(to + tap * kScheduleRows) = make_int2(entries[i][0], entries[i][1]);
     });
   }
 }

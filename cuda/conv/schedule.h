@@ -19,9 +19,14 @@ struct ScheduleArgs {
   uint32_t group[kMostGroups][kMostGroupWords];  // 0 from `groups` on
   int32_t* order;        // [rows]: real rows first
   uint32_t* tile_masks;  // [tiles, mask_words]: taps that any row of a tile has
-  int32_t* tile_table;   // [tiles, taps, 64], written for the taps in tile_masks only; -1 if the row lacks the tap
+  int32_t* tile_table;   // [tiles, taps, 64 places], written for the taps in tile_masks only; -1 if the row lacks the tap
   void* workspace;       // schedule_workspace(rows)
 };
+
+// The place in tile_table of a tile's row, and the row at a place. A thread of the product copies pieces of rows r, r + 16,
+// r + 32 and r + 48, and reads their entries in one access.
+__host__ __device__ constexpr int place_of_row(int row) { return row % 16 * 4 + row / 16; }
+__host__ __device__ constexpr int row_at_place(int place) { return place % 4 * 16 + place / 4; }
 
 // Sorts rows with like masks together and lays the table out in tiles of 64 rows.
 cudaError_t schedule(const ScheduleArgs& args, cudaStream_t stream);

@@ -32,7 +32,7 @@ struct WgradGemm {
   static constexpr int kPairSteps = 8;  // steps whose pairs fit the ring buffer of pairs
   static_assert(kPairSteps >= 2 * kStages);
   static constexpr int kPairBytes = kPairSteps * Product::kDepth * static_cast<int>(sizeof(Pair));
-  static constexpr int kSharedBytes = kStages * kStageBytes + kPairBytes + 1024;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kPairBytes;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   using Product = typename P::Product;
   constexpr int kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
   constexpr int kDepth = Product::kDepth, kInPiece = 16 / sizeof(T);
-  char* const stages = dynamic_shared() + (-shared_address(dynamic_shared()) & 1023);
+  char* const stages = dynamic_shared();
   Pair* const ring = reinterpret_cast<Pair*>(stages + kStages * P::kStageBytes);  // [kPairSteps, kDepth]
 
-  const int t = threadIdx.x, lane = t % kWarp, group = t / kWarpgroup;
+  const int t = threadIdx.x, lane = t % kWarp, group = own_warpgroup<kGroups>();
   const int32_t col_pieces = static_cast<int32_t>(div_up(a.out_channels, kCols));
   const int32_t pieces = static_cast<int32_t>(div_up(a.in_channels, P::kRows)) * col_pieces;
   const int32_t slot_number = static_cast<int32_t>(blockIdx.x) / pieces, piece = static_cast<int32_t>(blockIdx.x) % pieces;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
     }
   };
   const auto copy_rows = [&](int32_t step, int stage, auto whole_pieces) {
-    char* const to = stages + stage * P::kStageBytes;
+    char* const to = stages + stage;
     const Pair* from = ring + step % P::kPairSteps * kDepth + first_depth;
     const int32_t rows_there = count - step * kDepth - first_depth;
 #pragma unroll kRowsUnrolled
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
     if (!copies_x && piece * kInPiece >= a.out_channels) return;
     const uint32_t place = copies_x ? Product::place_in_a(first_depth, piece)
                                     : kGroups * kBytesA + Product::place_in_b(first_depth, piece);
-    char* const to = stages + stage * P::kStageBytes + place;
+    char* const to = stages + stage + place;
     const char* const from = static_cast<const char*>(copies_x ? a.x : a.g) + piece * 16;
     const Pair* pairs_of_step = ring + step % P::kPairSteps * kDepth + first_depth;
     const int32_t* rows = copies_x ? &pairs_of_step->in_row : &pairs_of_step->out_row;
@@ -153,24 +153,24 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   wait_for_copies<0>();
   __syncthreads();
   for (int i = 0; i < kStages - 1; ++i) {
-    copy_step(i, i);
+    copy_step(i, i * P::kStageBytes);
     copy_pairs(i + kStages - 1);
     commit_copies();
   }
-  int stage = 0, to_stage = kStages - 1;
+  int stage = 0, to_stage = (kStages - 1) * P::kStageBytes;
 #pragma unroll 1
   for (int32_t step = 0; step < steps; ++step) {
     Product::wait();
     wait_for_copies<kStages - 2>();
     Product::see_copies();
     __syncthreads();
-    const char* from = stages + stage * P::kStageBytes;
+    const char* from = stages + stage;
     Product::multiply(sums, from + group * kBytesA, from + kGroups * kBytesA);
     copy_step(step + kStages - 1, to_stage);
     copy_pairs(step + 2 * (kStages - 1));
     commit_copies();
-    stage = next_stage<kStages>(stage);
-    to_stage = next_stage<kStages>(to_stage);
+    stage = next_stage<kStages, P::kStageBytes>(stage);
+    to_stage = next_stage<kStages, P::kStageBytes>(to_stage);
   }
   Product::wait();
   Product::finish(sums, stages + group * Product::kFinishBytes);

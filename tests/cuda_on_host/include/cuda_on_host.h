@@ -49,6 +49,9 @@ struct dim3 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+struct int2 {
+  int x, y;
+};
 struct int4 {
   int x, y, z, w;
 };
@@ -59,6 +62,7 @@ struct float4 {
   float x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
