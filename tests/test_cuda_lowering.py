@@ -359,7 +359,7 @@ def test_the_whole_search_runs_on_the_candidates_of_tensor_cores(monkeypatch):
     monkeypatch.setattr(choice, "device_of", lambda platform: ("a GPU", True))
     monkeypatch.setattr(choices, "has_clusters", lambda platform: True)
     monkeypatch.setattr(measure, "CALLS", {"cuda": 2})
-    monkeypatch.setattr(measure, "ROUND_US", {"cuda": 0})
+    monkeypatch.setattr(measure, "LONG_ROWS", 64)
     monkeypatch.setattr(measure, "ROUNDS", 1)
     monkeypatch.setattr(work, "MOST_TRIED", 2)
     x = random_tensor(0, rows=150, features=16, low=-3, high=4)

@@ -85,5 +85,5 @@ def explain(fn: Callable, *args: Any, measured: bool | None = None) -> Explanati
                     time = measure.times_us([program], platform, measure.CALLS[platform])[0].median
                 what = f"{work.name}: {layer.op}, {describe(question.key)}"
                 rows.append(Row(what, count, found.choice, found.source, us, time))
-    measure.numbers.cache_clear()
+    measure.forget()
     return Explanation(tuple(rows))

@@ -1,7 +1,8 @@
 """Times of products on a device, and whether their numbers are right.
 
-A program holds several calls of one product on different operands, so that launches hide behind kernels; programs to be
-compared take turns, and each one's median counts.
+A program holds several calls of one product on different operands. On a GPU it is launched several times behind a long
+kernel: the host, which takes longer to launch a program of small kernels than the GPU to run it, is then ahead, and the
+time is the GPU's. Programs to be compared take turns, and each one's median counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from jaxsparse.tuning.key import Choices
 
 CALLS = {"cpu": 1, "cuda": 9}  # of a product in one program
 ROUNDS = 5
-ROUND_US = {"cpu": 0, "cuda": 1500}  # the least time of a program's turn
+MOST_LAUNCHES = 16  # of a program behind one long kernel
+LONG_ROWS = 4096  # of the square matrices whose product is the long kernel: 2.4 ms on an H200
 
 programs_timed = 0
 """How many this process has timed: 0 where choices were only looked up."""
@@ -101,26 +103,55 @@ class Time(NamedTuple):
 NEVER = Time(math.inf, math.inf)
 
 
+@functools.cache
+def long_program() -> Program:
+    """One long kernel."""
+    operand = jnp.ones((LONG_ROWS, LONG_ROWS), jnp.float32)
+    options = {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
+    return Program(functools.partial(jnp.dot, precision="highest"), [(operand, operand)], Choices(), options).compile()
+
+
+def forget() -> None:
+    """Frees what lies on the device for timing."""
+    numbers.cache_clear()
+    long_program.cache_clear()
+
+
+def elapsed_us(programs: Sequence[Program], turn: int = 0) -> float:
+    """From before the first launch until the last program has ended, in microseconds."""
+    start = time.perf_counter()
+    for i, program in enumerate(programs):
+        out = program(turn + i)
+    jax.block_until_ready(out)
+    return 1e6 * (time.perf_counter() - start)
+
+
 def times_us(programs: Sequence[Program], platform: str, calls: int = 1, rounds: int | None = None) -> list[Time]:
     """The time of a call of each program that has so many."""
     global programs_timed
     programs_timed += len(programs)
-    repeats = []
+    first, launches = [], [1] * len(programs)
     for program in programs:
-        start = time.perf_counter()
         jax.block_until_ready(program())
-        once = 1e6 * (time.perf_counter() - start)
-        repeats.append(max(1, min(16, math.ceil(ROUND_US[platform] / once))))
-    taken: list[list[float]] = [[] for _ in programs]
-    for r in range(rounds or ROUNDS):
-        for program, repeat, times in zip(programs, repeats, taken, strict=True):
+    if platform == "cuda":
+        first = [long_program()]
+        jax.block_until_ready(first[0]())
+        long_us = elapsed_us(first)
+        for n, program in enumerate(programs):
             start = time.perf_counter()
-            for i in range(repeat):
-                out = program(r + i)
+            out = program()
+            launch_us = 1e6 * (time.perf_counter() - start)
             jax.block_until_ready(out)
-            times.append(1e6 * (time.perf_counter() - start) / repeat)
-            del out
-    return [Time(statistics.median(times) / calls, min(times) / calls) for times in taken]
+            launches[n] = max(1, min(MOST_LAUNCHES, int(0.7 * long_us / launch_us)))
+    taken: list[list[float]] = [[] for _ in programs]
+    alone = []
+    for r in range(rounds or ROUNDS):
+        alone.append(elapsed_us(first) if first else 0.0)
+        for program, number, times in zip(programs, launches, taken, strict=True):
+            times.append(elapsed_us([*first, *[program] * number], r))
+    before = statistics.median(alone)
+    each = [[(us - before) / number / calls for us in times] for times, number in zip(taken, launches, strict=True)]
+    return [Time(statistics.median(times), min(times)) for times in each]
 
 
 @jax.jit

@@ -74,7 +74,7 @@ def autotune(
     try:
         groups = search.run()
     finally:
-        measure.numbers.cache_clear()  # they lie on the device
+        measure.forget()  # they lie on the device
     device = device_of(platform)[0]
     choices = Choices(search.decided)
     if cache and choices:
@@ -341,7 +341,7 @@ def tune_layer(question: Question) -> Choice:
             expected = measure.reference(layer, kernel_map, platform)
             timed = time_layer(layer, question.key, candidates, [kernel_map], Choices(), platform, expected)
             best = timed.best(heuristic)
-            measure.numbers.cache_clear()
+            measure.forget()
             if best is None:
                 return heuristic
             store.add_to_cache(question.key.device, Choices({question.key: best}))
