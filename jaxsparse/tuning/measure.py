@@ -25,8 +25,8 @@ from jaxsparse.tuning.key import Choices
 
 CALLS = {"cpu": 1, "cuda": 9}  # of a product in one program
 ROUNDS = 5
-MOST_LAUNCHES = 16  # of a program behind one long kernel
-LONG_ROWS = 4096  # of the square matrices whose product is the long kernel: 2.4 ms on an H200
+MOST_LAUNCHES = 6  # of a program behind one long kernel
+LONG_ROWS = 3072  # of the square matrices whose product is the long kernel: about a millisecond on an H200
 
 programs_timed = 0
 """How many this process has timed: 0 where choices were only looked up."""
@@ -130,28 +130,25 @@ def times_us(programs: Sequence[Program], platform: str, calls: int = 1, rounds:
     """The time of a call of each program that has so many."""
     global programs_timed
     programs_timed += len(programs)
-    first, launches = [], [1] * len(programs)
-    for program in programs:
-        jax.block_until_ready(program())
-    if platform == "cuda":
+    first, launches, launch_us = [], 1, []
+    if platform == "cuda" and programs:
         first = [long_program()]
         jax.block_until_ready(first[0]())
-        long_us = elapsed_us(first)
-        for n, program in enumerate(programs):
-            start = time.perf_counter()
-            out = program()
-            launch_us = 1e6 * (time.perf_counter() - start)
-            jax.block_until_ready(out)
-            launches[n] = max(1, min(MOST_LAUNCHES, int(0.7 * long_us / launch_us)))
+    for program in programs:
+        start = time.perf_counter()
+        out = program()
+        launch_us.append(1e6 * (time.perf_counter() - start))
+        jax.block_until_ready(out)
+    if first:  # as many as the host launches while the long kernel runs
+        launches = max(1, min(MOST_LAUNCHES, int(0.7 * elapsed_us(first) / statistics.median(launch_us))))
     taken: list[list[float]] = [[] for _ in programs]
     alone = []
     for r in range(rounds or ROUNDS):
         alone.append(elapsed_us(first) if first else 0.0)
-        for program, number, times in zip(programs, launches, taken, strict=True):
-            times.append(elapsed_us([*first, *[program] * number], r))
-    before = statistics.median(alone)
-    each = [[(us - before) / number / calls for us in times] for times, number in zip(taken, launches, strict=True)]
-    return [Time(statistics.median(times), min(times)) for times in each]
+        for program, times in zip(programs, taken, strict=True):
+            times.append(elapsed_us([*first, *[program] * launches], r))
+    share = launches * calls
+    return [Time(*(max(of(times) - of(alone), 0.0) / share for of in (statistics.median, min))) for times in taken]
 
 
 @jax.jit
