@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) quads[i] = entries[i * kRowsAtOnce];
         const bool row_exists = place_b.tap < tap_count;
-        const int32_t b_tap = taps[place_b.tap];
+        const int32_t b_tap = taps[place_b.tap];  // past the list anything, which is not used
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
