@@ -174,19 +174,12 @@ def rows(workload, weights, ring, args, factor, expected):
 
 def row_of(program, batches, args, expected):
     """Compiles, checks and times one task."""
-    # Lists of arrays cross into a program several times faster than trees of Flax.
-    state, tree = jax.tree.flatten(program.state)
-    shapes, result_tree = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in state], None
-
-    def run(state, x):
-        nonlocal result_tree
-        new, result, status = program.run(jax.tree.unflatten(tree, state), x)
-        result, result_tree = jax.tree.flatten(result)
-        return None if new is None else jax.tree.leaves(new), result, status
+    state = program.state
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), state)
 
     def lower():
         def step(state, x):
-            return run(state, x)
+            return program.run(state, x)
 
         donated, options = (0,) if program.donates else (), js.COMPILER_OPTIONS if args.concurrent else None
         return jax.jit(step, donate_argnums=donated, compiler_options=options).lower(shapes, batches[0])
@@ -197,7 +190,7 @@ def row_of(program, batches, args, expected):
     if not program.donates:
         _, result, status = compiled(state, batches[0])
         js.status.check(status)
-        row["error"] = error(program.checked(jax.tree.unflatten(result_tree, result), batches[0]), expected)
+        row["error"] = error(program.checked(result, batches[0]), expected)
         if row["error"] > error_limit(args.dtype, program.is_training):
             return row
 

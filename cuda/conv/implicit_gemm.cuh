@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr bool kFused = kHasEpilogue<Args>;
   if constexpr ((kSplits > 1 && !kHasClusters) || P::kStages * P::kStageBytes > kMostSharedBytes) return;
   char* const stages = dynamic_shared();
+  // {scale, scale, shift, shift} of each pair of the block's columns
   [[maybe_unused]] float4* const affine = reinterpret_cast<float4*>(stages + kStages * P::kStageBytes);
   int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes + (kFused ? P::kAffineBytes : 0));
   int32_t* const in_row_of = taps + kTapsAtOnce;  // [listed taps + 1, kRows], rows of a schedule's tile by place_of_row
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   for (int i = 0; i < kPlacesB; ++i) {
     b_to[i] = keep(kGroups * kBytesA + Product::place_in_b(b_row, b_piece + i * kOfRowB));
   }
-  const int a_entries = keep(group * kScheduleRows + a_row * 4);
+  const int a_entries = keep(group * kScheduleRows + place_of_row(a_row));
   const int32_t b_cols = keep(a.out_channels - first_col - b_piece * 8);
   const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
 

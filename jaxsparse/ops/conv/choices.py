@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 from jaxsparse import _native
@@ -100,16 +101,14 @@ def most_shared_bytes(platform: str) -> int:
     return (163 if capability.startswith("8.") else 227) * 1024
 
 
-def _forward_tiles(platform: str, taps: int, tiles: tuple[Tile, ...] = FORWARD_TILES) -> tuple[Tile, ...]:
-    """Those that the device runs."""
-    bytes_there, has = most_shared_bytes(platform), has_clusters(platform)
-    fitting = (tile for tile in tiles if cost.conv_shared_bytes(tile, taps) <= bytes_there)
-    return tuple(tile for tile in fitting if tile.splits == 1 or has)
+def _that_run(platform: str, tiles: tuple[Tile, ...], shared_bytes: Callable[[Tile], int]) -> tuple[Tile, ...]:
+    """The tiles that the device has the shared memory and the clusters for."""
+    most, has = most_shared_bytes(platform), has_clusters(platform)
+    return tuple(tile for tile in tiles if shared_bytes(tile) <= most and (tile.splits == 1 or has))
 
 
-def _wgrad_tiles(platform: str, tiles: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    bytes_there = most_shared_bytes(platform)
-    return tuple(tile for tile in tiles if cost.wgrad_shared_bytes(tile) <= bytes_there)
+def _conv_tiles(platform: str, p: Problem, built: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    return _that_run(platform, built, lambda tile: cost.conv_shared_bytes(tile, p.taps))
 
 
 def conv(platform: str, p: Problem) -> Question:
@@ -122,14 +121,14 @@ def conv(platform: str, p: Problem) -> Question:
         return Question(key, PLAIN_TILE_ROWS, lambda rows, n: predict(rows, at(n), *widths, dtype), is_here, p)
     sorts = bool(sort(platform, p).heuristic())
     built = FLOAT_TILES if _is_float(p) else FORWARD_TILES if widths[0] % 8 == 0 else NARROW_TILES
-    tiles = _forward_tiles(platform, p.taps, built)
+    tiles = _conv_tiles(platform, p, built)
     return Question(key, tiles, lambda tile, n: cost.conv_us(tile, at(n), *widths, dtype, sorts), is_here, p)
 
 
 def sort(platform: str, p: Problem) -> Question:
     """Whether a schedule sorts rows with like taps together: asked alike by all layers of one map and direction."""
     device, is_here = choice.device_of(platform)
-    at, tiles = _map(p), _forward_tiles(platform, p.taps)
+    at, tiles = _map(p), _conv_tiles(platform, p, FORWARD_TILES)
     return Question(
         _key("sort", device, p),
         (False, True),
@@ -144,7 +143,7 @@ def wgrad(platform: str, p: Problem) -> Question:
     at, dtype, widths = _map(p), p.spec.dtype_name(platform), p.widths(platform)
     return Question(
         _key("wgrad", device, p, dtype, widths),
-        _wgrad_tiles(platform, FLOAT_WGRAD_TILES if _is_float(p) else WGRAD_TILES),
+        _that_run(platform, FLOAT_WGRAD_TILES if _is_float(p) else WGRAD_TILES, cost.wgrad_shared_bytes),
         lambda tile, n: cost.wgrad_us(tile, at(n), *widths, dtype),
         is_here,
         p,
