@@ -258,8 +258,9 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         int4 quads[kQuads];
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) quads[i] = entries[i * kRowsAtOnce];
-        const bool row_exists = place_b.tap < tap_count;
-        const int32_t b_tap = taps[place_b.tap];  // past the list anything, which is not used
+        const int32_t listed = Product::kRowsOfBAreColumns ? place_a.tap : place_b.tap;  // of the weights
+        const bool tap_exists = listed < tap_count;
+        const int32_t tap = taps[listed];  // past the list anything, which is not used
         const T* array = x;
         int32_t channel = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
@@ -280,8 +281,6 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         }
         if constexpr (Product::kRowsOfBAreColumns) {
           const int b_col = t / kPiecesA;
-          const bool tap_exists = place_a.tap < tap_count;
-          const int32_t tap = tap_exists ? taps[place_a.tap] : 0;
           const T* weights = w + wide(tap * a.out_channels + first_col + b_col, in_channels) + place_a.channel;
           char* const to_col = to + kGroups * kBytesA + swizzled<128>(b_col, a_piece);
 #pragma unroll
@@ -291,13 +290,13 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
             copy_piece<16>(to_col + col * 128, weights + col * in_channels, exists);
           }
         } else {
-          const char* const weights = b_from + wide(b_tap * in_channels + place_b.channel, a.out_channels * sizeof(T));
+          const char* const weights = b_from + wide(tap * in_channels + place_b.channel, a.out_channels * sizeof(T));
 #pragma unroll
           for (int i = 0; i < kPlacesB; ++i) {
 #pragma unroll
             for (int piece = i * kOfRowB; piece < kPiecesB; piece += 8) {  // the same place in each block of 64 columns
               if (b_piece + piece >= kPiecesB) break;
-              const bool exists = row_exists && b_cols > piece * 8;
+              const bool exists = tap_exists && b_cols > piece * 8;
               copy_piece<16>(to + b_to[i] + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);
             }
           }
