@@ -15,6 +15,7 @@ import jaxsparse as js
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bounds
 import breakdown
 import fit_cost_model
 import layer_cases
@@ -156,3 +157,19 @@ def test_the_cost_model_is_near_what_was_measured_and_chooses_almost_the_best():
             assert chosen.splits == best.splits or regret < 0.15
             split += chosen.splits > 1
     assert split >= 4
+
+
+def test_the_profilers_counters_become_a_sentence(tmp_path):
+    stall, per_issue = bounds.STALL
+    stalls = {"selected": 9, "barrier": 0.9, "long_scoreboard": 1.8}
+    names = [bounds.NS, bounds.L2_SECTORS, *bounds.UNITS.values(), *(f"{stall}{s}{per_issue}" for s in stalls)]
+    units = ["ns", "sector"] + ["%"] * len(bounds.UNITS) + ["inst"] * len(stalls)
+    first = ["12,000", "1,500,000", "31.4", "46", "2", "11", "40", *map(str, stalls.values())]
+    second = ["60,000", "1,000,000", "58", "50", "2", "51", "27", *map(str, stalls.values())]
+    rows = [",".join(f'"{text}"' for text in row) for row in (names, units, first, second)]
+    (tmp_path / "ncu.csv").write_text("\n".join(["==PROF== Connected", *rows, "==PROF== Disconnected"]))
+    slow, fast = map(bounds.figures, bounds.launches(tmp_path / "ncu.csv"))
+    assert (slow["us"], slow["l2_bytes"], slow["stall"]) == (12, 48e6, "long_scoreboard")
+    assert bounds.COLUMNS["L2 to and from multiprocessors, TB/s"](slow) == 4
+    assert bounds.bound(slow).startswith("latency: warps wait for memory; busiest is L1 and shared memory, 46 % (issue")
+    assert bounds.bound(fast) == "L2: 58 % (tensor cores 51, L1 and shared memory 50, issue slots 27, DRAM 2)"
