@@ -108,7 +108,7 @@ class Case:
 
 
 def run(args):
-    """Rows of all workloads. spconv comes last: torch's profiler and JAX's get into each other's way."""
+    """Times and writes all workloads. spconv comes last: torch's profiler and JAX's get into each other's way."""
     cases, rows = [], []
     for name, number in itertools.product(args.workload, args.scans):
         if reason := scans.missing(args.data, WORKLOADS[name].scans):
@@ -120,13 +120,23 @@ def run(args):
             with measure.stage(f"{name}, jaxsparse"):
                 found = networks_jaxsparse.rows(case.workload, case.weights, case.ring, args, factor, case.expected)
             rows += case.rows("jaxsparse", found, args, factor)
+    if not rows:
+        return
+    publish(rows, args)  # a run that is cut short keeps them
     for case in cases:
         with measure.stage(f"{case.name}, spconv"):
             found = networks_spconv.rows(case.workload, case.weights, case.ring, args, case.expected)
         if not found:
             print(f"{case.name}: no spconv beside it")
         rows += case.rows("spconv", found, args, None)
-    return sorted(rows, key=lambda row: (args.workload.index(row["workload"]), row["scans"]))
+    publish(sorted(rows, key=lambda row: (args.workload.index(row["workload"]), row["scans"])), args)
+
+
+def publish(rows, args):
+    """Prints the rows, and writes them with a picture."""
+    report.write(args.out, "networks", "Networks on real scans", COLUMNS, rows, ["spconv-cu126", "spconv", "torch"])
+    if args.out is not None:
+        breakdown.draw(pathlib.Path(args.out) / "networks_breakdown.png", rows)
 
 
 def time_cell(row):
@@ -183,12 +193,7 @@ def main():
     args = parser.parse_args()
     if args.device:
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
-
-    if rows := run(args):
-        peers = ["spconv-cu126", "spconv", "torch"]
-        report.write(args.out, "networks", "Networks on real scans", COLUMNS, rows, peers)
-        if args.out is not None:
-            breakdown.draw(pathlib.Path(args.out) / "networks_breakdown.png", rows)
+    run(args)
 
 
 if __name__ == "__main__":
