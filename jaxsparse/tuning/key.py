@@ -51,8 +51,8 @@ def row_bucket(rows: int) -> int:
 
 FARTHEST = 3  # in buckets: nearly three times as many rows, or half as many again on another grid
 OTHER_GRID = 2
-# Farther, the cost model chooses better: on an H200 the tile of 31,833 rows, whose channels are split over two blocks, took
-# 51.7 us for 60,107 rows of the grid below, where the model's took 42.6 (128 to 128 channels).
+# Farther, the cost model chooses better: on an H200 the best tile of 31,833 rows, whose channels are split over two
+# blocks, took 51.7 us for 60,107 rows of the grid below, where the model's took 42.6 (128 to 128 channels).
 
 
 class Choices(Mapping[Key, Choice]):
