@@ -20,8 +20,7 @@ import jax
 import layers
 import measure
 import report
-import scans
-from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case
+from layer_cases import DTYPES, PASSES, ROWS, Case, layers_of
 
 KERNELS = "implicit_gemm_kernel|wgrad_partial_kernel"
 LAUNCHES = 2
@@ -122,8 +121,8 @@ def main():
     parser.add_argument("--out", default=None, help="folder for the results; without it they are only printed")
     parser.add_argument("--run", action="store_true", help="only run what is to be profiled")
     args = parser.parse_args()
-    scan_of = {layer: SCENES[layer.scene].scan for group in args.rows for layer in ROWS[group]}
-    found = [layer for layer, scan in scan_of.items() if scan is None or not scans.missing(args.data, [scan])]
+    if not (found := layers_of(args.rows, args.data)):
+        return
     if args.run:
         run(found, args)
         return

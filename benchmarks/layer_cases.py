@@ -100,6 +100,17 @@ ROWS = {
 }
 
 
+def layers_of(groups, folder):
+    """The layers of these groups of `ROWS`; says which scenes are skipped because their scan is not in the folder."""
+    layers = [layer for group in groups for layer in ROWS[group]]
+    for scene in {layer.scene for layer in layers}:
+        scan = SCENES[scene].scan
+        if scan and (reason := scans.missing(folder, [scan])):
+            print(f"skipped {scene}: {reason}")
+            layers = [layer for layer in layers if layer.scene != scene]
+    return layers
+
+
 # --- what a layer works on ---
 
 

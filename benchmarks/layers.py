@@ -31,8 +31,7 @@ import measure
 import numpy as np
 import report
 import roofline
-import scans
-from layer_cases import DTYPES, PASSES, ROWS, SCENES, Case, pyramid
+from layer_cases import DTYPES, PASSES, ROWS, Case, layers_of, pyramid
 from reference import ONE
 
 from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
@@ -206,12 +205,7 @@ def main():
     args = parser.parse_args()
     if args.device:
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
-    layers = [layer for group in args.rows for layer in ROWS[group]]
-    for scene in {layer.scene for layer in layers}:
-        scan = SCENES[scene].scan
-        if scan and (reason := scans.missing(args.data, [scan])):
-            print(f"skipped {scene}: {reason}")
-            layers = [layer for layer in layers if layer.scene != scene]
+    layers = layers_of(args.rows, args.data)
     rates = device_rates(args.steps)
     found = {}
     for dtype in args.dtype:

@@ -44,6 +44,8 @@ def numbers(shape: tuple[int, ...], dtype: Any, copy: int) -> jax.Array:
     return jnp.asarray(np.resize(np.roll(_numbers(), 7919 * copy) * np.float32(scale), shape)).astype(dtype)
 
 
+NOT_AUTOTUNED = {"xla_gpu_autotune_level": "0"}  # XLA's own products: to search their kernels would take longer
+
 # Whatever XLA_FLAGS say: calls of a layer that do not wait for each other must not overlap while they are timed.
 ONE_BY_ONE = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 
@@ -107,8 +109,8 @@ NEVER = Time(math.inf, math.inf)
 def long_program() -> Program:
     """One long kernel."""
     operand = jnp.ones((LONG_ROWS, LONG_ROWS), jnp.float32)
-    options = {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
-    return Program(functools.partial(jnp.dot, precision="highest"), [(operand, operand)], Choices(), options).compile()
+    product = functools.partial(jnp.dot, precision="highest")
+    return Program(product, [(operand, operand)], Choices(), NOT_AUTOTUNED).compile()
 
 
 def forget() -> None:
@@ -192,8 +194,7 @@ def layer_program(layer, maps: Sequence[tuple], choices: Choices, platform: str)
     return Program(function, [(firsts, seconds, list(maps))], choices)
 
 
-def reference(layer, kernel_map: tuple, platform: str) -> jax.Array:
+def reference(layer, kernel_map: tuple) -> jax.Array:
     """The first call of `layer_program` in plain JAX."""
-    options = {"xla_gpu_autotune_level": "0"} if platform == "cuda" else None
     function = functools.partial(layer.run, implementation="xla")
-    return Program(function, [(*operands(layer, 0, 0), kernel_map)], Choices(), options).compile()()
+    return Program(function, [(*operands(layer, 0, 0), kernel_map)], Choices(), NOT_AUTOTUNED).compile()()

@@ -188,7 +188,7 @@ class Search:
     def _reference(self, layer: Layer, which: int) -> jax.Array:
         """The layer in plain JAX on the first sample's map, kept for the group at hand."""
         if (layer, which) not in self._expected:
-            self._expected[layer, which] = measure.reference(layer, self._maps(which)[0], self.platform)
+            self._expected[layer, which] = measure.reference(layer, self._maps(which)[0])
         return self._expected[layer, which]
 
     def _tune_group(self, work: Work) -> Group:
@@ -338,7 +338,7 @@ def tune_layer(question: Question) -> Choice:
             heuristic = question.heuristic()
             candidates = pruned(question, neighbours)
             platform = this_platform()
-            expected = measure.reference(layer, kernel_map, platform)
+            expected = measure.reference(layer, kernel_map)
             timed = time_layer(layer, question.key, candidates, [kernel_map], Choices(), platform, expected)
             best = timed.best(heuristic)
             measure.forget()
