@@ -20,17 +20,7 @@ from jaxsparse.ops.conv import Tile
 from jaxsparse.tuning import cost
 from jaxsparse.tuning.result import show
 
-RATES = [
-    "step_us",
-    "step_bytes",
-    "memory_bytes",
-    "chain_us",
-    "chain_bytes",
-    "lone",
-    "split_us",
-    "block_us",
-    "launch_us",
-]
+RATES = ["step_bytes", "memory_bytes", "chain_us", "lone", "split_us", "block_us", "launch_us"]
 
 
 def measured_layers(path):
@@ -47,6 +37,7 @@ def measured_layers(path):
             if times:
                 yield {
                     "op": "wgrad" if sorts is None else "conv",
+                    "dtype": "float16" if row["dtype"] == "bfloat16" else row["dtype"],
                     "rows": row["sites"],
                     "taps": taps,
                     "neighbours": row["pairs"] / row["sites"],
@@ -60,7 +51,7 @@ def measured_layers(path):
 def predicted(layer, tile, gpu):
     """Microseconds."""
     kernel_map = cost.Map(layer["rows"], layer["taps"], layer["neighbours"])
-    sizes = tile, kernel_map, layer["c_in"], layer["c_out"], "float16"
+    sizes = tile, kernel_map, layer["c_in"], layer["c_out"], layer["dtype"]
     return cost.wgrad_us(*sizes, gpu) if layer["op"] == "wgrad" else cost.conv_us(*sizes, layer["sorts"], gpu)
 
 

@@ -88,7 +88,7 @@ def single_choices(model, x, mode):
     works = divide(record(model, [(x,)]), tuning_search.this_platform(), mode)
     tasks = [task for work in works for task in work.tasks.values()]
     singles, predicted = {}, {}
-    for tile in (t for t in FORWARD_TILES if t.rows == 128 and t.cols >= 64):
+    for tile in (t for t in FORWARD_TILES if t.cols >= 64):
         for wgrad in [t for t in WGRAD_TILES if t.rows == 128] if mode == "training" else [None]:
             label = show(tile) + (f" {show(wgrad)}" if wgrad else "")
             found, us = {}, 0.0

@@ -29,14 +29,23 @@
 //
 // Measured on an H100, finest level of a LiDAR scan (91,767 sites, 3.8 neighbours), 64 to 64 channels: 20.5 us. Slower:
 //     50.6 us   rows in the order of sites
-//     37.1      tiles of 64 rows, which read weights twice as often; 23.5 with 256 rows, one block per multiprocessor
 //     29.7      mma.sync instead of wgmma
 //     28.1      map entries read through `order` instead of the tiled table, and a pipeline one step shallower
 //     42        A gathered into registers: wgmma's fragment interleaves two rows, so each load must complete and be moved
 //
-// With few tiles, a deeper ring helps: 64x32/6 15.5 us, /3 18.7 (19,078 sites of 2.8 neighbours, 96 to 96), 4.9 and 5.2
-// (kernel 2, stride 2, 14,474 outputs, 64 to 64); 64x64/4, /6 and /8 7.9, 7.9 and 7.0 (5,879 outputs, 128 to 128). With many
-// it costs occupancy: 6.3 instead of 5.4 (kernel 2, stride 2, 60,107 outputs, 32 to 32).
+// L2 looks up each line that a copy instruction touches. Rows of weights were once copied by two threads (tiles of 64 rows)
+// or four (128), so that an instruction touched 16 or 8 lines; now by eight, 4 lines. That took 15 to 45 % off tiles of 64
+// rows and 64 columns, 6 to 8 % off 128x128, 2 to 3 % off whole networks, on an H200. There in us:
+//     18.2 with 64x64/3, 18.9 with 128x64/4   91,767 sites, 64 to 64, as above; 22.2 with 256x64/4
+//     17.4, 17.6                              60,107 sites, 64 to 64; 20.8 with 256x64/4
+//     40.8 with 128x128/3, 44.7 with 64x128/4 60,107 sites, 128 to 128; 50.8 with 256x128/4
+//     30.5 with 128x96/3, 40.0 with 64x96/3   91,767 sites, 96 to 96; 36.4 with 256x96/4
+// Tiles of 256 rows won nowhere, neither did 64x48/4, 64x96/3, 64x96/4, 64x64/6 and 64x128/4; 64x64/8 and 64x128/6 on one
+// small layer each, by 5 and 2 %.
+//
+// With few tiles, a deeper ring helps: 64x32/6 14.1 us, /3 15.0 (19,078 sites of 2.8 neighbours, 96 to 96). With many it
+// costs occupancy: 6.6 instead of 5.4 (kernel 2, stride 2, 60,107 outputs, 32 to 32). With hundreds of taps 64x32/4 is
+// best: 79.4, /3 88.3 (31,833 sites, 7^3 taps, 32 to 32).
 //
 // Most instructions of a step belong to the copies, and their number matters: 106 with 128x128/3, once 176. Gains:
 //     unsigned instead of signed 64-bit products for addresses, which take three instructions each: 71.6 to 65.7 us (14,474
@@ -59,19 +68,18 @@
 //     those boxes multicast to two blocks of 128 rows, which halves the reads of weights: 85.6 us for 69.9 at 14,474 sites,
 //     256 to 256. The two blocks wait for each other in each step and walk over the taps of both.
 //
-// Splits on an H200, in us: the best tile without splits, then 128x128 with 2 and with 4. Rows sorted, 3^3 taps, measured
-// before the savings of instructions above:
-//     53.2, 42.9, 39.2   5,879 sites of 9.2 neighbours, 256 to 256 channels
-//     44.9, 38.3, 26.2   2,887 of 9.1, 256 to 256
-//     24.2, 22.2, 18.3   9,465 of 4.5, 128 to 128
-//     76.9, 68.8, 80.5   14,474 of 8.4, 256 to 256
-//     28.5, 25.5, 29.1   14,474 of 8.4, 128 to 128
-//     39.0, 38.0, 55.0   31,833 of 7.5, 128 to 128
+// Splits on an H200, in us: the best tile without splits, then 64x128/3, 128x128/3 and 128x128/4 with 2. Rows sorted, 3^3
+// taps:
+//     37.7, 33.3, 34.9, 30.8   5,879 sites of 9.2 neighbours, 256 to 256 channels
+//     37.6, 30.6, 31.6, 30.4   5,820 of 6.8, 256 to 256
+//     17.2, 15.1, 17.5, 17.3   9,465 of 4.5, 128 to 128
+//     58.6, 68.4, 54.4, 63.8   14,474 of 8.4, 256 to 256
+//     31.0, 40.5, 32.8, 40.7   31,833 of 7.5, 128 to 128
+// and 9.0 with 64x64/4 with 2, 9.5 without (13,973 of 3.4, 64 to 64). With 4 splits none is best: 64x64/4, 64x128/3, 128x64/3,
+// 128x128/3; nor with 2 64x64/6 and 128x64/4, and 64x128/4 is within 2 % of /3.
 //
-// Splits lose if a tile has few steps (2^3 stride 2, 5,879 outputs, 128 to 128: 8.8 us without, 9.7 with 2), or if the
-// blocks fill the device already (3^3 stride 2, 32,841 outputs, 64 to 128: 26.0 and 30.8). All figures fit a fixed cost of 4
-// us per block besides its steps. Other tiles with splits won nowhere by more than 3 %: 64x32, 64x64, 128x64 and 256x128
-// with 2, 64x64 and 128x64 with 4, 128x128 with 8.
+// Splits lose if a tile has few steps (2^3 stride 2, 5,879 outputs, 128 to 128: 6.1 us without, 6.8 with), or if the blocks
+// fill the device already (3^3 stride 2, 32,841 outputs, 64 to 128: 21.8 and 27.5).
 //
 // In float32 a step moves the same bytes for half the products. Tiles of 64 rows, which compute fewer useless products, were
 // as fast as 128: TF32 37.8 and 38.0 us (64 columns), 17.3 and 19.5 at 32 channels, 62.4 and 64.6 at 96 channels. Exact
@@ -188,19 +196,19 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   }
 
   // Copies of a thread: one piece of four rows of A, 16 apart (of eight, 8 apart, where pieces have 8 bytes). Of B one piece
-  // of every kColsAtOnce-th row if its rows are columns, otherwise every kOfRowB-th piece of one row.
+  // of every kColsAtOnce-th row if its rows are columns. Otherwise a piece of each 64 columns of up to four rows that follow
+  // each other and so belong to one tap; a row's pieces are copied at once, since L2 looks up each line of an instruction.
   constexpr int kInPieceA = P::kPieceBytes / sizeof(T), kPiecesA = kDepth / kInPieceA;
   constexpr int kRowsAtOnce = kWarpgroup / kPiecesA, kQuads = 16 / kRowsAtOnce, kColsAtOnce = kThreads / kPiecesA;
-  constexpr int kOfRowB = kThreads / kDepth, kPiecesB = kCols / 8;
-  constexpr int kPlacesB = static_cast<int>(div_up(Product::kRowBytesB / 16, kOfRowB));
-  const int a_piece = t % kPiecesA, a_row = t / kPiecesA % kRowsAtOnce, b_row = t / kOfRowB, b_piece = t % kOfRowB;
+  constexpr int kPiecesB = kCols / 8, kOfRowB = std::max(Product::kRowBytesB / 16, kThreads / kDepth);
+  constexpr int kRowsB = kDepth * kOfRowB / kThreads;
+  const int a_piece = t % kPiecesA, a_row = t / kPiecesA % kRowsAtOnce;
+  const int b_row = t / kOfRowB * kRowsB, b_piece = t % kOfRowB;
   const int a_byte = a_piece * P::kPieceBytes;
   const uint32_t a_to = keep(group * kBytesA + swizzled<128>(a_row, a_byte / 16) + a_byte % 16);
-  [[maybe_unused]] uint32_t b_to[kPlacesB];
+  [[maybe_unused]] uint32_t b_to[kRowsB];
 #pragma unroll
-  for (int i = 0; i < kPlacesB; ++i) {
-    b_to[i] = keep(kGroups * kBytesA + Product::place_in_b(b_row, b_piece + i * kOfRowB));
-  }
+  for (int i = 0; i < kRowsB; ++i) b_to[i] = keep(kGroups * kBytesA + Product::place_in_b(b_row + i, b_piece));
   const int a_entries = keep(group * kScheduleRows + place_of_row(a_row));
   const int32_t b_cols = keep(a.out_channels - first_col - b_piece * 8);
   const char* const b_from = reinterpret_cast<const char*>(w + first_col + b_piece * 8);
@@ -292,11 +300,12 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
             copy_piece<16>(to_col + col * 128, weights + col * in_channels, exists);
           }
         } else {
-          const char* const weights = b_from + wide(tap * in_channels + place_b.channel, a.out_channels * sizeof(T));
+          const uint32_t row_bytes_b = a.out_channels * sizeof(T);
+          const char* weights = b_from + wide(tap * in_channels + place_b.channel, row_bytes_b);
 #pragma unroll
-          for (int i = 0; i < kPlacesB; ++i) {
+          for (int i = 0; i < kRowsB; ++i, weights += row_bytes_b) {
 #pragma unroll
-            for (int piece = i * kOfRowB; piece < kPiecesB; piece += 8) {  // the same place in each block of 64 columns
+            for (int piece = 0; piece < kPiecesB; piece += 8) {  // the same place in each block of 64 columns
               if (b_piece + piece >= kPiecesB) break;
               const bool exists = tap_exists && b_cols > piece * 8;
               copy_piece<16>(to + b_to[i] + piece / 8 * Product::kBlockBytesB, weights + piece * 16, exists);

@@ -14,10 +14,11 @@ constexpr int kMostGroupWords = 12;  // words of a group's mask
 #define JAXSPARSE_FORWARD_TILES(X) \
   X(64, 16, 4)                     \
   X(64, 32, 3)                     \
+  X(64, 32, 4)                     \
   X(64, 32, 6)                     \
+  X(64, 64, 3)                     \
   X(64, 64, 4)                     \
-  X(64, 64, 6)                     \
-  X(64, 64, 8)                     \
+  X(64, 128, 3)                    \
   X(128, 16, 4)                    \
   X(128, 32, 3)                    \
   X(128, 48, 3)                    \
@@ -25,15 +26,14 @@ constexpr int kMostGroupWords = 12;  // words of a group's mask
   X(128, 64, 4)                    \
   X(128, 96, 3)                    \
   X(128, 128, 3)                   \
-  X(128, 128, 4)                   \
-  X(256, 64, 4)                    \
-  X(256, 96, 4)                    \
-  X(256, 128, 4)
+  X(128, 128, 4)
 
 // X(rows, cols, stages, splits): further forward tiles on sm_90, for layers with too few tiles to fill the device.
 #define JAXSPARSE_SPLIT_TILES(X) \
+  X(64, 64, 4, 2)                \
+  X(64, 128, 3, 2)               \
   X(128, 128, 3, 2)              \
-  X(128, 128, 3, 4)
+  X(128, 128, 4, 2)
 
 // Forward tiles for input channels that are a multiple of 4 but not of 8, as in the first layer of a network.
 #define JAXSPARSE_NARROW_TILES(X) \

@@ -70,10 +70,9 @@ class Gpu:
     Attributes:
       multiprocessors: how many.
       memory_bytes: of the whole, bytes a microsecond.
-      step_us, step_bytes: a step of a block that shares its multiprocessor with others takes step_us, and its copies at
-        step_bytes a microsecond.
-      chain_us, chain_bytes: the same where nothing else hides the waits between a block's own steps. With fewer stages
-        less is copied ahead, which adds up to a fifth to chain_us.
+      step_bytes: the copies of blocks that share a multiprocessor, bytes a microsecond.
+      chain_us: a step where nothing else hides the waits between a block's own steps. With fewer stages less is copied
+        ahead, which adds up to a fifth.
       lone: the share by which a step takes longer where no second block fits on the multiprocessor.
       block_us: for the beginning and end of a block.
       split_us: what a block of a cluster takes beyond that, to start together and to exchange sums.
@@ -82,15 +81,13 @@ class Gpu:
     """
 
     multiprocessors: int = 132
-    memory_bytes: float = 4.3e6
-    step_us: float = 0.022
-    step_bytes: float = 6.4e4
-    chain_us: float = 0.21
-    chain_bytes: float = 1.5e5
-    lone: float = 0.39
-    block_us: float = 0.18
-    split_us: float = 2.4
-    launch_us: float = 4.7
+    memory_bytes: float = 4.7e6
+    step_bytes: float = 6.9e4
+    chain_us: float = 0.16
+    lone: float = 0.185
+    block_us: float = 0.24
+    split_us: float = 0.92
+    launch_us: float = 3.7
     shared_bytes: int = 227 * 1024
     registers: int = 65536
 
@@ -101,11 +98,11 @@ class Gpu:
 
     def step(self, products_us: float, copied: float) -> float:
         """Microseconds of a step where others run beside it."""
-        return max(products_us, self.step_us + copied / self.step_bytes)
+        return max(products_us, copied / self.step_bytes)
 
-    def chain(self, copied: float, stages: int) -> float:
+    def chain(self, stages: int) -> float:
         """Microseconds of a step that nothing runs beside."""
-        return self.chain_us * (1 + 0.2 / (stages - 1)) + copied / self.chain_bytes
+        return self.chain_us * (1 + 0.2 / (stages - 1))
 
     def blocks_us(
         self, blocks: float, resident: int, steps: float, most_steps: float, step: float, chain: float, splits: int = 1
@@ -163,7 +160,7 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
     resident = gpu.resident(2 * rows, cols, conv_shared_bytes(tile, kernel_map.taps))
     depth = c_in * itemsize / STEP_BYTES / splits  # steps a tap
     most = kernel_map.taps if kernel_map.taps > 9 or not is_sorted else taps
-    chain = gpu.chain(copied, stages)
+    chain = gpu.chain(stages)
     compute = gpu.blocks_us(blocks, resident, taps * depth, most * depth, step, chain, splits)
     least_bytes = kernel_map.rows * (c_in + c_out) * itemsize + kernel_map.taps * c_in * c_out * itemsize
     return (compute**4 + (least_bytes / gpu.memory_bytes + gpu.launch_us) ** 4) ** 0.25
@@ -212,7 +209,7 @@ def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu 
     copied = STEP_BYTES * (rows + cols)
     step = gpu.step(rows * cols * depth / PRODUCTS[dtype], copied)
     resident = gpu.resident(2 * rows, cols, wgrad_shared_bytes(tile))
-    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, gpu.chain(copied, stages))
+    partial = gpu.blocks_us(used * pieces, resident, in_slot / depth, in_slot / depth, step, gpu.chain(stages))
     sums = 2 * 4 * used * c_in * c_out / gpu.memory_bytes + gpu.launch_us
     return partial + sums
 
