@@ -16,27 +16,32 @@ import re
 
 import report
 
-from jaxsparse.ops.conv import Tile
+from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, Tile
 from jaxsparse.tuning import cost
 from jaxsparse.tuning.result import show
 
+BUILT = {"conv": {*FORWARD_TILES, *NARROW_TILES, *FLOAT_TILES}, "wgrad": {*WGRAD_TILES, *FLOAT_WGRAD_TILES}}
 RATES = ["step_bytes", "memory_bytes", "chain_us", "lone", "split_us", "block_us", "launch_us"]
 
 
 def measured_layers(path):
-    """What `layers.py` measured: a layer for each forward pass, sorted and not, and for each gradient of weights."""
+    """What `layers.py` measured: a layer for each forward pass, sorted and not, and for each gradient of weights.
+
+    Tiles that are no longer built are left out.
+    """
     for row in json.loads(path.read_text())["results"]:
         name = re.match(r"\w+ ([\dx]+), (\d+) to (\d+), ", row["layer"])
         taps, c_in, c_out = math.prod(map(int, name[1].split("x"))), int(name[2]), int(name[3])
         for sorts in {"forward": (True, False), "wgrad": (None,)}.get(row["pass"], ()):
-            times = {}
+            op, times = "wgrad" if sorts is None else "conv", {}
             for candidate in row["candidates"]:
                 tile = re.match(r"(\d+)x(\d+)/(\d+)(?:x(\d+))?(, sorted)?$", candidate["kernel"])
                 if tile and "us" in candidate and sorts in (None, tile[5] is not None):
                     times[Tile(*map(int, tile.groups("1")[:4]))] = candidate["us"]
+            times = {tile: us for tile, us in times.items() if tile in BUILT[op]}
             if times:
                 yield {
-                    "op": "wgrad" if sorts is None else "conv",
+                    "op": op,
                     "dtype": "float16" if row["dtype"] == "bfloat16" else row["dtype"],
                     "rows": row["sites"],
                     "taps": taps,

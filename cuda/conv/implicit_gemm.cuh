@@ -70,15 +70,15 @@
 //
 // Splits on an H200, in us: the best tile without splits, then 64x128/3, 128x128/3 and 128x128/4 with 2. Rows sorted, 3^3
 // taps:
-//     37.7, 33.3, 34.9, 30.8   5,879 sites of 9.2 neighbours, 256 to 256 channels
-//     37.6, 30.6, 31.6, 30.4   5,820 of 6.8, 256 to 256
-//     17.2, 15.1, 17.5, 17.3   9,465 of 4.5, 128 to 128
+//     41.1, 33.3, 34.9, 30.8   5,879 sites of 9.2 neighbours, 256 to 256 channels
+//     39.4, 30.6, 31.6, 30.4   5,820 of 6.8, 256 to 256
+//     18.0, 15.1, 17.5, 17.3   9,465 of 4.5, 128 to 128
 //     58.6, 68.4, 54.4, 63.8   14,474 of 8.4, 256 to 256
 //     31.0, 40.5, 32.8, 40.7   31,833 of 7.5, 128 to 128
 // and 9.0 with 64x64/4 with 2, 9.5 without (13,973 of 3.4, 64 to 64). With 4 splits none is best: 64x64/4, 64x128/3, 128x64/3,
 // 128x128/3; nor with 2 64x64/6 and 128x64/4, and 64x128/4 is within 2 % of /3.
 //
-// Splits lose if a tile has few steps (2^3 stride 2, 5,879 outputs, 128 to 128: 6.1 us without, 6.8 with), or if the blocks
+// Splits lose if a tile has few steps (2^3 stride 2, 5,879 outputs, 128 to 128: 6.4 us without, 6.8 with), or if the blocks
 // fill the device already (3^3 stride 2, 32,841 outputs, 64 to 128: 21.8 and 27.5).
 //
 // In float32 a step moves the same bytes for half the products. Tiles of 64 rows, which compute fewer useless products, were
