@@ -20,9 +20,10 @@
 // channels, for all taps; then they exchange sums through shared memory, and each finishes kCols / kSplits columns.
 // Splitting channels rather than taps or steps balances the blocks and keeps the property above.
 //
-// Bound by L2 bandwidth, 5.3 TB/s, if there are many tiles. The bytes are a row of x per pair and column tile, the weights
-// of a tap per row tile that has it, and y. At deep levels, with fewer than two blocks per multiprocessor, the tile with the
-// most taps decides: 27 of them where the mean is 15. Splits are for those. Also tried there, with correct results:
+// With many tiles and channels no unit bounds it alone: L2 sends 5.7 to 6.2 TB/s, it and shared memory are used for 52 to 61 %
+// of the time, tensor cores for half. The bytes are a row of x per pair and column tile, the weights of a tap per row tile
+// that has it, and y. At deep levels, with fewer than two blocks per multiprocessor, the tile with the most taps decides: 27
+// of them where the mean is 15. Splits are for those. Also tried there, with correct results:
 //     an equal share of all taps for each resident block, with partial sums exchanged: 67 to 40 us (5,890 sites, 256 to 256
 //     channels), elsewhere up to 40 % slower; with tiles of 256 rows: 67 to 45
 //     the longest tiles paired with the shortest on a multiprocessor: within 1 %, since block placement is not fixed
@@ -62,9 +63,10 @@
 //     kOverlaps from four stages on, and the first copies in a loop that is not unrolled: within 1 %
 //     rows of x copied through L1 (cp.async.ca), which tiles of neighbouring rows share: 4 % slower over SparseResUNet42, up
 //     to 20 % with 32 channels; weights too: 20 % slower
-//     weights by TMA, in boxes of rows of one tap, which saves all warps but one a sixth of a step's instructions: 43.5 us
-//     for 44.5 at 60,107 sites, 128 to 128, and 19.0 for 19.4 at 64 to 64; but 13.8 for 11.2 at 91,767 sites, 32 to 32, and
-//     37.4 for 32.0 at 96 to 96, where a step takes two boxes or four
+//     weights by TMA, in boxes of rows of one tap, which saves all warps but one a sixth of a step's instructions; without it
+//     four threads copied a row then: 43.5 us for 44.5 (now 40.8) at 60,107 sites, 128 to 128, and 19.0 for 19.4 (now 17.4)
+//     at 64 to 64; but 13.8 for 11.2 at 91,767 sites, 32 to 32, and 37.4 for 32.0 at 96 to 96, where a step takes two boxes
+//     or four
 //     those boxes multicast to two blocks of 128 rows, which halves the reads of weights: 85.6 us for 69.9 at 14,474 sites,
 //     256 to 256. The two blocks wait for each other in each step and walk over the taps of both.
 //
@@ -202,6 +204,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr int kRowsAtOnce = kWarpgroup / kPiecesA, kQuads = 16 / kRowsAtOnce, kColsAtOnce = kThreads / kPiecesA;
   constexpr int kPiecesB = kCols / 8, kOfRowB = std::max(Product::kRowBytesB / 16, kThreads / kDepth);
   constexpr int kRowsB = kDepth * kOfRowB / kThreads;
+  static_assert(4 % kRowsB == 0, "channels are a multiple of 4, so that these rows belong to one tap");
   const int a_piece = t % kPiecesA, a_row = t / kPiecesA % kRowsAtOnce;
   const int b_row = t / kOfRowB * kRowsB, b_piece = t % kOfRowB;
   const int a_byte = a_piece * P::kPieceBytes;
