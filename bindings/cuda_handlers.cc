@@ -235,7 +235,8 @@ ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& ti
   return ffi::Error::InvalidArgument(std::string(call) + ": no kernel was built for tile_rows " +
                                      std::to_string(tile.rows) + ", tile_cols " + std::to_string(tile.cols) +
                                      ", stages " + std::to_string(tile.stages) + ", splits " +
-                                     std::to_string(tile.splits) + " and these channels");
+                                     std::to_string(tile.splits) +
+                                     " and these channels; compile, or export, the program anew with this version");
 }
 
 // Without the arrays of a schedule.
