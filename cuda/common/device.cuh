@@ -80,13 +80,6 @@ __device__ inline char* dynamic_shared() {
 #endif
 }
 
-// What a block can have of it, at most.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMostSharedBytes = 163 * 1024;
-#else
-constexpr int kMostSharedBytes = 227 * 1024;
-#endif
-
 // The grid size of a kernel with a grid-stride loop over a number of items that only the device knows: enough blocks to fill
 // any device, but bounded, so that a larger capacity costs nothing.
 constexpr int64_t kMostStridingBlocks = 4096;

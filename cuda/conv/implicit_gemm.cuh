@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   constexpr int kRows = P::kRows, kCols = P::kCols, kGroups = P::kGroups, kStages = P::kStages, kThreads = P::kThreads;
   constexpr int kDepth = Product::kDepth, kSplits = P::kSplits, kOwnCols = P::kOwnCols;
   constexpr bool kFused = kHasEpilogue<Args>;
-  if constexpr ((kSplits > 1 && !kHasClusters) || P::kStages * P::kStageBytes > kMostSharedBytes) return;
+  if constexpr (kSplits > 1 && !kHasClusters) return;
   char* const stages = dynamic_shared();
   // {scale, scale, shift, shift} of each pair of the block's columns
   [[maybe_unused]] float4* const affine = reinterpret_cast<float4*>(stages + kStages * P::kStageBytes);
