@@ -14,13 +14,15 @@ import pathlib
 import random
 import re
 
+import jax.numpy as jnp
 import report
+from layer_cases import DTYPES
 
-from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, Tile
+from jaxsparse.ops.conv import Tile
+from jaxsparse.ops.conv.choices import built_tiles, scheduled_widths
 from jaxsparse.tuning import cost
 from jaxsparse.tuning.result import show
 
-BUILT = {"conv": {*FORWARD_TILES, *NARROW_TILES, *FLOAT_TILES}, "wgrad": {*WGRAD_TILES, *FLOAT_WGRAD_TILES}}
 RATES = ["step_bytes", "memory_bytes", "chain_us", "lone", "split_us", "block_us", "launch_us"]
 
 
@@ -32,13 +34,16 @@ def measured_layers(path):
     for row in json.loads(path.read_text())["results"]:
         name = re.match(r"\w+ ([\dx]+), (\d+) to (\d+), ", row["layer"])
         taps, c_in, c_out = math.prod(map(int, name[1].split("x"))), int(name[2]), int(name[3])
+        dtype = jnp.dtype(DTYPES[row["dtype"]])
+        width, _ = scheduled_widths(dtype, c_in, c_out)
         for sorts in {"forward": (True, False), "wgrad": (None,)}.get(row["pass"], ()):
             op, times = "wgrad" if sorts is None else "conv", {}
+            built = built_tiles(op, dtype, width)
             for candidate in row["candidates"]:
                 tile = re.match(r"(\d+)x(\d+)/(\d+)(?:x(\d+))?(, sorted)?$", candidate["kernel"])
                 if tile and "us" in candidate and sorts in (None, tile[5] is not None):
                     times[Tile(*map(int, tile.groups("1")[:4]))] = candidate["us"]
-            times = {tile: us for tile, us in times.items() if tile in BUILT[op]}
+            times = {tile: us for tile, us in times.items() if tile in built}
             if times:
                 yield {
                     "op": op,

@@ -34,8 +34,8 @@ import roofline
 from layer_cases import DTYPES, PASSES, ROWS, Case, layers_of, pyramid
 from reference import ONE
 
-from jaxsparse.ops.conv import FLOAT_TILES, FLOAT_WGRAD_TILES, FORWARD_TILES, NARROW_TILES, WGRAD_TILES, ConvConfig
-from jaxsparse.ops.conv.choices import has_clusters, scheduled_widths
+from jaxsparse.ops.conv import ConvConfig
+from jaxsparse.ops.conv.choices import built_tiles, has_clusters, scheduled_widths
 from jaxsparse.tuning.result import show
 
 # cuBLAS as it comes, and each kernel by itself: layers are too short for CUDA graphs to matter.
@@ -62,12 +62,12 @@ def configs(layer, name, dtype):
     if jax.default_backend() != "gpu":
         rows = (64,) if name == "wgrad" else (32, 64, 128)
         return [(f"{r} rows", ConvConfig(tile_rows=r), "auto") for r in rows] + plain
-    is_float = DTYPES[dtype] == jnp.float32
+    numbers = jnp.dtype(DTYPES[dtype])
+    width, _ = scheduled_widths(numbers, c_in, c_out)
     if name == "wgrad":
-        tiles = fitting(FLOAT_WGRAD_TILES if is_float else WGRAD_TILES, rows=c_in, cols=c_out)
+        tiles = fitting(built_tiles("wgrad", numbers, width), rows=c_in, cols=c_out)
         return [(show(t), ConvConfig(wgrad=t), "auto") for t in tiles] + plain
-    is_narrow = scheduled_widths(jnp.dtype(DTYPES[dtype]), c_in, c_out)[0] % 8 != 0
-    built = FLOAT_TILES if is_float else NARROW_TILES if is_narrow else FORWARD_TILES
+    built = built_tiles("conv", numbers, width)
     tiles = [t for t in fitting(built, cols=c_out) if t.splits == 1 or has_clusters("cuda")]
     return [
         (show(t) + (", sorted" if sort else ""), ConvConfig(forward=t, dgrad=t, sort=sort), "auto")

@@ -397,6 +397,7 @@ def test_tiles_fit_the_shared_memory_of_the_device(capability, kib, monkeypatch)
         compute_capability, device_kind = capability, "a device"
 
     monkeypatch.setattr(jax, "local_devices", lambda backend: [Device()])
+    assert conv_choices.most_shared_bytes("cuda") == kib * 1024
     for c_in, dtype in ((64, "float16"), (4, "float16"), (64, "float32")):
         forward, wgrad = questions(50_000, c_in, 64, dtype)
         assert forward.candidates

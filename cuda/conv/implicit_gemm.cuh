@@ -100,6 +100,8 @@
 // concatenations. Computing its shortcuts (one tap, no map) here instead of by XLA made no difference by itself.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/common/cluster.cuh"
 #include "cuda/conv/block_taps.cuh"
 #include "cuda/conv/entries.cuh"

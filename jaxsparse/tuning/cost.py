@@ -5,7 +5,7 @@ is *executed* rather than what is useful (the fill cost of skipping a tap for a 
 again because another block needs it too (reuse, by tile size), and how blocks fill the multiprocessors: evenly, but
 never faster than the longest of them. The rates were fitted by `benchmarks/fit_cost_model.py` to all tiles of the
 single layers in `benchmarks/results/h200/layers_float16_all_tiles.json`: 20 % off in the mean square, and a choice by
-them 2.3 % slower than the best. The steps of float32 and schedules were set by hand from the figures in `cuda/conv/`.
+them 2.2 % slower than the best. The steps of float32 and schedules were set by hand from the figures in `cuda/conv/`.
 Look-ups follow from the same terms. Other GPUs take these rates too, since a choice depends on their ratios.
 """
 

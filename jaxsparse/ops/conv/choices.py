@@ -38,6 +38,14 @@ def scheduled_widths(dtype, c_in: int, c_out: int) -> tuple[int, int]:
     return -(-c_in // multiple) * multiple, -(-c_out // 8) * 8
 
 
+def built_tiles(op: str, dtype, c_in: int) -> tuple[Tile, ...]:
+    """The tiles that the build has for an op, "conv" or "wgrad", and input channels as the kernel takes them."""
+    is_float = dtype.itemsize == 4
+    if op == "wgrad":
+        return FLOAT_WGRAD_TILES if is_float else WGRAD_TILES
+    return FLOAT_TILES if is_float else FORWARD_TILES if c_in % 8 == 0 else NARROW_TILES
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """A product of one layer as its lowering sees it: sizes, and whether it goes over the reversed map."""
@@ -60,10 +68,6 @@ class Problem:
 def direction(spec, of_reverse: bool) -> str:
     """How a product goes over its map, see `Key`."""
     return "same" if spec.is_symmetric else "reverse" if of_reverse else "table"
-
-
-def _is_float(p: Problem) -> bool:
-    return p.spec.dtype.itemsize == 4
 
 
 def _map(p: Problem):
@@ -120,8 +124,7 @@ def conv(platform: str, p: Problem) -> Question:
         predict = cost.cpu_conv_us
         return Question(key, PLAIN_TILE_ROWS, lambda rows, n: predict(rows, at(n), *widths, dtype), is_here, p)
     sorts = bool(sort(platform, p).heuristic())
-    built = FLOAT_TILES if _is_float(p) else FORWARD_TILES if widths[0] % 8 == 0 else NARROW_TILES
-    tiles = _conv_tiles(platform, p, built)
+    tiles = _conv_tiles(platform, p, built_tiles("conv", p.spec.dtype, widths[0]))
     return Question(key, tiles, lambda tile, n: cost.conv_us(tile, at(n), *widths, dtype, sorts), is_here, p)
 
 
@@ -143,7 +146,7 @@ def wgrad(platform: str, p: Problem) -> Question:
     at, dtype, widths = _map(p), p.spec.dtype_name(platform), p.widths(platform)
     return Question(
         _key("wgrad", device, p, dtype, widths),
-        _that_run(platform, FLOAT_WGRAD_TILES if _is_float(p) else WGRAD_TILES, cost.wgrad_shared_bytes),
+        _that_run(platform, built_tiles("wgrad", p.spec.dtype, widths[0]), cost.wgrad_shared_bytes),
         lambda tile, n: cost.wgrad_us(tile, at(n), *widths, dtype),
         is_here,
         p,
