@@ -51,13 +51,21 @@ def inputs_of(workload, args):
     return program, voxels, networks_jaxsparse.tensors(voxels, program.model, args.dtype, factor=1.1)
 
 
-def tune(workload, model, ring, budget=None):
-    """The tuning result of a workload, on two of its ring."""
+def tune(name, workload, model, ring, args):
+    """The tuning result of a workload, on two of its ring; that of an earlier run, where `--tuned` has one."""
+    file = f"tuned_{name}.json"
+    if args.tuned and (pathlib.Path(args.tuned) / file).exists():
+        return js.tuning.TuningResult.load(pathlib.Path(args.tuned) / file)
     mode = "training" if workload.training else "inference"
     with choice.policy(**ONLY["heuristic"]):
-        return js.autotune(
-            model, ring[0], samples=ring[1:2], mode=mode, budget_s=budget or BUDGETS[mode], cache=False, progress=False
+        result = js.autotune(
+            model, ring[0], samples=ring[1:2], mode=mode, budget_s=BUDGETS[mode], cache=False, progress=False
         )
+    print(result, flush=True)
+    if args.out:
+        pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+        result.save(pathlib.Path(args.out) / file)
+    return result
 
 
 def compiled_step(program, ring, ways):
@@ -112,11 +120,7 @@ def tuned_workloads(args):
         start = time.perf_counter()
         program, _, ring = inputs_of(workload, args)
         print(f"{name}: inputs {time.perf_counter() - start:.1f} s", flush=True)
-        result = tune(workload, program.model, ring)
-        print(result, flush=True)
-        if args.out:
-            pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
-            result.save(pathlib.Path(args.out) / f"tuned_{name}.json")
+        result = tune(name, workload, program.model, ring, args)
         found.append((name, program, ring, result))
     return found
 
@@ -192,7 +196,7 @@ def transfer_part(args):
             print(f"skipped {scan}: {reason}")
             continue
         program, voxels, ring = inputs_of(workload, args)
-        own = tune(workload, program.model, ring)
+        own = tune(scan, workload, program.model, ring, args)
         first = first or own
         ways = {"first": first, "own": own}
         ms = step_ms({w: compiled_step(program, ring, {"choices": r}) for w, r in ways.items()}, ring, args)
@@ -221,6 +225,7 @@ def main():
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
     parser.add_argument("--singles", type=int, default=0, help="single choices to try, best predicted first")
     parser.add_argument("--write-table", default=None, help="networks: the file for a table of all workloads")
+    parser.add_argument("--tuned", default=None, help="an earlier --out: tuning results found there are taken")
     parser.add_argument("--out", default=None, help="folder for the results (default: only print)")
     args = parser.parse_args()
     if "networks" in args.part:
