@@ -103,7 +103,7 @@ def run(found, args):
 
 def profile(path):
     """Runs this program under the profiler, which writes `path`."""
-    as_is = "--clock-control", "none", "--cache-control", "none", "--apply-rules", "no"  # its rules have crashed
+    as_is = "--clock-control", "none", "--cache-control", "none"
     raw = "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(path)
     sections = [word for section in SECTIONS for word in ("--section", section)]
     metrics = ",".join([NS, L2_SECTORS, *UNITS.values()])

@@ -68,7 +68,8 @@ inline ffi::Error check_unique_sites(In coords, In count, Out sites, Out kept, O
 
 // --- 2 coarse_sites ---
 
-// Bytes of an index of sites: hash-map slots have at most 32 bytes, on CPU and CUDA.
+// Bytes of an index of sites. Slots of hash maps have at most 32 bytes, on CPU and CUDA; of blocks, on CUDA, a row has 16 and
+// at most 4 slots of 4.
 inline int64_t site_index_bytes(int64_t rows) { return 32 * hash_slots(rows); }
 
 struct CoarseSites {

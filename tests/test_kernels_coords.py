@@ -267,6 +267,18 @@ def test_kernel_map_by_blocks_finds_the_same(geometry):
     kernel_map(coords, len(coords) - 3, out_coords, len(out_coords) - 2, geometry, builder=1)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_blocks_are_told_apart_where_slots_hold_few_bits_of_their_hash(size):
+    """In an array of 2^20 rows a slot of the index has 11 bits of a block's hash, which some pairs of blocks share."""
+    at = np.unique(np.random.default_rng(0).integers(-40, 40, (6000, 3)), axis=0)
+    firsts = np.column_stack([0 * at[:, 0], 4 * at])  # sites of batch 0, each the first of its block
+    sites = np.array(sorted(map(tuple, firsts), key=key), I32)
+    coords = np.full((2**20, 4), PADDING, I32)
+    coords[: len(sites)] = sites
+    next_blocks = ((size,) * 3, (1,) * 3, (4,) * 3, (4,) * 3)  # every tap but the middle one
+    kernel_map(coords, len(sites), sites, len(sites), next_blocks, builder=1)
+
+
 ENDS = np.array(list(itertools.product([0, 1022], *[[-(2**17), 1 - 2**17, -1, 0, 2**17 - 2, 2**17 - 1]] * 3)))
 SCENES = {
     **regular_scenes(line=150, plane=14, cube=6),

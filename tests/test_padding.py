@@ -135,7 +135,10 @@ def test_what_the_kernels_leave_on_padding_rows_reaches_nothing(network, dtype, 
     leave_padding(monkeypatch)
     for got, want in zip(run(), expected, strict=True):
         assert np.isfinite(got).all()
-        np.testing.assert_array_equal(got, want)
+        if jax.default_backend() == "cpu":
+            np.testing.assert_array_equal(got, want)
+        else:  # XLA sums columns in another order beside what has just been added to the program
+            np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * np.abs(want).max())
 
 
 def products(kind, capacity, dtype, implementation):

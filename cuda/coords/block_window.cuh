@@ -63,11 +63,11 @@ struct alignas(8) Half {
   int32_t row_before;
 };
 
-// Stores block number `block` under the window of the lane's output; a lane's halves are kWarp apart.
-__device__ inline void put_block(Half* under, int32_t block, const uint4& sites) {
-  const int32_t row_before = static_cast<int32_t>(sites.z) - 1;
-  under[2 * block * kWarp] = {sites.y, row_before + __popc(sites.x)};
-  under[(2 * block + 1) * kWarp] = {sites.x, row_before};
+// Stores the sites of block number `block` under the window of the lane's output; a lane's halves are kWarp apart.
+__device__ inline void put_block(Half* under, int32_t block, uint64_t sites, int32_t first_row) {
+  const uint32_t low = static_cast<uint32_t>(sites), high = static_cast<uint32_t>(sites >> 32);
+  under[2 * block * kWarp] = {high, first_row - 1 + __popc(low)};
+  under[(2 * block + 1) * kWarp] = {low, first_row - 1};
 }
 
 // The row of the site at a place, -1 if there is none.
@@ -75,7 +75,7 @@ __device__ inline int32_t row_at(const Half* under, int32_t place, int32_t in_ro
   const Half half = under[place & ~31];  // 32 places, kWarp halves
   const uint32_t up_to = half.mask << (place & 31);  // the site's bit is the highest, those of earlier sites lie below
   const int32_t row = half.row_before + __popc(up_to);
-  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // row >= in_rows only if sites are not sorted
+  return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // a block's last sites may not have fit the array
 }
 
 // The same as WindowShape, for block_kernel: the blocks that a window of any size may lie over.

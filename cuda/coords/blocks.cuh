@@ -22,6 +22,15 @@ struct BlockNumbers {
   }
 };
 
+// Whether two sites that have keys lie in the same block.
+template <int D>
+__device__ bool same_block(const Site<D>& a, const Site<D>& b) {
+  bool same = a.batch == b.batch;
+#pragma unroll
+  for (int d = 0; d < D; ++d) same = same && (a.coord[d] ^ b.coord[d]) >> block_axis_bits(D, d) == 0;
+  return same;
+}
+
 // The site of a block whose Morton key ends in the bits `bit`.
 template <int D>
 __device__ Site<D> block_site(uint64_t block, int bit) {

@@ -8,12 +8,11 @@
 //             these sites
 //
 // 111,028 sites of a scan, kernel 3^3, stride 2, reach 14,351 blocks; 256 rows at a time list 18 thousand entries.
-// On an H200: 4, 11 and 14 us; for 32,650 sites 3, 6 and 12. Of the last, 2 to 4 us are for the index, which takes 5 to 8 as
-// a separate call.
+// On an H200 87,872 sites of another scan take 3, 10 and 19 us, 10,000 sites 3, 9 and 11.
 //
 // Tried, not faster:
 //     a sort of the list by block: 60 us more, on an H100
-//     blocks entered in the index by the threads that write the leaves, during the last barrier: as long, on an H200
+//     blocks entered in the index as soon as their leaves are known, before the sites are numbered: 2 us more for 10,000 sites
 //     one cooperative kernel for all, codes with as many bits on each axis as the longest needs: 42 us, 20 for 32,667 sites
 #include "cuda/coords/coarse_sites.h"
 
@@ -198,32 +197,21 @@ __global__ void __launch_bounds__(kListThreads, 4)
   if (outside != 0) atomicAdd(a.outside, outside);
 }
 
-// Writes the tree's leaves as sites, and if `index` is set, as an index of their blocks.
+// Writes the tree's leaves as sites, and if a.index is set, as an index of their blocks.
 template <int D>
 struct Output {
   const CoarseSitesArgs& a;
-  BlockSlot* const index;
-  const uint32_t slots;
-  const bool late;  // set if the listed blocks might not all fit the index: then only those of kept sites are entered
+  const BlockIndex index;
 
   __device__ Output(const CoarseSitesArgs& a, int32_t entries)
       : a(a),
-        index(static_cast<BlockSlot*>(a.index)),
-        slots(static_cast<uint32_t>(min(int64_t{4} * entries + 1, int64_t{BlockSlot::number(a.capacity)}))),
-        late(slots <= static_cast<uint32_t>(entries)) {
-    if (index != nullptr) clear_slots(index, slots);
+        index(a.index, a.capacity,
+              static_cast<uint32_t>(min(int64_t{4} * entries + 1, int64_t{BlockIndex::slots_for(a.capacity)}))) {
+    if (a.index != nullptr) index.clear();
   }
 
-  // Enters a block in the index and returns its slot.
-  __device__ int32_t enter(uint64_t block) const {
-    return index != nullptr ? static_cast<int32_t>(HashMap<BlockSlot>(index, slots).insert_if_absent(block) - index) : 0;
-  }
-
-  // A leaf has at least one site, so no site of leaf number `capacity` or later is kept.
-  __device__ int32_t enter_leaf(int32_t leaf, uint64_t block) const { return leaf < a.capacity ? enter(block) : 0; }
-
-  __device__ void hold(int64_t leaf, int32_t slot, int32_t first_row, uint64_t sites) const {
-    if (index != nullptr && leaf < a.capacity) index[slot].hold(sites, first_row);
+  __device__ void hold(uint64_t block, int32_t first_row, uint64_t sites) const {
+    if (a.index != nullptr && first_row < a.capacity) index.enter(block, first_row, sites);
   }
 
   __device__ void begin(int32_t found) const { end_sites<D>(a, found, a.capacity); }
@@ -243,8 +231,7 @@ __global__ void __launch_bounds__(kGridThreads, 1) tree_kernel(CoarseSitesArgs a
       [&](int32_t i, bool is_leaf) {
         const Entry entry = is_leaf ? s.entries[i] : Entry{};
         return Listed{s.codes[i], entry.block, entry.sites};
-      },
-      output);
+      });
   write_tree(grid, s.tree, leaves, output);
 }
 

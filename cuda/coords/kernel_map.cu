@@ -5,22 +5,24 @@
 // look up:
 //
 //     hash     one key per tap. Sites may have any order.
-//     blocks   one key per block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, and the hash map
-//              has a third of the entries. A block's mask answers for all taps in it; the row of a site is the block's first
-//              row plus the number of earlier sites in the block.
+//     blocks   one key per block under the window: 3.4 on average for 3^3 taps over blocks of 4^3 sites, and there are a
+//              third as many blocks as sites. A block's mask answers for all taps in it; the row of a site is the block's
+//              first row plus the number of earlier sites in the block.
 //
 // Each lane has an output, so that table writes are whole lines. For small windows a thread looks up all taps of its output,
 // by blocks, with some 30 instructions per tap in all. For others the warps of a thread block share the taps of 32 outputs.
 //
-// On an H200, 3^3 map of a scan of 91,767 sites: 2 us to clear the index, 7 to enter the sites, 10 to look up; for 5,925
-// sites 1, 3 and 4. By hash, 36 to look up. Tried, not better, on the same unless said otherwise:
+// On an H200, 3^3 map of a scan of 91,767 sites: 7.6 us to look up by blocks, 34 by hash; for 10,000 sites 5. What it takes to
+// make the index stands in site_index.cu. Tried, not better, on the same scan unless said otherwise, mostly with an index of
+// 32-byte slots that took 10 us to look up:
 //     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 6 us more
 //     small windows treated like others, taps shared by four warps: 23 us to look up, five times the instructions
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
 //     later probes for one key after the other, not for all keys together: 10.8 us instead of 7.7 for 10,000 sites
 //     streaming stores (__stcs) for the table, which leave L2 to the index: 1 to 2 % of the look-up less from 1 million sites
-//     on, none below
+//     on, none below; the same with the index as it is
+//     eight blocks of the window read at once, not four: the same
 //     half of the taps looked up, the rest mirrored: not built; blocks look up only a third of a key per tap
 #include "cuda/coords/kernel_map.h"
 
@@ -209,16 +211,17 @@ bool is_small(const Geometry& g) {
 
 template <int D, int kLast>
 __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
-    small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlockSlot* index) {
+    small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, void* of_blocks) {
   constexpr int kBlocks = 1 << D, kMostLines = 3;
   constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // windows of kLast < 3 seldom reach the last blocks
   constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
+  constexpr int kReadAtOnce = kBlocksAtOnce < 4 ? kBlocksAtOnce : 4;
   constexpr BlockNumbers<D> numbers;
   __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
   int64_t output = global_thread();
   Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
-  const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
+  const BlockIndex index(of_blocks, a.in_rows);
   __syncwarp();  // keeps the compiler from moving these loads below the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // lines per plane
@@ -227,8 +230,8 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
-      bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
-      uint32_t slots[kBlocksAtOnce];
+      bool wanted[kBlocksAtOnce];
+      BlockIndex::Probe probes[kBlocksAtOnce];
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         keys[j] = window.first_key;
@@ -241,10 +244,13 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
         }
         wanted[j] = (exists & 1) != 0;
       }
-      map.find(keys, wanted, slots, found);
+      index.probe(keys, wanted, probes);
 #pragma unroll
-      for (int j = 0; j < kBlocksAtOnce; ++j) {
-        put_block(under, first + j, found[j] ? map[slots[j]].sites : uint4{});
+      for (int i = 0; i < kBlocksAtOnce; i += kReadAtOnce) {
+        BlockIndex::Block found[kReadAtOnce];
+        index.read(keys + i, probes + i, found);
+#pragma unroll
+        for (int j = 0; j < kReadAtOnce; ++j) put_block(under, first + i + j, found[j].sites, index.row(probes[i + j]));
       }
     }
     const auto share = [&](int d, int32_t tap) {
@@ -288,10 +294,10 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
 
 template <int D>
 __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
-    block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, BlockSlot* index) {
+    block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, void* of_blocks) {
   __shared__ TileMasks masks;
   __shared__ Half halves[2 * kMostUnderWindow][kWarp];
-  const HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
+  const BlockIndex index(of_blocks, a.in_rows);
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   Half* const under = &halves[0][lane];
@@ -303,8 +309,8 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     constexpr int kBlocksAtOnce = 3;
     for (int32_t first = warp * kBlocksAtOnce; first < blocks.number; first += kTileWarps * kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
-      bool wanted[kBlocksAtOnce], found[kBlocksAtOnce];
-      uint32_t slots[kBlocksAtOnce];
+      bool wanted[kBlocksAtOnce];
+      BlockIndex::Probe probes[kBlocksAtOnce];
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         const auto& block = blocks.block[min(first + j, kMostUnderWindow - 1)];
@@ -314,10 +320,12 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
         wanted[j] = (exists & 1) != 0;
         keys[j] = window.first_key + block.step;
       }
-      map.find(keys, wanted, slots, found);
+      index.probe(keys, wanted, probes);
+      BlockIndex::Block found[kBlocksAtOnce];
+      index.read(keys, probes, found);
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
-        if (first + j < blocks.number) put_block(under, first + j, found[j] ? map[slots[j]].sites : uint4{});
+        if (first + j < blocks.number) put_block(under, first + j, found[j].sites, index.row(probes[j]));
       }
     }
     __syncthreads();
@@ -356,15 +364,14 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
         return launch(hash_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, static_cast<SiteSlot*>(index));
       case MapBuilder::kBlocks: {
         const WindowShape<D> shape(a.geometry);
-        BlockSlot* const slots = static_cast<BlockSlot*>(index);
         if (!is_small<D>(a.geometry)) {
           return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, shape, BlocksUnder<D>(a.geometry),
-                        slots);
+                        index);
         }
-        constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>, BlockSlot*) = {
+        constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>, void*) = {
             small_window_kernel<D, 1>, small_window_kernel<D, 2>, small_window_kernel<D, 3>};
         return launch(small[a.geometry.kernel[D - 1] - 1], striding_blocks(a.out_rows, kSmallThreads), {kSmallThreads},
-                      stream, a, sizes, shape, slots);
+                      stream, a, sizes, shape, index);
       }
     }
     return cudaErrorInvalidValue;

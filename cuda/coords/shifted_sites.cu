@@ -4,8 +4,8 @@
 //             cleared first, and padding is written while the loads of sites are in flight
 //     write   the heads' coarse sites and the index, last tile first: it is still in registers, the one before in the cache
 //
-// On an H200 without the index 4.3 us for 10,000 sites, 6.0 for 100,000, 6.2 with 4 times the capacity, 51.5 for 4 million.
-// With it 10.5 us for 91,767 and 6.7 for 14,467; the sites alone took 6.8 and 4.7, the index's own kernels 6.3 and 4.1.
+// On an H200 with the index, which a 3^3 map of the coarse sites needs anyway, 7.2 us for 10,000 sites, 9 for 100,000, 32 for
+// 1 million, 140 for 4 million.
 #include "cuda/common/grid.cuh"
 #include "cuda/coords/coarse_sites.h"
 #include "cuda/coords/padding.cuh"
@@ -29,12 +29,23 @@ struct ShiftedTile {
     return sum;
   }
 
+  // A warp's rows are sets() times 32 from first_row() on, as far as the tile goes.
+  static __device__ int sets(Range tile) { return (tile.end - tile.begin + kGridThreads - 1) / kGridThreads; }
+  static __device__ int32_t first_row(Range tile) {
+    return tile.begin + static_cast<int32_t>(threadIdx.x) / kWarp * sets(tile) * kWarp;
+  }
+
+  static __device__ bool is_within(const CoarseSitesArgs& a, const Site<D>& site) {
+    bool is_within = true;
+    for (int d = 0; d < D; ++d) is_within = is_within && (!a.bounded || (site.coord[d] >= 0 && site.coord[d] < a.bounds[d]));
+    return is_within;
+  }
+
   // Calls meanwhile() while the loads of sites are in flight.
   template <typename Meanwhile>
   __device__ void read(const CoarseSitesArgs& a, int shift, Range tile, Meanwhile meanwhile) {
-    const int each = (tile.end - tile.begin + kGridThreads - 1) / kGridThreads;  // sets of 32 rows per warp
-    const int lane = threadIdx.x % kWarp;
-    const int32_t first = tile.begin + threadIdx.x / kWarp * each * kWarp;
+    const int each = sets(tile), lane = threadIdx.x % kWarp;
+    const int32_t first = first_row(tile);
     Site<D> before(a.coords, max(min(first, tile.end) - 1, 0));
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -50,13 +61,11 @@ struct ShiftedTile {
         continue;
       }
       bool differs = differs_below(site[i].batch, &before.batch) || row == 0;
-      bool is_within = row < tile.end;
       for (int d = 0; d < D; ++d) {
         site[i].coord[d] >>= shift;
         differs = differs_below(site[i].coord[d], &before.coord[d]) || differs;
-        is_within = is_within && (!a.bounded || (site[i].coord[d] >= 0 && site[i].coord[d] < a.bounds[d]));
       }
-      heads[i] = __ballot_sync(kAllLanes, differs && is_within);
+      heads[i] = __ballot_sync(kAllLanes, differs && row < tile.end && is_within(a, site[i]));
     }
   }
 
@@ -74,13 +83,23 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
   const Grid grid = cooperative_groups::this_grid();
   const int32_t n = real_rows(a.count, a.rows);
   if (a.index != nullptr) {  // there are no more coarse sites than fine ones
-    clear_slots(static_cast<BlockSlot*>(a.index), BlockSlot::number(min(n, a.capacity)));
+    BlockIndex(a.index, a.capacity, BlockIndex::slots_for(min(n, a.capacity))).clear();
   }
   const Range own = share(n, kWarp, gridDim.x);
   ShiftedTile<D> tile;
   const auto tile_at = [&](int32_t begin) { return Range{begin, min(begin + tile.kRows, own.end)}; };
   const int lane = threadIdx.x % kWarp;
   int32_t heads = 0, last = own.begin;
+  const auto coarse_at = [&](int32_t row) {
+    Site<D> site(a.coords, row);
+    for (int d = 0; d < D; ++d) site.coord[d] >>= shift;
+    return site;
+  };
+  const auto in_block_at = [&](const Site<D>& site) {
+    InBlock in = in_block(site);
+    if (!tile.is_within(a, site)) in.bit = -1;
+    return in;
+  };
   const auto fill = [&] { fill_padding<D>(a.sites, n, a.capacity); };
   if (own.begin >= own.end) fill();
   for (int32_t begin = own.begin; begin < own.end; begin += tile.kRows) {
@@ -102,18 +121,28 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
     int32_t total;
     const int32_t before = block_exclusive_scan<kGridThreads>(lane == 0 ? tile.of_warp() : 0, &total);
     next -= total;
-    int32_t row = next + __shfl_sync(kAllLanes, before, 0);
+    // Of a warp, too, the last rows first: a block that begins in some needs to know its sites in those after.
+    int32_t row = next + __shfl_sync(kAllLanes, before, 0) + __shfl_sync(kAllLanes, tile.of_warp(), 0);
+    const Range of_tile = tile_at(begin);
+    const int32_t first = tile.first_row(of_tile), end = min(first + tile.sets(of_tile) * kWarp, of_tile.end);
+    Rest rest{kNoKey, 0};
+    if (a.index != nullptr && first < end) {
+      rest.block = in_block(coarse_at(end - 1)).block;
+      const auto later_at = [&](int32_t row) { return row < n ? in_block_at(coarse_at(row)) : InBlock{kNoKey, -1}; };
+      for (int32_t later = end + lane; rest.add(later_at(later));) later += kWarp;
+    }
 #pragma unroll
-    for (int i = 0; i < tile.kAtOnce; ++i) {
-      if (tile.heads[i] == 0) continue;
+    for (int i = tile.kAtOnce - 1; i >= 0; --i) {
+      if (first + i * kWarp >= end) continue;
+      row -= __popc(tile.heads[i]);
       const int32_t own_row = row + __popc(tile.heads[i] & ((1u << lane) - 1));
-      row += __popc(tile.heads[i]);
-      const bool is_kept = (tile.heads[i] >> lane & 1) != 0 && own_row < a.capacity;
-      if (is_kept) tile.site[i].write(a.sites, own_row);
+      if ((tile.heads[i] >> lane & 1) != 0 && own_row < a.capacity) tile.site[i].write(a.sites, own_row);
       if (a.index == nullptr) continue;
       // Made here, since keeping it in registers from the start would spill.
-      HashMap<BlockSlot> map(static_cast<BlockSlot*>(a.index), BlockSlot::number(min(n, a.capacity)));
-      enter_in_order(map, in_block(tile.site[i]), is_kept, own_row);
+      const BlockIndex index(a.index, a.capacity, BlockIndex::slots_for(min(n, a.capacity)));
+      const int32_t set = first + i * kWarp;
+      const bool begins = set == 0 || !same_block(coarse_at(set - 1), tile.site[i]);  // of lane 0
+      enter_in_order(index, in_block_at(tile.site[i]), own_row, a.capacity, begins, &rest);
     }
   }
   end_sites<D>(a, rows.all, min(n, a.capacity));

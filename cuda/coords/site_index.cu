@@ -1,9 +1,17 @@
-// Builds an index of input sites, or of their blocks: one kernel clears a hash map, another enters the sites. For sites made
-// by coarse_sites, that builds the index itself, which costs less. By blocks they take 2 and 6 us for a scan of 91,767 sites
-// on an H200, 10 and 21 for 1 million, 37 and 109 for 4 million, whose index no longer fits L2. Tried instead:
-//     all blocks entered with atomics, also those of a single warp: entering 7, 23, 125
-//     lanes look ahead to what later warps hold of a block, so that only the compare-and-swap is atomic: entering 7, 25, 108
-//     only the key of each slot cleared: as long for a scan, 22 us for 1 million sites
+// Builds an index of input sites, or of their blocks: one kernel clears its slots, another enters the sites. For sites made
+// by coarse_sites, that builds the index itself, which costs less.
+//
+// By blocks, on an H200, in microseconds for a scan of 91,767 sites, 1 million and 4 million: clearing 2.5, 6, 9, entering 4,
+// 19, 84, looking up a 3^3 map 7.6, 61, 269. Beyond a million sites the slots (24 MB for 4 million) share L2 with the map that
+// is written. Tried instead, all with slots for 1.25 times the sites but the last two:
+//     one array of hashed slots with key, mask and row, 32 bytes, parts of a block merged by atomics: 2, 10, 37; 6, 21, 109;
+//         10, 72, 295, and coarse sites of kernel 2, which make their index, 51 for 1 million where they take 32 now
+//     such keys and such sites in arrays of their own: 1.9, 9, 32; 6, 18, 159; 9.7, 69, 291
+//     this index, slots next to each other probed one after the other: 1.6, 5, 8; 6.7, 21, 84; 10.3, 67, 273. Searches differ
+//         little in mean, but a warp waits for the longest of its 256
+//     blocks of 32 bytes, so that whole sectors are written: entering 90 for 4 million where it took 78
+//     twice the slots from 1 million sites on: 6, 13 to clear, 19, 93 to enter, 62, 266 to look up
+//     blocks that are neighbours on the last two axes side by side in the slots: looking up 8.1, 63, 267
 #include "cuda/coords/site_index.cuh"
 
 #include "cuda/common/device.cuh"
@@ -21,13 +29,14 @@ __device__ Key key_of(const Site<D>& site) {
   return make_key<D>(site.batch, coord);
 }
 
-template <typename Slot>
-__global__ void clear_kernel(SiteIndexArgs a, Slot* index) {
-  clear_slots(index, Slot::number(real_rows(a.count, a.rows)));
+__global__ void clear_sites_kernel(SiteIndexArgs a, SiteSlot* index) {
+  uint4* const words = reinterpret_cast<uint4*>(index);
+  const int64_t slots = SiteSlot::number(real_rows(a.count, a.rows));
+  for (int64_t i = global_thread(); i < slots; i += all_threads()) words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
 }
 
 template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
+__global__ void enter_sites_kernel(SiteIndexArgs a, SiteSlot* index) {
   const int32_t rows = real_rows(a.count, a.rows);
   HashMap<SiteSlot> map(index, SiteSlot::number(rows));
   for (int64_t row = global_thread(); row < rows; row += all_threads()) {
@@ -38,40 +47,52 @@ __global__ void enter_kernel(SiteIndexArgs a, SiteSlot* index) {
   }
 }
 
+__global__ void clear_blocks_kernel(SiteIndexArgs a) {
+  BlockIndex(a.index, a.rows, BlockIndex::slots_for(real_rows(a.count, a.rows))).clear();
+}
+
 template <int D>
-__global__ void enter_kernel(SiteIndexArgs a, BlockSlot* index) {
-  const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
-  int64_t row = global_thread();
-  Site<D> site = site_at(row);
-  HashMap<BlockSlot> map(index, static_cast<uint32_t>(index->slots));
+__global__ void enter_blocks_kernel(SiteIndexArgs a) {
+  const int32_t lane = threadIdx.x % kWarp, step = static_cast<int32_t>(all_threads());
+  const auto site_at = [&](int32_t row) { return Site<D>(a.coords, max(min(row, a.rows - 1), 0)); };
+  int32_t first = static_cast<int32_t>(global_thread()) - lane;  // of the warp's rows
+  Site<D> before = site_at(first - 1), site = site_at(first + lane), after = site_at(first + lane + kWarp);
+  const BlockIndex index(a.index, a.rows);
   __syncwarp();  // keeps the compiler from moving these loads below the branches that wait for the count
   const int32_t rows = real_rows(a.count, a.rows);
-  while (row - threadIdx.x % kWarp < rows) {
-    const InBlock in = in_block(site);
-    // Sites are sorted, so only the first and the last block of a warp may have sites in other warps.
-    const bool is_first = __shfl_sync(kAllLanes, in.block, 0) == in.block;
-    const bool is_last = __shfl_sync(kAllLanes, in.block, kWarp - 1) == in.block;
-    enter_in_order(map, in, row < rows && in.block != kNoKey, static_cast<int32_t>(row), !is_first && !is_last);
-    row += all_threads();
-    site = site_at(row);
+#pragma unroll 1
+  while (first < rows) {
+    const int32_t row = first + lane;
+    const InBlock in = row < rows ? in_block(site) : InBlock{kNoKey, -1};
+    Rest rest{__shfl_sync(kAllLanes, in.block, kWarp - 1), 0};
+    for (int32_t later = row + kWarp; rest.add(later < rows ? in_block(after) : InBlock{kNoKey, -1});) {
+      later += kWarp;
+      after = site_at(later);
+    }
+    enter_in_order(index, in, row, rows, first == 0 || !same_block(before, site), &rest);
+    first += step;
+    before = site_at(first - 1);
+    site = site_at(first + lane);
+    after = site_at(first + lane + kWarp);
   }
 }
 
-template <int D, typename Slot>
-cudaError_t enter_sites(const SiteIndexArgs& a, cudaStream_t stream) {
-  void (*const enter)(SiteIndexArgs, Slot*) = enter_kernel<D>;
-  Slot* const index = static_cast<Slot*>(a.index);
-  JAXSPARSE_TRY(launch(clear_kernel<Slot>, striding_blocks(Slot::number(a.rows), kThreads), {kThreads}, stream, a, index));
-  return launch(enter, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, index);
+template <int D>
+cudaError_t index_in(const SiteIndexArgs& a, cudaStream_t stream) {
+  if (a.of_blocks) {
+    const int64_t blocks = striding_blocks(BlockIndex::slots_for(a.rows), kThreads);
+    JAXSPARSE_TRY(launch(clear_blocks_kernel, blocks, {kThreads}, stream, a));
+    return launch(enter_blocks_kernel<D>, striding_blocks(a.rows, kThreads), {kThreads}, stream, a);
+  }
+  SiteSlot* const index = static_cast<SiteSlot*>(a.index);
+  JAXSPARSE_TRY(launch(clear_sites_kernel, striding_blocks(hash_slots(a.rows), kThreads), {kThreads}, stream, a, index));
+  return launch(enter_sites_kernel<D>, striding_blocks(a.rows, kThreads), {kThreads}, stream, a, index);
 }
 
 }  // namespace
 
 cudaError_t site_index(const SiteIndexArgs& a, cudaStream_t stream) {
-  return for_dims(a.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    return a.of_blocks ? enter_sites<D, BlockSlot>(a, stream) : enter_sites<D, SiteSlot>(a, stream);
-  });
+  return for_dims(a.dims, [&](auto dims) { return index_in<decltype(dims)::value>(a, stream); });
 }
 
 }  // namespace jaxsparse::cuda

@@ -1,4 +1,4 @@
-// The slots of an index of sites or blocks, which is a hash map, and how they are filled.
+// The indexes that kernel maps are made from: of sites in any order, and of the blocks of sorted sites.
 #pragma once
 
 #include "cuda/coords/blocks.cuh"
@@ -6,7 +6,7 @@
 
 namespace jaxsparse::cuda {
 
-// A site.
+// A slot of an index of sites, which is a hash map.
 struct alignas(16) SiteSlot {
   uint64_t key;
   int32_t row;
@@ -16,46 +16,119 @@ struct alignas(16) SiteSlot {
   static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(hash_slots(rows)); }
 };
 
-// A block of sites.
-struct alignas(32) BlockSlot {
-  uint64_t key;    // see blocks.cuh
-  uint64_t slots;  // in the first slot: the number of slots
-  uint4 sites;     // x, y: mask of the block's sites; z: row of the first one; w: unused. Read and written in one access
+// An index of blocks. What a block holds lies at the row of its first site, so neighbours lie side by side. A hash table of
+// these rows leads there; with 4 bytes a slot, that of 4 million sites stays in L2. Beside the row a slot has as many bits
+// of the block's hash as fit, so that other blocks' slots are seldom followed. A block is entered once, by one thread.
+class BlockIndex {
+ public:
+  struct alignas(16) Block {
+    uint64_t key, sites;  // see blocks.cuh; mask of its sites
+  };
 
-  static __device__ uint32_t hash(uint64_t key) { return hash_block(key); }
-  __device__ void hold(uint64_t mask, int32_t first_row) {
-    sites = make_uint4(static_cast<uint32_t>(mask), static_cast<uint32_t>(mask >> 32), static_cast<uint32_t>(first_row), 0);
+  // Where a search stands. Each state of a generator of random numbers, the hash first, names the slot to look at.
+  struct Probe {
+    uint32_t state, held;
+  };
+
+  // An index for an array of `rows` sites, made with so many slots, more than there will be blocks; or one that was made,
+  // which knows its number of slots.
+  __device__ BlockIndex(void* index, int32_t rows, uint32_t slots)
+      : blocks_(static_cast<Block*>(index) + 1),
+        held_(reinterpret_cast<uint32_t*>(blocks_ + rows)),
+        slots_(slots) {
+    row_bits_ = 32 - __clz(rows);
+  }
+  __device__ BlockIndex(void* index, int32_t rows) : BlockIndex(index, rows, *static_cast<const uint32_t*>(index)) {}
+
+  // The number of slots for `rows` sites. There are usually far fewer blocks than sites, and searches are short; even if
+  // each site has a block of its own, a fifth of the slots stays empty.
+  static JAXSPARSE_HD uint32_t slots_for(int32_t rows) {
+    constexpr int32_t kCheap = 1 << 21;  // slots that take little time to clear
+    const int32_t more = rows < kCheap / 3 ? 3 * rows : rows < 4 * kCheap ? kCheap : rows / 4;
+    return static_cast<uint32_t>(rows) + more + 1;
   }
 
-  // Adds some of the block's sites; other threads may add others at the same time.
-  __device__ void add(uint64_t mask, int32_t first_row) {
-    atomicOr(reinterpret_cast<unsigned long long*>(&sites), static_cast<unsigned long long>(mask));
-    atomicMin(&sites.z, static_cast<uint32_t>(first_row));
+  // Empties all slots. All threads of the grid call it.
+  __device__ void clear() const {
+    for (int64_t slot = global_thread(); slot < slots_; slot += all_threads()) held_[slot] = kNone;
+    if (global_thread() == 0) *reinterpret_cast<uint32_t*>(blocks_ - 1) = slots_;
   }
 
-  // The number of slots for `rows` sites. There are usually far fewer blocks than sites; even if each site has a block of
-  // its own, a fifth of the slots stays empty.
-  static JAXSPARSE_HD uint32_t number(int32_t rows) { return static_cast<uint32_t>(rows) + rows / 4 + 1; }
+  // Enters a block. The slots must be empty before the first one.
+  __device__ void enter(uint64_t block, int32_t first_row, uint64_t sites) const {
+    blocks_[first_row] = {block, sites};
+    uint32_t state = hash_block(block);
+    const uint32_t held = state << row_bits_ | static_cast<uint32_t>(first_row);
+    while (atomicCAS(held_ + slot(state), kNone, held) != kNone) state = next(state);
+  }
+
+  // Looks up the wanted blocks up to a slot whose bits of the hash are right, or an empty one. All are probed together, so
+  // that the first probes are in flight at once, then the second ones; in a warp some block nearly always needs one.
+  template <int kBlocks>
+  __device__ void probe(const uint64_t (&blocks)[kBlocks], const bool (&wanted)[kBlocks], Probe (&probes)[kBlocks]) const {
+    uint32_t hashes[kBlocks];
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      probes[i].state = hashes[i] = hash_block(blocks[i]);
+      probes[i].held = wanted[i] ? held_[slot(hashes[i])] : kNone;
+    }
+    bool goes_on;
+    do {
+      goes_on = false;
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (probes[i].held == kNone || may_be(hashes[i], probes[i].held)) continue;
+        advance(&probes[i]);
+        goes_on = true;
+      }
+    } while (goes_on);
+  }
+
+  // The blocks that were looked up, after their probes; without sites if there are none. A probe whose bits of the hash are
+  // those of another block goes on.
+  template <int kBlocks>
+  __device__ void read(const uint64_t* blocks, Probe* probes, Block (&found)[kBlocks]) const {
+    bool goes_on;
+    do {
+      goes_on = false;
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) found[i] = probes[i].held != kNone ? blocks_[row(probes[i])] : Block{blocks[i], 0};
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (found[i].key == blocks[i]) continue;
+        advance(&probes[i]);
+        goes_on = true;
+      }
+    } while (goes_on);
+  }
+
+  // The row of the first site of the block that a probe found.
+  __device__ int32_t row(Probe probe) const { return static_cast<int32_t>(probe.held & ((1u << row_bits_) - 1)); }
+
+ private:
+  static constexpr uint32_t kNone = ~0u;  // no row has all bits set: 2^row_bits_ exceeds the number of rows
+
+  __device__ uint32_t slot(uint32_t state) const { return __umulhi(state, slots_); }
+  // A linear congruential generator (constants of Numerical Recipes): it takes all 2^32 states, so no slot is left out.
+  static __device__ uint32_t next(uint32_t state) { return state * 1664525 + 1013904223; }
+  __device__ bool may_be(uint32_t hash, uint32_t held) const { return (hash << row_bits_ ^ held) < 1u << row_bits_; }
+  __device__ void advance(Probe* probe) const {
+    probe->state = next(probe->state);
+    probe->held = held_[slot(probe->state)];
+  }
+
+  Block* blocks_;   // [rows], one before them is for the number of slots
+  uint32_t* held_;  // [slots]
+  uint32_t slots_;
+  int row_bits_;
 };
 
-// Empties slots, in coalesced writes of whole sectors. All threads of the grid call it.
-template <typename Slot>
-__device__ void clear_slots(Slot* index, uint32_t slots) {
-  constexpr int kWords = sizeof(Slot) / sizeof(uint4);
-  uint4* const words = reinterpret_cast<uint4*>(index);
-  for (int64_t i = global_thread(); i < int64_t{slots} * kWords; i += all_threads()) {
-    const uint32_t half = i % kWords == 0 ? ~0u : 0;  // kNoKey, or an empty mask
-    words[i] = make_uint4(half, half, ~0u, ~0u);
-  }
-  if constexpr (std::is_same_v<Slot, BlockSlot>) {
-    if (global_thread() == 0) index->slots = slots;
-  }
-}
-
-// A site's block, kNoKey if the site has no key, and which of the block's sites it is.
+// A site's block, kNoKey if the site has no key, and which of the block's sites it is, -1 if the site does not count.
 struct InBlock {
   uint64_t block;
   int32_t bit;
+
+  __device__ uint64_t mask() const { return bit < 0 ? 0 : uint64_t{1} << bit; }
 };
 
 template <int D>
@@ -74,17 +147,37 @@ __device__ InBlock in_block(const Site<D>& site) {
   return in;
 }
 
-// Enters a site for each lane of a warp with `exists`; all lanes call it. The first lane of a run in the same block enters
-// it for all, so `row` must be that of the lane's site or, without one, that of the next lane with one. If other warps hold
-// no site of the block, `is_whole` may say so, which saves atomics. (shifted_sites, short of registers, does not.)
-__device__ inline void enter_in_order(HashMap<BlockSlot>& map, const InBlock& in, bool exists, int32_t row,
-                                      bool is_whole = false) {
+// OR over a warp; all lanes call it.
+__device__ inline uint64_t or_of_warp(uint64_t bits) {
+  const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bits >> 32));
+  return uint64_t{high} << 32 | __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bits));
+}
+
+// The sites of a block that begins in rows before some row, from that row on.
+struct Rest {
+  uint64_t block, sites;
+
+  // Adds those among a warp's next rows; all lanes call it. Returns whether the block may go on.
+  __device__ bool add(const InBlock& in) {
+    const bool is_same = in.block == block && block != kNoKey;
+    sites |= or_of_warp(is_same ? in.mask() : 0);
+    return __ballot_sync(kAllLanes, is_same) == kAllLanes;
+  }
+};
+
+// Enters the blocks that begin in a warp's rows, one a lane, of sorted sites; all lanes call it.
+//
+// in: each lane's site. row: that of the site or, if it does not count, of the next that does; entered if below `rows`.
+// begins: whether lane 0 has the first site of its block. rest: of the rows after the warp's; then from the warp's on.
+__device__ inline void enter_in_order(const BlockIndex& index, const InBlock& in, int32_t row, int32_t rows, bool begins,
+                                      Rest* rest) {
   const uint64_t below = __shfl_up_sync(kAllLanes, in.block, 1);
   const bool leads = threadIdx.x % kWarp == 0 || below != in.block;
-  const uint64_t mask = or_of_run(exists ? uint64_t{1} << in.bit : 0, leads);
-  if (!leads || mask == 0) return;
-  BlockSlot* const slot = map.insert_if_absent(in.block);
-  is_whole ? slot->hold(mask, row) : slot->add(mask, row);
+  uint64_t sites = or_of_run(in.mask(), leads);
+  if (in.block == rest->block) sites |= rest->sites;
+  const bool is_first = leads && (begins || threadIdx.x % kWarp != 0);
+  if (is_first && in.block != kNoKey && sites != 0 && row < rows) index.enter(in.block, row, sites);
+  *rest = {__shfl_sync(kAllLanes, in.block, 0), __shfl_sync(kAllLanes, sites, 0)};
 }
 
 }  // namespace jaxsparse::cuda

@@ -121,17 +121,14 @@ struct Listed {
 };
 
 struct Leaves {
-  const uint64_t* sites;   // per leaf, the mask of its sites
-  const int32_t* entered;  // per leaf, what output.enter or enter_leaf returned
+  const uint64_t* sites;  // per leaf, the mask of its sites
   int32_t number;
 };
 
 // Numbers and marks all levels below the top, whose marks must be set. entry_of(i, is_leaf) returns an entry, all of it only
-// if is_leaf. For each entry it calls output.enter(block), or if output.late, enter_leaf(leaf, block), at the earliest after
-// the first barrier, and keeps the number returned. All blocks call it; it ends with a barrier of the grid.
-template <typename EntryOf, typename Output>
-__device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of,
-                            const Output& output) {
+// if is_leaf. All blocks call it; it ends with a barrier of the grid, after two or more.
+template <typename EntryOf>
+__device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of) {
   const auto read_entry = [&](int64_t i, bool is_leaf) {
     return i < entries ? entry_of(static_cast<int32_t>(i), is_leaf) : Listed{};
   };
@@ -167,13 +164,8 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       if (exists) {
         const int32_t parent = depth == 0 ? shape.top_node(entry.code) : tree.node_of[i];
         const uint64_t before = (uint64_t{1} << shape.digit(entry.code, depth)) - 1;
-        const int32_t first = level.first[parent];  // both loads are in flight while the block is entered
-        const uint64_t of_parent = level.children[parent];
-        int32_t entered = to_leaves && !output.late ? output.enter(entry.block) : 0;
-        node = first + __popcll(of_parent & before);
+        node = level.first[parent] + __popcll(level.children[parent] & before);
         if (to_leaves) {
-          if (output.late) entered = output.enter_leaf(node, entry.block);
-          below.first[node] = entered;
           atomicOr(reinterpret_cast<unsigned long long*>(below.children + node),
                    static_cast<unsigned long long>(entry.sites));
           tree.block_of[node] = entry.block;
@@ -187,7 +179,7 @@ __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const 
       entry = read_entry(i + all_threads(), to_leaves);
     }
     grid.sync();
-    if (to_leaves) return {below.children, below.first, nodes};
+    if (to_leaves) return {below.children, nodes};
   }
 }
 
@@ -207,9 +199,9 @@ __device__ inline int nth_bit(uint64_t mask, int n) {
   return bit;
 }
 
-// Passes leaves and sites to the output: begin(number of sites); hold(leaf, what enter returned, row of its first site, its
-// sites); and write(row, block, bit) for each site, `bit` its number in the block. All blocks call it. A warp handles a few
-// leaves at a time, with one lane per site.
+// Passes leaves and sites to the output: begin(number of sites); hold(block, row of its first site, its sites) for each leaf;
+// and write(row, block, bit) for each site, `bit` its number in the block. All blocks call it. A warp handles a few leaves at
+// a time, with one lane per site.
 template <typename Output>
 __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, const Output& output) {
   constexpr int kLeaves = 8;
@@ -222,12 +214,10 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
   const int32_t each = static_cast<int32_t>(share_size(leaves.number, kLeaves, kMostBlocks));
   int64_t first = global_thread() / kWarp * kLeaves;
   uint64_t own_sites, own_block;
-  int32_t entered;
   const auto read_leaves = [&] {
     const int64_t own = first + lane % kLeaves;
     own_sites = own < leaves.number ? leaves.sites[own] : 0;
     own_block = own < leaves.number ? tree.block_of[own] : 0;
-    entered = own < leaves.number ? leaves.entered[own] : 0;
   };
   int32_t before = 0;  // sites of the group before leaf `first`
   const auto count_before = [&] {
@@ -264,7 +254,7 @@ __device__ void write_tree(Grid grid, const Tree& tree, const Leaves& leaves, co
   while (first < leaves.number) {
     const int32_t row = before_group[static_cast<int32_t>(first) / each] + before;
     const int32_t own = lane < kLeaves ? __popcll(own_sites) : 0, up_to = warp_inclusive_scan(own), begin = up_to - own;
-    if (own > 0) output.hold(first + lane, entered, row + begin, own_sites);
+    if (own > 0) output.hold(own_block, row + begin, own_sites);
     const int32_t sites = __shfl_sync(kAllLanes, up_to, kWarp - 1);
     int32_t last = -1;  // the last leaf that begins before `done`
     for (int32_t done = 0; done < sites; done += kWarp) {

@@ -4,9 +4,6 @@
 // which the high ones must be well mixed. The key of all ones marks an empty slot. Any number of threads may insert at once;
 // find sees what was inserted before the last barrier or kernel. A key's slot depends on the order of threads, so results
 // must not depend on slot numbers.
-//
-// Tried, slower: a hash of all but a key's last bit, so that neighbouring blocks get neighbouring slots: 12 us instead of 10
-// to look up a scan on an H200, 312 instead of 295 for 4 million sites.
 #pragma once
 
 #include "cuda/common/device.cuh"
