@@ -161,13 +161,16 @@ def sorted_sites(rng, rows, dims, spread):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3, 4])
-@pytest.mark.parametrize(("bounded", "capacity"), [(False, 1500), (True, 1500), (False, 90)])
-def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, bounded, capacity):
+@pytest.mark.parametrize(
+    ("stride", "bounded", "capacity"),
+    [(2, False, 1500), (2, True, 1500), (2, False, 90), (4, True, 1500), (8, False, 90)],
+)
+def test_coarse_sites_of_sorted_sites_drop_their_last_bits(dims, stride, bounded, capacity):
     coords = sorted_sites(np.random.default_rng(dims), 1500, dims, {1: 2000, 2: 40, 3: 10, 4: 5}[dims])
     bounds = [3] * dims if bounded else []
-    coarse = {(int(c[0]), *(int(v) // 2 for v in c[1:])) for c in coords}
+    coarse = {(int(c[0]), *(int(v) // stride for v in c[1:])) for c in coords}
     expected = sorted((c for c in coarse if not bounded or all(0 <= v < 3 for v in c[1:])), key=key)
-    geometry = ((2,) * dims, (2,) * dims, (0,) * dims, (1,) * dims)
+    geometry = ((stride,) * dims, (stride,) * dims, (0,) * dims, (1,) * dims)
     results = coarse_results(len(coords), capacity, Geometry(*geometry))
     attrs = attributes(geometry, bounds=np.array(bounds, I32), is_sorted=1)
     got, kept, found, outside, index, _ = call("coarse_sites", results, coords, np.array([len(coords)], I32), **attrs)

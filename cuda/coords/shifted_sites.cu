@@ -8,6 +8,7 @@
 // 1 million, 140 for 4 million.
 #include "cuda/common/grid.cuh"
 #include "cuda/coords/coarse_sites.h"
+#include "cuda/coords/kernel_map.h"
 #include "cuda/coords/padding.cuh"
 #include "cuda/coords/site_index.cuh"
 
@@ -152,10 +153,16 @@ __global__ void __launch_bounds__(kGridThreads, 2) shifted_sites_kernel(CoarseSi
 }  // namespace
 
 cudaError_t shifted_sites(const CoarseSitesArgs& a, cudaStream_t stream) {
-  return for_dims(a.geometry.dims, [&](auto dims) {
-    return launch_grid(shifted_sites_kernel<decltype(dims)::value>, div_up(a.rows, kGridThreads), stream, a,
-                       coarse_shift(a.geometry), Workspace(a.workspace).take<int32_t>(kMostBlocks));
-  });
+  const int shift = coarse_shift(a.geometry);
+  const bool looks_ahead = shift == 1;  // a block has at most 64 * 2^D fine sites; of wider cells, too many to look ahead for
+  CoarseSitesArgs sites = a;
+  if (!looks_ahead) sites.index = nullptr;
+  JAXSPARSE_TRY(for_dims(a.geometry.dims, [&](auto dims) {
+    return launch_grid(shifted_sites_kernel<decltype(dims)::value>, div_up(a.rows, kGridThreads), stream, sites, shift,
+                       Workspace(a.workspace).take<int32_t>(kMostBlocks));
+  }));
+  if (looks_ahead || a.index == nullptr) return cudaSuccess;
+  return site_index({a.sites, a.kept, a.geometry.dims, true, a.capacity, a.index}, stream);
 }
 
 }  // namespace jaxsparse::cuda
