@@ -124,6 +124,12 @@ struct Site {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// OR over a warp; all lanes call it.
+__device__ inline uint64_t or_of_warp(uint64_t bits) {
+  const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bits >> 32));
+  return uint64_t{high} << 32 | __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bits));
+}
+
 // Segmented OR over a warp. A segment is a lane that leads and the lanes after it that do not; the leading lane gets the OR
 // of its segment. All lanes call it, and lane 0 leads.
 __device__ inline uint64_t or_of_run(uint64_t bits, bool leads) {

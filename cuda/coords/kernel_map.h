@@ -9,7 +9,7 @@
 namespace jaxsparse::cuda {
 
 struct SiteIndexArgs {
-  const int32_t* coords;  // [rows, 1 + dims], sorted by key if of_blocks
+  const int32_t* coords;  // [rows, 1 + dims]; if of_blocks, the real ones are distinct and sorted by key
   const int32_t* count;   // [1]
   int dims;
   bool of_blocks;  // an index of blocks of 64 sites, see key.h, instead of sites

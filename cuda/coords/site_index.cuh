@@ -17,8 +17,8 @@ struct alignas(16) SiteSlot {
 };
 
 // An index of blocks. What a block holds lies at the row of its first site, so neighbours lie side by side. A hash table of
-// these rows leads there; with 4 bytes a slot, that of 4 million sites stays in L2. Beside the row a slot has as many bits
-// of the block's hash as fit, so that other blocks' slots are seldom followed. A block is entered once, by one thread.
+// these rows leads there, with 4 bytes a slot. Beside the row a slot has as many bits of the block's hash as fit, so that
+// other blocks' slots are seldom followed. A block is entered once, by one thread.
 class BlockIndex {
  public:
   struct alignas(16) Block {
@@ -145,12 +145,6 @@ __device__ InBlock in_block(const Site<D>& site) {
   }
   if (!fits) in.block = kNoKey;
   return in;
-}
-
-// OR over a warp; all lanes call it.
-__device__ inline uint64_t or_of_warp(uint64_t bits) {
-  const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bits >> 32));
-  return uint64_t{high} << 32 | __reduce_or_sync(kAllLanes, static_cast<uint32_t>(bits));
 }
 
 // The sites of a block that begins in rows before some row, from that row on.

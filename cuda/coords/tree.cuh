@@ -126,7 +126,7 @@ struct Leaves {
 };
 
 // Numbers and marks all levels below the top, whose marks must be set. entry_of(i, is_leaf) returns an entry, all of it only
-// if is_leaf. All blocks call it; it ends with a barrier of the grid, after two or more.
+// if is_leaf. All blocks call it; it ends with a barrier of the grid.
 template <typename EntryOf>
 __device__ Leaves grow_tree(Grid grid, const Tree& tree, int32_t entries, const TreeShape& shape, EntryOf entry_of) {
   const auto read_entry = [&](int64_t i, bool is_leaf) {
