@@ -80,6 +80,19 @@ __device__ inline char* dynamic_shared() {
 #endif
 }
 
+// *at_once: the smaller of `blocks` and the number of blocks of so many threads resident at once, at least 1.
+template <typename... Params>
+cudaError_t blocks_at_once(void (*kernel)(Params...), int threads, int64_t blocks, int* at_once) {
+  int device = 0, processors = 0, per_processor = 0;
+  JAXSPARSE_TRY(cudaGetDevice(&device));
+  JAXSPARSE_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0));
+  const int64_t most = int64_t{processors} * per_processor;
+  if (blocks > most) blocks = most;
+  *at_once = static_cast<int>(blocks > 0 ? blocks : 1);
+  return cudaSuccess;
+}
+
 // The grid size of a kernel with a grid-stride loop over a number of items that only the device knows: enough blocks to fill
 // any device, but bounded, so that a larger capacity costs nothing.
 constexpr int64_t kMostStridingBlocks = 4096;

@@ -16,30 +16,22 @@ using Grid = cooperative_groups::grid_group;
 constexpr int kGridThreads = 512;
 constexpr int kMostBlocks = kGridThreads;  // so that a block has a thread for each block's result
 
-// *at_once: the smaller of `blocks` and the number of blocks of kThreads threads resident at once, at least 1.
+// *grid: the number of blocks of a cooperative kernel that `blocks` are wanted of.
 template <int kThreads = kGridThreads, typename... Params>
-cudaError_t blocks_at_once(void (*kernel)(Params...), int64_t blocks, int* at_once) {
-  int device = 0, processors = 0, per_processor = 0;
-  JAXSPARSE_TRY(cudaGetDevice(&device));
-  JAXSPARSE_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0));
-  int64_t most = int64_t{processors} * per_processor;
-  if (most > kMostBlocks) most = kMostBlocks;
-  if (blocks > most) blocks = most;
-  *at_once = static_cast<int>(blocks > 0 ? blocks : 1);
-  return cudaSuccess;
+cudaError_t grid_size(void (*kernel)(Params...), int64_t blocks, int* grid) {
+  return blocks_at_once(kernel, kThreads, blocks < kMostBlocks ? blocks : kMostBlocks, grid);
 }
 
 // Launches a cooperative kernel with `blocks` blocks of kThreads threads, or as many as are resident at once.
 template <int kThreads = kGridThreads, typename... Params, typename... Args>
 cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
-  int at_once = 0;
-  JAXSPARSE_TRY(blocks_at_once<kThreads>(kernel, blocks, &at_once));
+  int grid = 0;
+  JAXSPARSE_TRY(grid_size<kThreads>(kernel, blocks, &grid));
   cudaLaunchAttribute cooperative = {};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(at_once));
+  config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   config.attrs = &cooperative;
@@ -83,7 +75,7 @@ template <int kThreads = kGridThreads>
 __device__ uint64_t block_or(uint64_t value) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ uint64_t words[kWarps];
-  for (int step = 1; step < kWarp; step *= 2) value |= __shfl_xor_sync(kAllLanes, value, step);
+  value = or_of_warp(value);
   __syncthreads();  // threads may still read an earlier result
   if (threadIdx.x % kWarp == 0) words[threadIdx.x / kWarp] = value;
   __syncthreads();

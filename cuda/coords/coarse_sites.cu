@@ -205,8 +205,7 @@ struct Output {
 
   __device__ Output(const CoarseSitesArgs& a, int32_t entries)
       : a(a),
-        index(a.index, a.capacity,
-              static_cast<uint32_t>(min(int64_t{4} * entries + 1, int64_t{BlockIndex::slots_for(a.capacity)}))) {
+        index(a.index, a.capacity, BlockIndex::slots_for(min(entries, a.capacity))) {
     if (a.index != nullptr) index.clear();
   }
 
@@ -251,7 +250,7 @@ cudaError_t coarse_sites_in(const CoarseSitesArgs& a, cudaStream_t stream) {
   constexpr int64_t least = 128;  // even with few sites, the top level must be cleared and numbered
   const int extent_blocks = static_cast<int>(std::min<int64_t>(std::max(blocks, least), kExtentBlocks));
   int tree_blocks = 0;
-  JAXSPARSE_TRY(blocks_at_once(tree_kernel<D>, std::max(blocks, least), &tree_blocks));
+  JAXSPARSE_TRY(grid_size(tree_kernel<D>, std::max(blocks, least), &tree_blocks));
   JAXSPARSE_TRY(launch(extent_kernel<D>, extent_blocks, {kGridThreads}, stream, a, s));
   JAXSPARSE_TRY(launch(list_kernel<D>, striding_blocks(a.rows, kListThreads), {kListThreads}, stream, a, axes, s,
                        extent_blocks, tree_blocks));

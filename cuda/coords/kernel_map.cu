@@ -10,7 +10,9 @@
 //              first row plus the number of earlier sites in the block.
 //
 // Each lane has an output, so that table writes are whole lines. For small windows a thread looks up all taps of its output,
-// by blocks, with some 30 instructions per tap in all. For others the warps of a thread block share the taps of 32 outputs.
+// by blocks, with some 30 instructions per tap in all; its stores leave L2 to the index (__stcs), and there are only as many
+// thread blocks as are resident at once, both together 3 % of the look-up from 1 million sites on. For other windows the warps
+// of a thread block share the taps of 32 outputs.
 //
 // On an H200, 3^3 map of a scan of 91,767 sites: 7.6 us to look up by blocks, 34 by hash; for 10,000 sites 5. What it takes to
 // make the index stands in site_index.cu. Tried, not better, on the same scan unless said otherwise, mostly with an index of
@@ -20,8 +22,10 @@
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
 //     later probes for one key after the other, not for all keys together: 10.8 us instead of 7.7 for 10,000 sites
-//     streaming stores (__stcs) for the table, which leave L2 to the index: 1 to 2 % of the look-up less from 1 million sites
-//     on, none below; the same with the index as it is
+//     fewer thread blocks for small windows: 14 per multiprocessor 4 to 5 % more at 1 million sites, 9 a fifth. But rows for
+//         400,000 sites, 100,000 of them real, take 8.8 us with 15 or more, 8 with 14, 7.8 with rows for 100,000. An empty
+//         thread block costs nothing by itself, so it may be L1, of which the shared memory of more than 14 leaves less
+//     slots of the index with priority in L2 (evict_last): the same
 //     eight blocks of the window read at once, not four: the same
 //     half of the taps looked up, the rest mirrored: not built; blocks look up only a third of a key per tap
 #include "cuda/coords/kernel_map.h"
@@ -277,7 +281,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
 #pragma unroll
         for (int i = 0; i < kLast; ++i) {
           const int32_t row = row_at(under, plane + of_line[line] + in_line[i], in_rows);
-          entry[i * static_cast<int64_t>(a.out_rows)] = row;
+          __stcs(entry + i * static_cast<int64_t>(a.out_rows), row);
           found |= static_cast<uint32_t>(row >= 0) << i;
         }
         mask |= found << k;
@@ -286,7 +290,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
       }
       tap.next(sizes, D - 3);
     }
-    a.masks[output] = mask;
+    __stcs(a.masks + output, mask);
     output += all_threads();
     site = Site<D>(a.out_coords, min(output, int64_t{a.out_rows} - 1));
   }
@@ -370,8 +374,10 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
         }
         constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>, void*) = {
             small_window_kernel<D, 1>, small_window_kernel<D, 2>, small_window_kernel<D, 3>};
-        return launch(small[a.geometry.kernel[D - 1] - 1], striding_blocks(a.out_rows, kSmallThreads), {kSmallThreads},
-                      stream, a, sizes, shape, index);
+        const auto kernel = small[a.geometry.kernel[D - 1] - 1];
+        int blocks = 0;
+        JAXSPARSE_TRY(blocks_at_once(kernel, kSmallThreads, div_up(a.out_rows, kSmallThreads), &blocks));
+        return launch(kernel, blocks, {kSmallThreads}, stream, a, sizes, shape, index);
       }
     }
     return cudaErrorInvalidValue;

@@ -1,9 +1,9 @@
 // Builds an index of input sites, or of their blocks: one kernel clears its slots, another enters the sites. For sites made
 // by coarse_sites, that builds the index itself, which costs less.
 //
-// By blocks, on an H200, in microseconds for a scan of 91,767 sites, 1 million and 4 million: clearing 2.5, 6, 9, entering 4,
-// 19, 84, looking up a 3^3 map 7.6, 61, 269. Beyond a million sites the slots (24 MB for 4 million) share L2 with the map that
-// is written. Tried instead, all with slots for 1.25 times the sites but the last two:
+// By blocks, on an H200, in microseconds for a scan of 91,767 sites, 1 million and 4 million: clearing 1.4, 4, 7, entering 4,
+// 18, 84, looking up a 3^3 map 7.6, 59, 262. Beyond a million sites what is looked up (24 MB of slots and 64 MB with blocks for
+// 4 million) no longer stays in L2. Tried instead, with slots for 1.25 times the sites up to the blocks of 32 bytes:
 //     one array of hashed slots with key, mask and row, 32 bytes, parts of a block merged by atomics: 2, 10, 37; 6, 21, 109;
 //         10, 72, 295, and coarse sites of kernel 2, which make their index, 51 for 1 million where they take 32 now
 //     such keys and such sites in arrays of their own: 1.9, 9, 32; 6, 18, 159; 9.7, 69, 291
@@ -12,6 +12,9 @@
 //     blocks of 32 bytes, so that whole sectors are written: entering 90 for 4 million where it took 78
 //     twice the slots from 1 million sites on: 6, 13 to clear, 19, 93 to enter, 62, 266 to look up
 //     blocks that are neighbours on the last two axes side by side in the slots: looking up 8.1, 63, 267
+//     sites read and blocks written past L2 (__ldcs, __stcs) when entering: 4, 18, 81
+//     slots with priority in L2 (evict_last): entering 4, 18, 71, but they would keep it from the kernels that follow
+//     a slot per thread cleared, 4 bytes at a time: 2.5, 6, 9, and 4 for 400,000 rows with 100,000 sites, now 1.5
 #include "cuda/coords/site_index.cuh"
 
 #include "cuda/common/device.cuh"
@@ -80,7 +83,8 @@ __global__ void enter_blocks_kernel(SiteIndexArgs a) {
 template <int D>
 cudaError_t index_in(const SiteIndexArgs& a, cudaStream_t stream) {
   if (a.of_blocks) {
-    const int64_t blocks = striding_blocks(BlockIndex::slots_for(a.rows), kThreads);
+    constexpr int64_t kSlots = 16;  // that a thread clears: few blocks, since the number of rows decides how many there are
+    const int64_t blocks = striding_blocks(BlockIndex::slots_for(a.rows), kSlots * kThreads);
     JAXSPARSE_TRY(launch(clear_blocks_kernel, blocks, {kThreads}, stream, a));
     return launch(enter_blocks_kernel<D>, striding_blocks(a.rows, kThreads), {kThreads}, stream, a);
   }

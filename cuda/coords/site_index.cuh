@@ -30,8 +30,8 @@ class BlockIndex {
     uint32_t state, held;
   };
 
-  // An index for an array of `rows` sites, made with so many slots, more than there will be blocks; or one that was made,
-  // which knows its number of slots.
+  // An index for an array of `rows` sites, made with so many slots, a multiple of 4 and more than there will be blocks; or
+  // one that was made, which knows its number of slots.
   __device__ BlockIndex(void* index, int32_t rows, uint32_t slots)
       : blocks_(static_cast<Block*>(index) + 1),
         held_(reinterpret_cast<uint32_t*>(blocks_ + rows)),
@@ -45,12 +45,13 @@ class BlockIndex {
   static JAXSPARSE_HD uint32_t slots_for(int32_t rows) {
     constexpr int32_t kCheap = 1 << 21;  // slots that take little time to clear
     const int32_t more = rows < kCheap / 3 ? 3 * rows : rows < 4 * kCheap ? kCheap : rows / 4;
-    return static_cast<uint32_t>(rows) + more + 1;
+    return (static_cast<uint32_t>(rows) + more) / 4 * 4 + 4;
   }
 
   // Empties all slots. All threads of the grid call it.
   __device__ void clear() const {
-    for (int64_t slot = global_thread(); slot < slots_; slot += all_threads()) held_[slot] = kNone;
+    uint4* const fours = reinterpret_cast<uint4*>(held_);
+    for (int64_t i = global_thread(); i < slots_ / 4; i += all_threads()) fours[i] = make_uint4(kNone, kNone, kNone, kNone);
     if (global_thread() == 0) *reinterpret_cast<uint32_t*>(blocks_ - 1) = slots_;
   }
 
@@ -118,7 +119,7 @@ class BlockIndex {
   }
 
   Block* blocks_;   // [rows], one before them is for the number of slots
-  uint32_t* held_;  // [slots]
+  uint32_t* held_;  // [slots], aligned to 16 bytes
   uint32_t slots_;
   int row_bits_;
 };

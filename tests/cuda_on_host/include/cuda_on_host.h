@@ -341,6 +341,11 @@ inline unsigned reduce_max(int line, unsigned value) {
 #define __syncthreads() cuda_on_host::barrier(__LINE__, false)
 #define __syncthreads_count(vote) cuda_on_host::barrier(__LINE__, vote)
 
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+
 // Collectives of a whole warp only: the mask must name all lanes.
 #define __shfl_sync(mask, value, from) cuda_on_host::shuffle(__LINE__, value, from)
 #define __shfl_up_sync(mask, value, by) cuda_on_host::shuffle(__LINE__, value, cuda_on_host::lane() - (by))
