@@ -1,18 +1,18 @@
 // Finds the distinct sites of a list of points. One cooperative kernel:
 //
 //     keys    makes the key of each point, finds which key bits matter, and counts the digits of the first pass
-//     sort    sorts (key, point) pairs stably, so that the points of a site come in increasing order. Padding is written
-//             during the barriers after its passes, where it costs least
+//     sort    sorts (key, point) pairs stably, so that the points of a site come in increasing order
 //     count   counts the keys in each block's share that differ from the previous one
-//     write   writes sites, their points, and the row of each point; then the padding of rows whose points share sites
+//     write   writes sites, their points, and the row of each point; then padding
 //
 // Bound by the sort's passes, four for a scan, whose keys differ in 33 bits. A pass is a few microseconds of latency up to
 // some hundred thousand points, 24 bytes per point beyond. On an H200 38 us with 124,668 points, 52 with 271,156, 155 with 1
 // million, 605 with 4 million. With as many bits on each axis as the longest needs, up to 54, and codes recomputed in each
 // pass, it took 39, 57, 204 and 857; 5 and 100 of the gain are due to the counts of large shares.
 //
-// Tried: sites by the tree of tree.cuh, with marks in global memory, then points sorted by row, 17 bits instead of 36 to
-// 45. On an H100 with 271,156 points 123 us (101 by sorting at that time): 60 for the tree, 20 for each pass.
+// Tried: padding written during the barriers after the passes of the sort, for 400,000 rows of 100,000 points: 37.2 us, and 0.3
+// more without padding. And sites by the tree of tree.cuh, with marks in global memory, then points sorted by row, 17 bits
+// instead of 36 to 45: on an H100 with 271,156 points 123 us (101 by sorting at that time), 60 for the tree, 20 for each pass.
 #include "cuda/coords/unique_sites.h"
 
 #include "cuda/coords/key_span.cuh"
@@ -74,22 +74,15 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   if (threadIdx.x == 0) s.bits_of[blockIdx.x] = bits;
   if (first_thread == 0) *s.with_key = n;
   if (threadIdx.x < kReasons) s.without_of[threadIdx.x * kMostBlocks + blockIdx.x] = without[threadIdx.x];
-  grid.sync();
+  sync_while(grid, [&] {  // there are no more sites than points: the rest is padding
+    for (int64_t i = n + first_thread; i < a.points; i += all_threads()) a.row_of[i] = a.order[i] = -1;
+    fill_padding<D>(a.sites, n, a.capacity);
+  });
 
   bits = or_blocks<kSortThreads>(s.bits_of);
   if (threadIdx.x == 0) span.make(bits, kDigits - 1);  // the first pass's digit is counted already
   __syncthreads();
-  // There are no more sites than points: the rest is padding, a part of it in each pass.
-  const auto pad = [&](int pass, int passes) {
-    const auto part_of = [&](int32_t end) {
-      const int32_t each = max(end - n + passes - 1, 0) / passes, begin = n + pass * each;
-      return Range{min(begin, end), min(begin + each, end)};
-    };
-    const Range of_points = part_of(a.points), of_sites = part_of(a.capacity);
-    for (int64_t i = of_points.begin + first_thread; i < of_points.end; i += all_threads()) a.row_of[i] = a.order[i] = -1;
-    fill_padding<D>(a.sites, of_sites.begin, of_sites.end);
-  };
-  radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key (&keys)[kSortPerThread]) { span.to_codes(keys); }, pad);
+  radix_sort(grid, s.sort, n, span.bits(), shared, [&](Key (&keys)[kSortPerThread]) { span.to_codes(keys); });
   const uint64_t* codes = s.sort.keys;
   const uint32_t* points = s.sort.values;
 

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) invert_index_kernel(InvertInd
     return static_cast<uint64_t>(value >= 0 && value < a.values ? value : a.values);  // values out of range sort last
   });
   grid.sync();
-  radix_sort(grid, buffers, a.positions, bits, shared, [](const auto&) {}, [](int, int) {});
+  radix_sort(grid, buffers, a.positions, bits, shared, [](const auto&) {});
   const uint64_t* keys = buffers.keys;
   for (int64_t i = global_thread(); i < a.positions; i += all_threads()) {
     a.order[i] = keys[i] < static_cast<uint64_t>(a.values) ? static_cast<int32_t>(buffers.values[i]) : -1;

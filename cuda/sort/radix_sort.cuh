@@ -208,11 +208,9 @@ __device__ inline void hand_over(int32_t* next_counts, SortShared& shared) {
 
 // Replaces the n keys in b.keys by their codes, to_codes(keys of a thread), and sorts these by their low `bits` bits. A
 // code's last digit must be that of its key. The values become the keys' original positions. All blocks call it, after
-// put_keys and a barrier of the grid; it ends with one. Each pass calls meanwhile(pass, passes) during its last barrier, see
-// sync_while().
-template <typename ToCodes, typename Meanwhile>
-__device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortShared& shared, ToCodes to_codes,
-                           Meanwhile meanwhile) {
+// put_keys and a barrier of the grid; it ends with one.
+template <typename ToCodes>
+__device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortShared& shared, ToCodes to_codes) {
   const SortShares shares(n);
   const int passes = bits > 0 ? (bits + kDigitBits - 1) / kDigitBits : 1;
   const int t = threadIdx.x;
@@ -266,7 +264,7 @@ __device__ void radix_sort(Grid grid, SortBuffers& b, int32_t n, int bits, SortS
         hand_over(counts + kSortChunks * kDigits, shared);
       }
     }
-    sync_while(grid, [&] { meanwhile(pass, passes); });
+    grid.sync();
     swap(b.keys, b.other_keys);
     swap(b.values, b.other_values);
   }
