@@ -88,6 +88,7 @@ inline ffi::Error check_coarse_sites(In coords, In count, Out sites, Out kept, O
   int dims = 0;
   checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
   checks.operand("count", count, ffi::S32, {&one});
+  checks.require(s->rows >= 1, "coords must have at least one row");
   checks.operand("sites", sites, ffi::S32, {&s->capacity, &columns});
   checks.operand("kept", kept, ffi::S32, {&one});
   checks.operand("found", found, ffi::S32, {&one});
@@ -120,6 +121,7 @@ inline ffi::Error check_site_index(In coords, In count, Out index, SiteIndex* s)
   int64_t one = 1, columns = kUnbound;
   checks.operand("coords", coords, ffi::S32, {&s->rows, &columns});
   checks.operand("count", count, ffi::S32, {&one});
+  checks.require(s->rows >= 1, "coords must have at least one row");
   checks.operand("index", index, ffi::U8, {&s->bytes});
   check_dims(checks, columns, &s->dims);
   checks.require(s->bytes >= site_index_bytes(s->rows), "index must have 32 bytes for each of two slots a row");
@@ -146,6 +148,7 @@ inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In 
   checks.operand("out_coords", out_coords, ffi::S32, {&s->out_rows, &columns});
   checks.operand("out_count", out_count, ffi::S32, {&one});
   checks.operand("index", index, ffi::U8, {&s->index_bytes});
+  checks.require(s->in_rows >= 1 && s->out_rows >= 1, "in_coords and out_coords must have at least one row");
   check_dims(checks, columns, &dims);
   if (checks.ok()) s->geometry = decode_geometry(checks, dims, kernel, stride, padding, dilation);
   if (checks.ok()) {

@@ -225,7 +225,8 @@ cuda::Tile tile_of(int64_t rows, int64_t cols, int64_t stages, int64_t splits) {
   return {narrow(rows), narrow(cols), narrow(stages), narrow(splits)};
 }
 
-// The launchers reject tiles that were not built, and tiles with splits on GPUs without clusters; nothing else.
+// The launchers reject tiles that were not built, that need more shared memory than the device has, and tiles with splits on
+// GPUs without clusters.
 ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& tile) {
   if (status == cudaErrorNotSupported && tile.splits > 1) {
     return ffi::Error::InvalidArgument(std::string(call) + ": a tile of " + std::to_string(tile.splits) +

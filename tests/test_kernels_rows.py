@@ -92,6 +92,17 @@ def test_statistics_do_not_cancel_where_the_mean_is_large():
     assert squares[7] == 0
 
 
+def test_statistics_hide_nothing_that_is_not_finite():
+    x = np.ones((300, 8), F32)
+    x[7, 0], x[7, 1], x[7, 2] = np.nan, np.inf, -np.inf
+    x[:, 3] = 3e19  # squares overflow
+    x[::2, 3] *= -1
+    mean, squares = channel_sums(x, 300)
+    assert not np.isfinite(mean[:3]).any()
+    assert not np.isfinite(squares[:4]).any()
+    np.testing.assert_array_equal((mean[4:], squares[4:]), ([1] * 4, [0] * 4))
+
+
 @pytest.mark.parametrize("channels", [5, 64])
 def test_channel_sums_have_equal_bits_at_every_capacity(channels):
     rng = np.random.default_rng(0)

@@ -1,5 +1,5 @@
 // Convolution on the CPU, for T = float and double, with sums in T. The arguments are those of the custom calls of the same
-// names (see jaxsparse/ops/conv/lowering.py).
+// names (see jaxsparse/ops/conv/primitives.py).
 #pragma once
 
 #include <cstdint>

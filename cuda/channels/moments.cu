@@ -63,7 +63,8 @@ template <typename A>
 __device__ void finish_statistics(A center, int32_t rows, A* first, A* second) {
   if (rows == 0) return;
   const A mean = *first / rows;
-  *second = max(*second - *first * mean, A{0});
+  const A squares = *second - *first * mean;
+  *second = squares < 0 ? A{0} : squares;  // not max(): of NaN and 0 that is 0
   *first = center + mean;
 }
 

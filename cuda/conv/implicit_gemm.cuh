@@ -428,7 +428,12 @@ cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
     JAXSPARSE_TRY(has_clusters(kernel, &has));
     if (!has) return cudaErrorNotSupported;
   }
-  JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  // The limit is the kernel's, for all layers and threads of the host: as much as any layer needs, or as the device has.
+  int device = 0, most = 0;
+  JAXSPARSE_TRY(cudaGetDevice(&device));
+  JAXSPARSE_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  most = std::min(most, P::shared_bytes(kTapsAtOnce, kHasEpilogue<Args>));
+  JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
 }
 

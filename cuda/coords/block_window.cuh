@@ -86,7 +86,7 @@ struct BlocksUnder {
   struct {
     uint64_t step;  // its key less that of the first block
     uint8_t at[D];  // its number on each axis
-  } block[kMostUnderWindow];
+  } block[kMostUnderWindow] = {};
 
   explicit BlocksUnder(const Geometry& g) {
     constexpr BlockNumbers<D> numbers;

@@ -35,7 +35,7 @@ struct CoarseAxes {
       if (!are_simple) continue;
       simple[d] = {static_cast<int32_t>(g.padding[d]), static_cast<int32_t>(g.stride[d] - 1), axis[d].shift(),
                    static_cast<int32_t>(g.kernel[d]), a.bounded ? 0 : INT32_MIN,
-                   a.bounded ? static_cast<uint32_t>(std::min(a.bounds[d], int64_t{UINT32_MAX})) : UINT32_MAX};
+                   a.bounded ? static_cast<uint32_t>(std::clamp<int64_t>(a.bounds[d], 0, INT32_MAX)) : UINT32_MAX};
     }
   }
 };

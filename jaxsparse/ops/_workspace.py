@@ -47,7 +47,7 @@ def coarse_sites(rows: int, geometry: Geometry) -> int:
 
 
 def site_index(rows: int) -> int:
-    """`site_index_bytes` in bindings/checks.h; the index is a result of its own, on every platform."""
+    """`site_index_bytes` in bindings/checks_coords.h; the index is a result of its own, on every platform."""
     return 32 * max(2, 1 << (2 * rows - 1).bit_length())
 
 

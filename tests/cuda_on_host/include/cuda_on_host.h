@@ -32,6 +32,10 @@
 
 using std::max;
 using std::min;
+inline float max(float a, float b) { return std::fmax(a, b); }  // of NaN and a number the number, as on a GPU
+inline double max(double a, double b) { return std::fmax(a, b); }
+inline float min(float a, float b) { return std::fmin(a, b); }
+inline double min(double a, double b) { return std::fmin(a, b); }
 
 enum cudaError_t {
   cudaSuccess = 0,
@@ -85,10 +89,12 @@ struct cudaLaunchConfig_t {
 };
 
 // The device has three multiprocessors that hold one block each.
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 3, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  return *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 * 1024, cudaSuccess;
+}
 template <typename F>
 cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) {
   return cudaSuccess;
