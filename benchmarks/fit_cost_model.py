@@ -114,7 +114,7 @@ def main():
     parser.add_argument("--steps", type=int, default=0)
     args = parser.parse_args()
     layers = [layer for path in args.files for layer in measured_layers(path)]
-    gpu = fit(layers, cost.H100, args.steps)
+    gpu = fit(layers, cost.H200, args.steps)
     print(gpu)
     rows = []
     for layer in layers:

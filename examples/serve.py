@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from segmentation import batches, scans, training
-from segmentation.command_line import add_shared, choose_device, find_scans, positive
+from segmentation.command_line import add_shared, choose_device, find_scans, folder, positive
 
 import jaxsparse as js
 
@@ -116,12 +116,13 @@ def overlapped(server: Server, requests: list[scans.Scan]) -> Iterable[np.ndarra
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_shared(parser, data_help="labelled .npz scans; none: synthetic streets")
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    add_shared(parser, data_help="labelled .npz scans: labels say how many classes there are; none: synthetic streets")
     add = parser.add_argument
     add("--voxel", type=positive(float), default=0.2, help="voxel size in metres")
     add("--requests", type=positive(int), default=50, help="scans to serve, going round")
-    add("--out", type=Path, default=Path("out/serve"), help="folder for the exported program")
+    add("--out", type=folder, default=Path("out/serve"), help="folder for the exported program")
     return parser.parse_args(arguments)
 
 

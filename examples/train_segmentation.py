@@ -30,7 +30,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from segmentation import batches, report, scans, training
-from segmentation.command_line import add_shared, choose_device, find_scans, positive
+from segmentation.command_line import add_shared, choose_device, find_scans, folder, positive
 
 import jaxsparse as js
 
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add, whole, real = parser.add_argument, positive(int), positive(float)
     add("--sequences", nargs="+", help="which SemanticKITTI sequences, such as 00 01; none: all that have labels")
     add("--scenes", type=whole, default=6, help="how many streets to make up when there is no --data")
-    add("--out", type=Path, default=Path("out/segmentation"), help="folder for checkpoints, scores and the picture")
+    add("--out", type=folder, default=Path("out/segmentation"), help="folder for checkpoints, scores and the picture")
     add("--fresh", action="store_true", help="delete the checkpoints below --out and start over")
     add("--voxel", type=real, default=None, help="voxel size in metres; none: 0.2 for streets, 0.1 for --data")
     add("--batch", type=whole, default=2, help="scans a step")
@@ -54,7 +54,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--class-weights", choices=("sqrt", "none"), default="sqrt", help="a class weighs 1 / sqrt(points), or 1")
     add("--slack", type=real, default=1.2, help="voxels to make room for, over those of the fullest batch")
     add("--save-every", type=whole, default=100, help="steps between checkpoints; the last step always writes one")
-    add("--seed", type=int, default=1, help="of the streets, the initial parameters, the order and the augmentation")
+    about = "of the streets, the initial parameters, the order and the augmentation"
+    add("--seed", type=positive(int, or_zero=True), default=1, help=about)
     options = parser.parse_args(arguments)
     if options.slack < 1:
         parser.error(f"--slack (={options.slack:g}) must be at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import flax
@@ -59,6 +60,7 @@ _OPS = {"conv": _forward, "conv gradient": _gradient, "strided, transposed": _re
 
 def main() -> None:
     """Prints the report."""
+    argparse.ArgumentParser(prog="python -m jaxsparse", description=__doc__.partition(": ")[2]).parse_args()
     cuda = "no"
     if _native.cuda_version is not None:
         major, minor = divmod(_native.cuda_version, 1000)

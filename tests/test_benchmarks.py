@@ -144,7 +144,7 @@ def test_tuning_times_every_way_of_a_network(monkeypatch, tmp_path):
 def test_the_cost_model_is_near_what_was_measured_and_chooses_almost_the_best():
     path = Path(fit_cost_model.__file__).parent / "results/h200/layers_float16_all_tiles.json"
     layers = list(fit_cost_model.measured_layers(path))
-    judged = [fit_cost_model.judge(layer, cost.H100) for layer in layers]
+    judged = [fit_cost_model.judge(layer, cost.H200) for layer in layers]
     logs = [math.log(guess / us) for times, _ in judged for us, guess in times.values()]
     assert len(logs) > 500
     assert math.sqrt(np.mean(np.square(logs))) < 0.25

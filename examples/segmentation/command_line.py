@@ -13,17 +13,25 @@ from . import scans
 from .ray_casting import Lidar
 
 
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+def positive(kind: Callable[[str], float], or_zero: bool = False) -> Callable[[str], float]:
     """A parser of `int` or `float` numbers that refuses those that are not positive and finite."""
 
     def parse(word: str) -> float:
         number = kind(word)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{word} must be positive")
+        if not (0 < number < math.inf or (or_zero and number == 0)):
+            raise argparse.ArgumentTypeError(f"{word} must be positive{' or 0' if or_zero else ''}")
         return number
 
     parse.__name__ = kind.__name__  # argparse names it where the word is no number
     return parse
+
+
+def folder(word: str) -> Path:
+    """A parser of the name of a folder, there already or to be made."""
+    path = Path(word)
+    if any(p.exists() and not p.is_dir() for p in (path, *path.parents)):
+        raise argparse.ArgumentTypeError(f"{word} is, or lies below, a file; name a folder")
+    return path
 
 
 def add_shared(parser: argparse.ArgumentParser, data_help: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,19 +85,26 @@ def npz_scans(paths: Sequence[Path]) -> ScanSet:
     SemanticKITTI's ids become its 19 classes where a file's `meta` text or its name says that they are SemanticKITTI's.
     Other ids are relabelled densely; all files must then use the same ids.
     """
-    arrays = [dict(np.load(path)) for path in paths]
+    arrays = [_arrays(path) for path in paths]
     unlabelled = [path.name for path, data in zip(paths, arrays, strict=True) if "label" not in data]
     if unlabelled:
         labelled = ", ".join(path.name for path in paths if path.name not in unlabelled)
         remedy = f"Name the labelled ones with --data: {labelled}." if labelled else "None of the files has one."
-        raise ValueError(f"no array `label` in {', '.join(unlabelled)}: training needs labelled scans. {remedy}")
-    incomplete = [path.name for path, data in zip(paths, arrays, strict=True) if "intensity" not in data]
-    if incomplete:
-        raise ValueError(f"no array `intensity` in {', '.join(incomplete)}: the model reads it as a feature")
+        raise ValueError(f"no array `label` in {', '.join(unlabelled)}: labels say which classes there are. {remedy}")
+    for name in ("xyz", "intensity"):
+        incomplete = [path.name for path, data in zip(paths, arrays, strict=True) if name not in data]
+        if incomplete:
+            raise ValueError(f"no array `{name}` in {', '.join(incomplete)}: the model reads it")
+    empty = [path.name for path, data in zip(paths, arrays, strict=True) if len(data["xyz"]) == 0]
+    if empty:
+        raise ValueError(f"no points in {', '.join(empty)}: leave such files out")
+    if not any(np.any(data["label"]) for data in arrays):
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"every label in {names} is 0, which stands for no class: name files with classes")
     kinds = {_label_system(path, data) for path, data in zip(paths, arrays, strict=True)}
     if len(kinds) > 1:
         systems = ", ".join(sorted(kinds))
-        raise ValueError(f"the files label their points by different systems ({systems}): train on one of them")
+        raise ValueError(f"the files label their points by different systems ({systems}): name files of one of them")
     classes = SEMANTIC_KITTI if kinds == {"SemanticKITTI"} else dense_table([data["label"] for data in arrays])
     scans = []
     for path, data in zip(paths, arrays, strict=True):
@@ -108,8 +116,19 @@ def npz_scans(paths: Sequence[Path]) -> ScanSet:
     return _in_memory(classes, scans)
 
 
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a sound .npz file ({error})") from error
+
+
 def _label_system(path: Path, data: dict[str, np.ndarray]) -> str:
-    meta = json.loads(str(data["meta"])) if "meta" in data else {}
+    try:
+        meta = json.loads(str(data["meta"])) if "meta" in data else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its array `meta` is no JSON text ({error})") from error
     described = f"{path.stem} {meta.get('labels', '')}".lower()
     if "semkitti" in described or "semantickitti" in described:
         return "SemanticKITTI"

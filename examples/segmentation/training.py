@@ -164,8 +164,8 @@ def class_weights(points: np.ndarray, kind: str) -> np.ndarray:
 
 
 def adamw(highest: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up over a tenth of the steps and a cosine to zero."""
-    schedule = optax.warmup_cosine_decay_schedule(0.1 * highest, highest, max(1, steps // 10), steps, 0.01 * highest)
+    """AdamW with a linear warm-up over a tenth of the steps, then a cosine down to a hundredth of the highest rate."""
+    schedule = optax.warmup_cosine_decay_schedule(0.1 * highest, highest, steps // 10, steps, 0.01 * highest)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-2))
 
 

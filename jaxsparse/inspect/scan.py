@@ -38,7 +38,8 @@ def read_points(path: Path, array: str = "xyz") -> np.ndarray:
       ValueError: names the file, what is wrong with it, and the remedy.
     """
     if not path.is_file():
-        raise ValueError(f"`scan` (={path}): no such file; name one that is {_FORMATS}.")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"`scan` (={path}): {what}; name a file that is {_FORMATS}.")
     if path.suffix not in (".npz", ".npy", ".bin"):
         raise ValueError(f"`scan` (={path}): cannot read {path.suffix or 'a file without suffix'}; pass {_FORMATS}.")
     try:

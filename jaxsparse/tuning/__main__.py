@@ -1,5 +1,4 @@
-"""`python -m jaxsparse.tuning build-table`: times the layers of common networks and writes the table of this kind of
-device.
+"""`python -m jaxsparse.tuning build-table`: times the layers of common networks and writes this device's table.
 
 python -m jaxsparse.tuning build-table --data SCANS             # scans: .npz with `xyz`, .npy, or KITTI's .bin
 python -m jaxsparse.tuning build-table --out my_gpu.json        # synthetic street scenes
@@ -40,6 +39,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = build.add_argument
     add("--data", type=Path, default=None, help="folder of scans, or one scan (default: synthetic scenes)")
     add("--scan", nargs="+", default=None, help="names of the scans to take, without suffix (default: all)")
+    add("--array", default="xyz", help="name of the points in an .npz (default: xyz)")
     add("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     add("--width", nargs="+", type=float, default=[1.0], help="of the networks (default: 1)")
     add("--voxel", nargs="+", type=float, default=None, help="voxel edge in metres, or one an axis")
@@ -58,6 +58,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--data (={options.data}): no such file or folder")
     if options.data is not None and not _paths(options):
         parser.error(f"--data (={options.data}): holds no {', '.join(_SUFFIXES)} file (of --scan)")
+    if options.out is not None and options.out.exists():
+        try:
+            store.decode(options.out.read_text())
+        except (ValueError, OSError) as error:
+            parser.error(f"--out (={options.out}): is there already and no table ({error}); name another file")
     return options
 
 
@@ -72,12 +77,15 @@ def _scenes(options: argparse.Namespace) -> Iterator[tuple[str, np.ndarray]]:
             yield name, synthetic.scan(0, beams, azimuths)
         return
     for path in _paths(options):
-        yield path.stem, read_points(path)
+        points = read_points(path, options.array)
+        points = points[np.isfinite(points).all(1)]
+        if len(points) == 0:
+            raise ValueError(f"--data: {path} holds no finite point; leave it out.")
+        yield path.stem, points
 
 
 def _tensor(model: nnx.Module, points: np.ndarray, voxel_size: Sequence[float], dtype: str) -> js.SparseTensor:
     """Voxels with a tenth of spare rows and planned capacities, as the docs recommend."""
-    points = points[np.isfinite(points).all(1)]
     feats = np.pad(points, [(0, 0), (0, IN_FEATURES - 3)])
     voxels = len(np.unique(np.floor(points / np.array(voxel_size, np.float32)).astype(np.int32), axis=0))
     capacity = -(-int(1.1 * voxels) // 1024) * 1024
@@ -120,7 +128,10 @@ def build_table(options: argparse.Namespace) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    build_table(_parse(arguments))
+    try:
+        build_table(_parse(arguments))
+    except (ValueError, js.SiteError) as error:  # what a scan or its voxels are refused for
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

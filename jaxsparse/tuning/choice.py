@@ -19,7 +19,7 @@ from jaxsparse._compat import make_user_context
 from jaxsparse.tuning import store
 from jaxsparse.tuning.key import Choice, Choices, Key
 
-DEFAULT_DEVICES = {"cpu": "cpu", "cuda": "NVIDIA H100 80GB HBM3"}
+DEFAULT_DEVICES = {"cpu": "cpu", "cuda": "NVIDIA H200"}
 """Whose table and model serve a platform that this process has no device of, as when exporting for it."""
 
 
@@ -133,8 +133,8 @@ def answer(question: Question, explicit: Choice | None = None) -> Answer:
             return Answer(question.candidates[question.candidates.index(found)], source)
     if rules.on_cache_miss == "error":
         raise LookupError(
-            f"no tuning result, cache or table knows {key}; run jaxsparse.autotune on this function, or set "
-            'on_cache_miss="heuristic".'
+            f"no tuning result, cache or table knows {key}, about {2 ** (key.rows / 2):,.0f} rows; run "
+            'jaxsparse.autotune on this function, or set on_cache_miss="heuristic".'
         )
     if rules.on_cache_miss == "tune" and question.problem is not None:
         if question.is_here and is_alone:

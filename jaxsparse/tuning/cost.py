@@ -120,7 +120,7 @@ class Gpu:
         return (even**4 + longest**4) ** 0.25 + self.launch_us
 
 
-H100 = Gpu()
+H200 = Gpu()
 STEP_BYTES = 128  # of each row and column that a step multiplies
 PRODUCTS = {"float16": 3.0e6, "tf32": 1.5e6, "float32": 2.2e5}
 """Multiply-adds a microsecond of one multiprocessor, by dtype as `Key` names it."""
@@ -145,7 +145,7 @@ def _stored(cols: int) -> int:
     return cols if cols <= 32 else math.ceil(cols / 64) * 64
 
 
-def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted: bool, gpu: Gpu = H100) -> float:
+def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted: bool, gpu: Gpu = H200) -> float:
     """An implicit product over a schedule, `cuda/conv/implicit_gemm.cuh`."""
     rows, cols, stages, splits = tile
     itemsize = BYTES[dtype]
@@ -166,7 +166,7 @@ def conv_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, is_sorted:
     return (compute**4 + (least_bytes / gpu.memory_bytes + gpu.launch_us) ** 4) ** 0.25
 
 
-def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H100) -> float:
+def schedule_us(kernel_map: Map, sorts: bool, gpu: Gpu = H200) -> float:
     """The order of rows, and the map laid out in it: `cuda/conv/schedule.cu`."""
     entries = kernel_map.rows * kernel_map.executed(64, sorts)
     if sorts:
@@ -181,14 +181,14 @@ LAYERS_OF_A_MAP = {"same": 4, "table": 1, "reverse": 1}  # by direction: what ru
 FIRST_CHANNELS, MOST_CHANNELS = {"same": 48, "table": 16, "reverse": 96}, 256  # doubled from grid to grid
 
 
-def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu = H100) -> float:
+def sort_us(sorts: bool, kernel_map: Map, direction: str, grid, tiles, gpu: Gpu = H200) -> float:
     """A schedule and the layers that typically use it. When a layer is lowered the others are unknown."""
     channels = min(FIRST_CHANNELS[direction] * max(grid, default=1), MOST_CHANNELS)
     layer = min(conv_us(tile, kernel_map, channels, channels, "float16", sorts, gpu) for tile in tiles)
     return schedule_us(kernel_map, sorts, gpu) + LAYERS_OF_A_MAP[direction] * layer
 
 
-def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
+def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H200) -> int:
     """Shares of the pairs in wgrad: as many blocks as a multiprocessor holds, two if they are large, and two a tap.
 
     The number of shares decides how sums are split and so how they round: it must not depend on tile or capacity.
@@ -198,7 +198,7 @@ def wgrad_slots(taps: int, c_in: int, c_out: int, gpu: Gpu = H100) -> int:
     return max(2 * taps, blocks * gpu.multiprocessors // pieces)
 
 
-def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H100) -> float:
+def wgrad_us(tile, kernel_map: Map, c_in: int, c_out: int, dtype: str, gpu: Gpu = H200) -> float:
     """A gradient of weights over pairs, `cuda/conv/wgrad_gemm.cuh`: partial sums of slots, then their sum."""
     rows, cols, stages, _ = tile
     slots = wgrad_slots(kernel_map.taps, c_in, c_out, gpu)
@@ -237,7 +237,7 @@ LOOK_UP_BYTES = 110  # of memory read at random for each key that is looked up o
 SITES_IN_BLOCK = 3.0  # of LiDAR scans
 
 
-def builder_us(builder: str, sites: int, taps: int, blocks: float, gpu: Gpu = H100) -> float:
+def builder_us(builder: str, sites: int, taps: int, blocks: float, gpu: Gpu = H200) -> float:
     """A kernel map by look-ups, `cuda/coords/kernel_map.cu`: keys entered, keys looked up.
 
     `blocks` is how many blocks a window lies over. A look-up by blocks answers for all taps in the block.
