@@ -14,6 +14,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 AxisInts = int | Sequence[int]
+MOST_TAPS = 65536
 
 
 def per_axis(name: str, value: AxisInts, dims: int, least: int = 1) -> tuple[int, ...]:
@@ -64,14 +65,26 @@ class Geometry:
         else:
             padding = per_axis("padding", padding, dims, least=-(2**30))
         geometry = cls(kernel, per_axis("strides", strides, dims), padding, dilation)
-        if geometry.volume > 65536:
-            raise ValueError(f"`kernel_size` (={kernel_size}) has {geometry.volume} taps; at most 65536 are supported.")
+        if geometry.volume > MOST_TAPS:
+            raise ValueError(
+                f"`kernel_size` (={kernel_size}) has {geometry.volume} taps; at most {MOST_TAPS} are supported."
+            )
         if geometry.reach > 2**30:
             raise ValueError(
                 f"`strides` (={geometry.stride}), `padding` (={geometry.padding}), `dilation` (={geometry.dilation}) "
                 f"and `kernel_size` (={geometry.kernel}) reach {geometry.reach} cells far; at most 2^30 are supported."
             )
         return geometry
+
+    @classmethod
+    def cells(cls, stride: tuple[int, ...]) -> Geometry:
+        """The geometry whose windows are the cells of a coarser grid: each fine site reaches the one that holds it."""
+        return cls(stride, stride, (0,) * len(stride), (1,) * len(stride))
+
+    @property
+    def is_cells(self) -> bool:
+        """Whether each window is a cell of the coarser grid."""
+        return self == Geometry.cells(self.stride)
 
     @property
     def volume(self) -> int:

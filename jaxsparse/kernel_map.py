@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 
+from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.ops import _coords
 from jaxsparse.sites import Sites
@@ -24,21 +25,21 @@ class KernelMap:
       masks: uint32 `[N_out, ceil(K / 32)]`; bit `k % 32` of word `k // 32` says whether tap k is there.
       in_counts: int32 `[1]`, real input rows.
       out_counts: int32 `[1]`, real output rows. Columns of the table and rows of the masks from there on hold anything.
+      in_rows: capacity of the input sites; entries of the table lie below it.
+      geometry: of the convolution.
+      grid: stride of the fine grid.
       is_symmetric: whether `table[k, m] = n` means `table[K - 1 - k, n] = m`, as in a submanifold convolution of odd
         kernel size: the map is then its own reverse.
-      tap_groups: groups of taps by which the GPU's kernels sort rows, `Geometry.tap_groups`; changes speed alone.
-      grid, strides: stride of the fine grid, and of the coarse one in its cells; kernels are chosen by them, results
-        do not depend on them.
     """
 
     table: jax.Array
     masks: jax.Array
     in_counts: jax.Array
     out_counts: jax.Array
+    in_rows: int = dataclasses.field(metadata={"static": True})
+    geometry: Geometry = dataclasses.field(metadata={"static": True})
+    grid: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     is_symmetric: bool = dataclasses.field(default=False, metadata={"static": True})
-    tap_groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
-    grid: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
-    strides: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
 
 def kernel_map(
@@ -74,6 +75,9 @@ def kernel_map(
     for name, sites in (("in_sites", in_sites), ("out_sites", out_sites)):
         if not isinstance(sites, Sites):
             raise TypeError(f"`{name}` must be a Sites, got {type(sites).__name__}; pass x.sites of a tensor.")
+        if sites.coords.ndim != 2:
+            axes = sites.coords.shape[:-2]
+            raise ValueError(f"`{name}` has leading axes {axes}, several in one; call this inside jax.vmap.")
     geometry = Geometry.create(in_sites.dims, kernel_size, strides, padding, dilation)
     return map_between(in_sites, out_sites, geometry, implementation, builder)
 
@@ -111,13 +115,13 @@ def map_between(
             masks,
             fine.counts,
             coarse.counts,
-            is_symmetric,
-            geometry.tap_groups,
+            fine.capacity,
+            geometry,
             fine.stride,
-            geometry.stride,
+            is_symmetric,
         )
 
-    return fine.memo(("map", geometry, coarse._memo, implementation, builder), make)
+    return fine.memo(("map", geometry, implementation, builder), make, partner=coarse)
 
 
 def _chosen_builder(builder: str, geometry: Geometry, fine: Sites) -> str:
@@ -133,9 +137,3 @@ def _chosen_builder(builder: str, geometry: Geometry, fine: Sites) -> str:
             f"{('auto', *possible)}. Sites made by jaxsparse.voxelize are in Morton order."
         )
     return builder
-
-
-def check_implementation(implementation: str) -> None:
-    """Refuses a name that is no implementation."""
-    if implementation not in ("auto", "xla"):
-        raise ValueError(f'`implementation` (={implementation!r}) must be "auto" or "xla".')

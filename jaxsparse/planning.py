@@ -48,7 +48,8 @@ def capacities(
     Only the sites are computed, not the features.
 
     Args:
-      model: a Flax NNX module or a function of a `SparseTensor`.
+      model: a Flax NNX module or a function of a `SparseTensor`; a function that closes over a module needs it in eval
+        mode, since running statistics cannot be updated from inside.
       samples: scenes like those to come.
       slack: the most rows seen are multiplied by this.
       multiple: and rounded up to a multiple of this.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxsparse import _keys, status
 from jaxsparse._compat import trace_state
+from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry, per_axis
 from jaxsparse.ops import _coords
 from jaxsparse.status import Problem
@@ -57,12 +60,14 @@ class Capacities(Mapping[tuple[int, ...], int]):
 class _Memo:
     """What has been derived from one set of coordinates, kept while the same trace runs.
 
-    Not part of the pytree: a `Sites` that crosses into another trace (a jit, scan or remat body) starts with none, so
-    no traced value leaves its trace. A pickle and a deep copy start with none too.
+    Not part of the pytree: a `Sites` that crosses into another trace as an argument (of a jit, scan or remat body)
+    starts with none. One that a traced function closes over keeps what was derived there until the next trace asks for
+    it: no other trace gets it, but `jax.checking_leaks` complains. A pickle and a deep copy start with none.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[Any, Any]] = {}
+        self._with: weakref.WeakKeyDictionary[_Memo, _Memo] = weakref.WeakKeyDictionary()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         state = trace_state()
@@ -70,6 +75,10 @@ class _Memo:
         if held is None or held[0] != state:
             held = self._entries[key] = (state, make())
         return held[1]
+
+    def of_pair(self, partner: _Memo) -> _Memo:
+        """What has been derived from these coordinates and others together, kept while both last."""
+        return self._with.setdefault(partner, _Memo())
 
     def __reduce__(self):
         return _Memo, ()
@@ -108,7 +117,7 @@ class Sites:
     batch_size: int | None = None
     bounds: tuple[int, ...] | None = None
     order: str = "any"
-    _memo: _Memo = dataclasses.field(default_factory=_Memo, repr=False)
+    _memo: _Memo = dataclasses.field(default_factory=_Memo, init=False, repr=False)
 
     @classmethod
     def create(
@@ -158,9 +167,10 @@ class Sites:
         """Which rows are real, bool `[N]`."""
         return _keys.real_rows(self.counts, self.capacity)
 
-    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make()` returned for this key in the current trace, calling it the first time."""
-        return self._memo.get(key, make)
+    def memo(self, key: Hashable, make: Callable[[], Any], partner: Sites | None = None) -> Any:
+        """What `make()` returned for this key, and these partners, in the current trace, calling it the first time."""
+        memo = self._memo if partner is None else self._memo.of_pair(partner._memo)
+        return memo.get(key, make)
 
     def same_as(self, other: Sites) -> bool:
         """Whether both share their coordinates, known without reading a value."""
@@ -173,7 +183,9 @@ class Sites:
 
     def with_status(self, *statuses: jax.Array) -> Sites:
         """The same sites with more to report; maps stay shared."""
-        return dataclasses.replace(self, status=status.merge(self.status, *statuses))
+        same = dataclasses.replace(self, status=status.merge(self.status, *statuses))
+        object.__setattr__(same, "_memo", self._memo)
+        return same
 
     def check(self) -> Sites:
         """Waits for the status and raises what it reports; returns the sites."""
@@ -191,12 +203,11 @@ class Sites:
             fine site can reach more than one coarse site.
           implementation: "auto" or "xla".
         """
+        check_implementation(implementation)
         if mode not in ("reachable", "floor"):
             raise ValueError(f'`sites` (={mode!r}) must be "reachable" or "floor".')
-        if mode == "floor":  # the coarse sites whose stride x stride cell holds an input
-            window = Geometry.create(self.dims, geometry.stride, geometry.stride, padding=0)
-        else:
-            window = geometry
+        # "floor": the coarse sites whose stride x stride cell holds an input
+        window = Geometry.cells(geometry.stride) if mode == "floor" else geometry
         stride = tuple(a * b for a, b in zip(self.stride, geometry.stride, strict=True))
         if capacity is None:
             capacity = self.capacities.get(stride, self.capacity * min(window.coarse_per_site(), 2))
@@ -234,7 +245,7 @@ class Sites:
         return made if reported is self.status else made.with_status(self.status)
 
 
-def as_int32(name: str, values: jax.Array) -> jax.Array:
+def as_int32(name: str, values: ArrayLike) -> jax.Array:
     """numpy integers as int32, refused where they do not fit: jax would wrap them in silence."""
     if isinstance(values, np.ndarray) and np.issubdtype(values.dtype, np.integer):
         least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
@@ -265,7 +276,8 @@ def check_capacities(capacities: Capacities | None, dims: int) -> Capacities:
 
 def check_count(count: jax.Array | int | None, rows: int) -> tuple[jax.Array, jax.Array]:
     """The number of real rows, an int32 scalar in [0, rows] (all by default), and a report if it was outside."""
-    count = jnp.asarray(rows if count is None else count)
+    count = rows if count is None else count
+    count = as_int32("count", np.asarray(count) if isinstance(count, int | np.integer) else count)
     if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
         raise ValueError(f"`count` must be an integer scalar, got {count.dtype}{list(count.shape)}.")
     count = count.astype(jnp.int32)

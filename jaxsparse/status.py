@@ -32,6 +32,7 @@ class Problem(enum.IntEnum):
     NON_FINITE_POINTS = 9
     UNEQUAL_SITES = 10
     COUNT = 11
+    KERNEL_MAP = 12
 
 
 _MESSAGES = {
@@ -56,6 +57,8 @@ _MESSAGES = {
     Problem.UNEQUAL_SITES: "{value} rows of the two tensors have different sites; addition and concatenation need "
     "equal sites in equal order.",
     Problem.COUNT: "`count` (={value}) is outside [0, {limit}], the rows of the array; pass the number of real rows.",
+    Problem.KERNEL_MAP: "`kernel_map` is that of other sites: one side of it has {value} real rows, where the sites "
+    "have {limit}; build it from the sites of these tensors.",
 }
 
 

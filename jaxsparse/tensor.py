@@ -82,7 +82,8 @@ class SparseTensor:
         feats = jnp.asarray(feats)
         check_float("feats", feats)
         if isinstance(coords, Sites):
-            if (count, stride, batch_size, bounds, capacities) != (None, 1, None, None, None):
+            has_stride = not isinstance(stride, int) or stride != 1
+            if has_stride or any(given is not None for given in (count, batch_size, bounds, capacities)):
                 raise ValueError(
                     "`coords` is a Sites, which has its own count, stride, batch_size, bounds and capacities."
                 )
@@ -154,6 +155,7 @@ class SparseTensor:
 
     def with_feats(self, feats: jax.Array) -> SparseTensor:
         """Other features `[N, C]` on the same sites; padding rows are set to zero."""
+        check_tensor("with_feats", self)
         return SparseTensor(self.sites, feats)
 
     def astype(self, dtype) -> SparseTensor:
@@ -174,6 +176,7 @@ class SparseTensor:
         Raises:
           ValueError: where `batch_size` or `bounds` is unknown.
         """
+        check_tensor("to_dense", self)
         if self.batch_size is None or self.bounds is None:
             raise ValueError(
                 f"to_dense needs `batch_size` (={self.batch_size}) and `bounds` (={self.bounds}); give both to "

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import _keys, status
+from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import per_axis
-from jaxsparse.kernel_map import check_implementation
 from jaxsparse.ops import _coords
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.rows import gather_rows, sum_rows
@@ -193,15 +193,23 @@ def devoxelize(
     """The features of each point's voxel.
 
     Args:
-      voxels: a tensor, or features `[N, C]`.
+      voxels: a tensor on the grid of `voxelize`, or features `[N, C]`.
       point_to_voxel: int32 `[P]` from `voxelize`.
       implementation: "auto" or "xla"; matters to the gradient.
 
     Returns:
-      `[P, C]`, zero where the index is -1. Differentiable: the gradient sums over the points of each voxel, in a fixed
-      order.
+      `[P, C]`, zero where the index is outside [0, N). Differentiable: the gradient sums over the points of each voxel,
+      in a fixed order.
+
+    Raises:
+      ValueError: where the tensor lies on a coarser grid.
     """
     check_implementation(implementation)
+    if isinstance(voxels, SparseTensor) and set(voxels.stride) != {1}:
+        raise ValueError(
+            f"devoxelize: `voxels` lies on the grid with stride {voxels.stride}, whose rows `point_to_voxel` does not "
+            "number; bring it back to the voxels first, as SparseConvTranspose(...)(voxels, like=x) does."
+        )
     feats = voxels.unmasked if isinstance(voxels, SparseTensor) else voxels
     return gather_rows(feats, point_to_voxel, implementation=implementation)
 
@@ -214,8 +222,11 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
       capacity: rows of the result; the sum of the capacities by default. More rows are reported in `status`.
 
     Returns:
-      The real rows of each tensor in turn, then padding, with `batch_size` set.
+      The real rows of each tensor in turn, then padding, with `batch_size` set and the tensors' `capacities`.
     """
+    if isinstance(tensors, SparseTensor):
+        raise TypeError("collate: `tensors` must be a sequence of SparseTensors, got a single one; pass [x].")
+    tensors = list(tensors)
     if not tensors:
         raise ValueError("collate: `tensors` is empty; pass at least one.")
     first = tensors[0]
@@ -227,6 +238,11 @@ def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> Spa
             first.num_features,
             first.dtype,
         )
+        if t.sites.capacities != first.sites.capacities:
+            raise ValueError(
+                f"collate: tensors must share `capacities`, got {first.sites.capacities} and {t.sites.capacities}; "
+                "they are kept, so plan them for the batch."
+            )
         if not same or t.bounds != first.bounds:
             raise ValueError(
                 f"collate: tensors must share dimensions, stride, features, dtype and bounds, got ({first.dims}, "

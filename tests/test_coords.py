@@ -433,3 +433,32 @@ def test_a_captured_graph_replays_with_other_counts():
     eager = [jax.device_get(sites_and_maps(*cloud)) for cloud in clouds]
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(eager), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bounded", [False, True])
+def test_floor_sites_at_strides_of_any_size(implementation, bounded):
+    """A cell of the last stride has more places than a kernel may have taps."""
+    coords = random_coords(np.random.default_rng(4), 200, low=0 if bounded else -400, high=400)
+    x = js.SparseTensor(coords, np.ones((len(coords), 1), np.float32), bounds=(400, 400, 400) if bounded else None)
+    for stride in (7, 16, (64, 3, 400)):
+        y = x.sites.coarse(Geometry.create(3, 3, stride), "floor", implementation=implementation).check()
+        expected = coords.copy()
+        expected[:, 1:] //= np.int32([np.broadcast_to(stride, 3)])
+        np.testing.assert_array_equal(np.unique(expected, axis=0), np.unique(real_rows(y), axis=0))
+        assert y.order == "morton"
+        assert (np.asarray(y.coords)[int(y.count) :] == _keys.PADDING_COORD).all()
+
+
+def real_rows(sites):
+    return np.asarray(sites.coords)[: int(sites.count)]
+
+
+def test_maps_to_sites_that_are_gone_are_let_go():
+    fine = js.SparseTensor(np.int32([[0, i, 0, 0] for i in range(8)]), np.ones((8, 1), np.float32))
+    for i in range(4):
+        coarse = js.SparseTensor(np.int32([[0, i, 0, 0]]), np.ones((1, 1), np.float32), stride=2)
+        js.kernel_map(fine.sites, coarse.sites, 2, 2)
+        assert len(fine.sites._memo._with) == 1
+    del coarse
+    assert len(fine.sites._memo._with) == 0

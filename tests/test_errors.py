@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import raises
 from flax import nnx
+from jax import lax
 from scenes import random_tensor
 
 import jaxsparse as js
+from jaxsparse.geometry import Geometry
+from jaxsparse.ops.conv.reference import canonical_precision
 
 RNGS = nnx.Rngs(0)
 POINTS = np.random.default_rng(0).uniform(-3, 3, (50, 3)).astype(np.float32)
@@ -41,7 +46,7 @@ def test_array_in_place_of_a_tensor():
     for name, op in (
         ("SubMConv", js.nn.SubMConv(4, 8, 3, rngs=RNGS)),
         ("relu", js.nn.ReLU()),
-        ("map_features", js.ops.silu),
+        ("silu", js.ops.silu),
         ("conv", lambda x: js.ops.conv(x, jnp.ones((27, 4, 4)), kernel_size=3)),
         ("conv_transpose", lambda x: js.ops.conv_transpose(x, jnp.ones((27, 4, 4)), like=x, kernel_size=3)),
         ("linear", lambda x: js.ops.linear(x, x.T)),
@@ -187,10 +192,6 @@ def test_kernel_of_wrong_shape():
         ({"padding": (1, 2)}, ("`padding` (=(1, 2))", "3 spatial axes")),
         ({"padding": 2**30 + 1}, ("`padding`", "1073741825 cells", "2^30")),
         ({"dilation": 2**30 + 1}, ("`dilation`", "`kernel_size` (=(3, 3, 3))", "2^30")),
-        (
-            {"kernel_map": js.KernelMap(jnp.zeros((8, 5), jnp.int32), None, None, None)},
-            ("`kernel_map`", "(8, 5)", "(27,"),
-        ),
     ],
 )
 def test_options_that_are_none(options, parts):
@@ -360,3 +361,99 @@ def test_collate_and_capacities_arguments():
         js.capacities(lambda x: x, [js.SparseTensor(jnp.zeros((2, 2), jnp.int32), jnp.ones((2, 1)))])
     with raises(TypeError, "grid strides", "2"):
         js.Capacities({2: 5})
+
+
+def test_maps_of_other_sites_or_geometry():
+    x, other = random_tensor(0), random_tensor(1, rows=40)
+    kernel = jnp.ones((27, 3, 4))
+    m = js.kernel_map(x.sites, other.sites, 3)  # fits the output of neither call below
+    with raises(ValueError, "conv: `kernel_map`", "leads from", f"from {other.capacity} rows onto {other.capacity}"):
+        js.ops.conv(other, kernel, kernel_size=3, kernel_map=m)
+    with raises(ValueError, "conv_transpose: `kernel_map`", "build it from the sites"):
+        js.ops.conv_transpose(other, kernel, like=other, kernel_size=3, kernel_map=m)
+    m = js.kernel_map(x.sites, x.sites, 3)
+    with raises(ValueError, "conv: `kernel_map` is that of", "dilation=(1, 1, 1)", "dilation=(2, 2, 2)"):
+        js.ops.conv(x, kernel, kernel_size=3, dilation=2, kernel_map=m)
+    with raises(ValueError, "on a grid with stride (2, 2, 2)"):
+        coarse = js.SparseTensor(x.coords, x.feats, stride=2)
+        js.ops.conv(coarse, kernel, kernel_size=3, kernel_map=m)
+    fewer = js.SparseTensor(x.coords, x.feats, count=x.capacity - 5)
+    y = js.ops.conv(fewer, kernel, kernel_size=3, kernel_map=m)
+    with raises(js.SiteError, "`kernel_map` is that of other sites", f"{x.capacity} real rows", f"{x.capacity - 5};"):
+        y.check()
+    js.ops.conv(x, kernel, kernel_size=3, kernel_map=m).check()
+
+
+def test_functions_of_features_that_return_something_else():
+    x = random_tensor(0)
+    for fn in (lambda f: f.sum(1), lambda f: f.sum(0), lambda f: f[:, None], lambda f: f[:5]):
+        with raises(ValueError, "map_features: `fn` returned shape", f"[{x.capacity}, C']"):
+            js.ops.map_features(fn, x)
+    with raises(TypeError, "map_features: result of `fn`", "bool"):
+        js.ops.map_features(lambda f: f > 0, x)
+
+
+def test_voxels_of_a_coarser_grid():
+    x, index = js.voxelize(jnp.asarray(POINTS), jnp.asarray(POINTS), 1.0, capacity=64)
+    y = js.ops.conv(x, jnp.ones((8, 3, 3)), kernel_size=2, strides=2, sites="floor")
+    with raises(ValueError, "devoxelize: `voxels`", "stride (2, 2, 2)", "SparseConvTranspose"):
+        js.devoxelize(y, index)
+
+
+def test_rows_by_index():
+    index = jnp.zeros(3, jnp.int32)
+    with raises(TypeError, "`sum_rows: x` has dtype int32", "float32"):
+        js.ops.sum_rows(jnp.ones((3, 1), jnp.int32), index, 1)
+    with raises(ValueError, "sum_rows: `groups` (=-1)"):
+        js.ops.sum_rows(jnp.ones((3, 1)), index, -1)
+    for call in (js.ops.gather_rows, functools.partial(js.ops.sum_rows, groups=1)):
+        with raises(ValueError, "`implementation` (='XLA')"):
+            call(jnp.ones((3, 1)), index, implementation="XLA")
+    with raises(ValueError, "`implementation` (='XLA')"):
+        random_tensor(0).sites.coarse(Geometry.create(3, 2, 2), "floor", implementation="XLA")
+    assert js.ops.gather_rows(jnp.ones((3, 1), bool), index).dtype == bool
+
+
+def test_scenes_that_are_stacked_or_planned_apart():
+    sites, feats = np.eye(3, 4, k=1, dtype=np.int32), np.ones((3, 2), np.float32)
+    scene = js.SparseTensor(sites, feats, batch_size=1, bounds=(4, 4, 4))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[scene] * 3)
+    for call in (stacked.to_dense, lambda: stacked.with_feats(stacked.feats)):
+        with raises(ValueError, "leading axes (3,)", "vmap"):
+            call()
+    with raises(ValueError, "`in_sites` has leading axes (3,)", "vmap"):
+        js.kernel_map(stacked.sites, stacked.sites, 3)
+    plan = js.Capacities({(2, 2, 2): 8})
+    planned = js.SparseTensor(sites, feats, capacities=plan)
+    with raises(ValueError, "collate: tensors must share `capacities`", "Capacities({(2, 2, 2): 8})"):
+        js.collate([planned, js.SparseTensor(planned.coords, planned.feats)])
+    with raises(TypeError, "collate: `tensors`", "pass [x]"):
+        js.collate(planned)
+
+
+def test_numpy_sizes_and_counts():
+    layer = js.nn.SubMConv(2, 2, np.array([3, 3]), rngs=RNGS)
+    assert layer.kernel_size == (3, 3)
+    x = random_tensor(0)
+    with raises(ValueError, "`coords` is a Sites"):
+        js.SparseTensor(x.sites, x.feats, stride=np.array([1, 1, 1]))
+    with raises(ValueError, "`count`", "int32"):
+        js.voxelize(jnp.asarray(POINTS), jnp.asarray(POINTS), 1.0, capacity=64, count=np.int64(2**32 + 5))
+    with raises(TypeError, "conv: `kernel` has dtype complex64"):
+        js.ops.conv(x, jnp.ones((27, 3, 4), jnp.complex64), kernel_size=3)
+
+
+@pytest.mark.parametrize(
+    ("precision", "meant"),
+    [
+        (lax.DotAlgorithmPreset.F32_F32_F32, lax.Precision.HIGHEST),
+        ("BF16_BF16_F32_X3", lax.Precision.HIGH),
+        ("TF32_TF32_F32", lax.Precision.DEFAULT),
+        (("default", "highest"), lax.Precision.HIGHEST),
+    ],
+)
+def test_precisions_as_jax_spells_them(precision, meant):
+    assert canonical_precision(precision) == meant
+    if isinstance(precision, str):
+        with jax.default_matmul_precision(precision):
+            assert canonical_precision(None) == meant

@@ -207,3 +207,24 @@ def test_whole_network_agrees_at_every_capacity():
         assert row_error(logits, exact[1]) < 1e-6
         ours, theirs = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in (gradient, exact[0]))
         assert np.abs(ours - theirs).max() < 1e-6 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("count", [0, len(COORDS)])
+def test_gradients_of_what_a_function_of_features_closes_over(count):
+    """At zeros, which padding held once, these have no derivative."""
+    x = tensor(FEATS, 4 * len(COORDS))
+    x = js.SparseTensor(x.coords, x.feats, count=count)
+
+    def loss(w, x):
+        def fn(f):
+            y = jnp.abs(f) @ jnp.abs(w)
+            return jnp.sqrt(y) + y / jnp.linalg.norm(y, axis=1, keepdims=True)
+
+        return js.ops.map_features(fn, x).feats.sum()
+
+    w = jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32)
+    found = jax.grad(loss, (0, 1), allow_int=True)(w, x)
+    if count:
+        exact = jax.grad(loss)(w, js.SparseTensor(COORDS, FEATS))
+        np.testing.assert_allclose(found[0], exact, rtol=1e-5)
+    assert (found[1].feats[count:] == 0).all()

@@ -321,3 +321,12 @@ def test_capacities_are_hashable_and_compare_by_value():
     assert len(a) == 2
     assert a[(2, 2, 2)] == 5
     assert a != js.Capacities()
+
+
+def test_sites_that_are_replaced_share_no_maps():
+    coords = np.int32([[0, x, y, 0] for x in range(3) for y in range(3)])
+    x, kernel = js.SparseTensor(coords, np.ones((9, 1), np.float32)), jnp.ones((27, 1, 1))
+    assert js.ops.conv(x, kernel, kernel_size=3).feats[4, 0] == 9
+    apart = dataclasses.replace(x.sites, coords=x.coords * jnp.int32([[1, 3, 3, 3]]))
+    assert js.ops.conv(js.SparseTensor(apart, x.feats), kernel, kernel_size=3).feats[4, 0] == 1
+    assert x.sites.with_status(js.status.ok()).same_as(x.sites)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -92,8 +93,8 @@ class _Conv(nnx.Module):
     ):
         check_features(in_features, out_features)
         if dims is None:
-            sizes = [s for s in (kernel_size, strides, padding, dilation) if isinstance(s, Sequence)]
-            dims = len(sizes[0]) if sizes else 3
+            shapes = [np.shape(s) for s in (kernel_size, strides, padding, dilation) if s is not None]
+            dims = next((shape[0] for shape in shapes if shape), 3)
         geometry = Geometry.create(dims, kernel_size, strides, padding, dilation)
         canonical_precision(precision)  # refuses what is none
         self.in_features, self.out_features = in_features, out_features

@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxsparse import _ffi, _keys
 from jaxsparse._primitive import Op
-from jaxsparse.geometry import Geometry
+from jaxsparse.geometry import MOST_TAPS, Geometry
 from jaxsparse.ops import _workspace
 from jaxsparse.tuning import choice, cost
 from jaxsparse.tuning.choice import Question
@@ -120,12 +120,15 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sor
     real = _keys.real_rows(count, coords.shape[0]) & _keys.has_key(coords)
     fine = jnp.where(real[:, None], coords[:, 1:], 0)[None]  # (1, N, D)
     padding, dilation, stride = (np.int32([[v]]) for v in (geometry.padding, geometry.dilation, geometry.stride))
-    scaled = fine - (dilation * np.int32(geometry.taps)[:, None] - padding)  # (K, N, D), steps of at most 2^30
-    coarse = scaled // stride
-    exists = real[None] & (scaled == coarse * stride).all(-1)
+    if geometry.is_cells:  # one coarse site each, whatever the stride
+        coarse, exists = fine // stride, real[None]
+    else:
+        scaled = fine - (dilation * np.int32(geometry.taps)[:, None] - padding)  # (K, N, D), steps of at most 2^30
+        coarse = scaled // stride
+        exists = real[None] & (scaled == coarse * stride).all(-1)
     if bounds is not None:
         exists &= ((coarse >= 0) & (coarse < np.int32([[bounds]]))).all(-1)
-    batch = jnp.broadcast_to(coords[:, :1], (geometry.volume, *coords[:, :1].shape))
+    batch = jnp.broadcast_to(coords[:, :1], (*coarse.shape[:2], 1))
     coarse, exists = jnp.concatenate([batch, coarse], -1).reshape(-1, coords.shape[1]), exists.reshape(-1)
     outside = (exists & ~_keys.has_key(coarse)).sum(dtype=jnp.int32)
     coarse = jnp.where(exists[:, None], coarse, _keys.PADDING_COORD)
@@ -133,8 +136,20 @@ def _coarse_sites_reference(coords, count, *, geometry, capacity, bounds, is_sor
     return sites, kept, found, outside[None], jnp.zeros(_workspace.site_index(capacity), jnp.uint8)
 
 
+def _coarse_cells(platform, coords, count, geometry, capacity, bounds):
+    cells = coords[:, 1:] // np.int32([geometry.stride])
+    exists = _keys.has_key(coords)
+    if bounds is not None:
+        exists &= ((cells >= 0) & (cells < np.int32([bounds]))).all(1)
+    coarse = jnp.where(exists[:, None], jnp.concatenate([coords[:, :1], cells], 1), _keys.PADDING_COORD)
+    sites, kept, found, *_ = _unique_sites_call(platform, coarse, count, capacity=capacity)
+    return sites, kept, found, jnp.zeros(1, jnp.int32), _site_index(sites, kept, of_blocks=True)
+
+
 def _coarse_sites_call(platform, coords, count, *, geometry, capacity, bounds, is_sorted):
     rows, columns = coords.shape
+    if geometry.volume > MOST_TAPS:  # of cells: more than the custom call takes
+        return _coarse_cells(platform, coords, count, geometry, capacity, bounds)
     size = _workspace.coarse_sites(rows, geometry)
     index = _index(capacity) if platform == "cuda" else jax.ShapeDtypeStruct((1,), jnp.uint8)
     results = [_int32(capacity, columns), *[_int32(1)] * 3, index, _workspace.struct(platform, size)]

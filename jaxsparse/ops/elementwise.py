@@ -9,16 +9,30 @@ import jax.numpy as jnp
 
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
-from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
+from jaxsparse.tensor import SparseTensor, check_float, check_tensor, on_sites
 
 
 def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> SparseTensor:
-    """Applies `fn` `[N, C] -> [N, C']`, which must treat rows alike, to the real rows.
+    """Applies `fn` `[N, C] -> [N, C']`, which must treat rows alike, to the real rows; padding becomes zero.
 
-    Padding is set to zero before `fn` as well as after: its derivative at whatever padding holds could be NaN, and zero
-    times NaN would reach the gradient.
+    Padding rows show `fn` the first real row (zeros where there is none): at any other numbers its derivative could be
+    NaN, and zero times NaN would reach the gradient of what `fn` closes over.
+
+    Raises:
+      ValueError, TypeError: where `fn` returns no floats `[N, C']`.
     """
     check_tensor("map_features", x)
+    first = jax.lax.stop_gradient(x.feats[:1])  # zeros if that is padding
+    y = fn(jnp.where(x.sites.is_real[:, None], x.feats, first))
+    if y.ndim != 2 or y.shape[0] != x.capacity:
+        raise ValueError(f"map_features: `fn` returned shape {y.shape}, but it must return [{x.capacity}, C'].")
+    check_float("map_features: result of `fn`", y)
+    return on_sites(x.sites, jnp.where(x.sites.is_real[:, None], y, 0))
+
+
+def _each(op: str, fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> SparseTensor:
+    """Applies a function of single numbers whose derivative at 0 is finite."""
+    check_tensor(op, x)
     real = x.sites.is_real[:, None]
     return on_sites(x.sites, jnp.where(real, fn(jnp.where(real, x.feats, 0)), 0))
 
@@ -55,17 +69,17 @@ def relu(x: SparseTensor) -> SparseTensor:
 
 def leaky_relu(x: SparseTensor, negative_slope: float = 0.01) -> SparseTensor:
     """`x` where positive, else `negative_slope * x`."""
-    return map_features(lambda f: jax.nn.leaky_relu(f, negative_slope), x)
+    return _each("leaky_relu", lambda f: jax.nn.leaky_relu(f, negative_slope), x)
 
 
 def gelu(x: SparseTensor, approximate: bool = True) -> SparseTensor:
     """Gaussian error linear unit, `jax.nn.gelu`."""
-    return map_features(lambda f: jax.nn.gelu(f, approximate), x)
+    return _each("gelu", lambda f: jax.nn.gelu(f, approximate), x)
 
 
 def silu(x: SparseTensor) -> SparseTensor:
     """`x * sigmoid(x)`."""
-    return map_features(jax.nn.silu, x)
+    return _each("silu", jax.nn.silu, x)
 
 
 ACTIVATIONS: dict[str | None, Callable[[jax.Array], jax.Array]] = {
@@ -89,4 +103,4 @@ def activate(x: SparseTensor, activation: str | None) -> SparseTensor:
     check_activation("activate", activation)
     if activation is None:
         return x
-    return relu(x) if activation == "relu" else map_features(ACTIVATIONS[activation], x)
+    return relu(x) if activation == "relu" else _each(activation, ACTIVATIONS[activation], x)

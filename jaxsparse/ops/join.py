@@ -48,6 +48,7 @@ def concatenate(tensors: Sequence[SparseTensor]) -> SparseTensor:
     activation reads each from where it is, on GPUs: a compiled program where nothing else reads the concatenation has
     none.
     """
+    tensors = list(tensors)
     if not tensors:
         raise ValueError("concatenate: `tensors` is empty; pass at least one.")
     sites = common_sites("concatenate", tensors)

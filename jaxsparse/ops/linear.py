@@ -83,6 +83,7 @@ def linear(
       ValueError: where kernel, bias and features do not fit each other.
     """
     check_tensor("linear", x)
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     if kernel.ndim != 2 or kernel.shape[0] != x.num_features:
         raise ValueError(
             f"linear: kernel of shape {kernel.shape} does not fit x.feats with {x.num_features} features (shape "

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsparse import _ffi
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse.tensor import check_float
 
 
 def _gather_reference(x, index, *, groups):
     if groups == 0:
         return [jnp.zeros((index.shape[0], x.shape[1]), x.dtype)]
     valid = (index >= 0) & (index < groups)
-    return [jnp.where(valid[:, None], x[jnp.clip(index, 0, groups - 1)], 0)]
+    return [jnp.where(valid[:, None], x[jnp.clip(index, 0, groups - 1)], jnp.zeros((), x.dtype))]
 
 
 def _group_reference(index, *, groups):
@@ -122,6 +124,9 @@ def sum_rows(
     """
     x, index = jnp.asarray(x), jnp.asarray(index)
     _check_rows("sum_rows", x, index)
+    check_float("sum_rows: x", x)
+    if not isinstance(groups, int | np.integer) or groups < 1:
+        raise ValueError(f"sum_rows: `groups` (={groups!r}) must be an integer, at least 1.")
     if x.shape[0] != index.shape[0]:
         raise ValueError(
             f"sum_rows: `x` has {x.shape[0]} rows but `index` has {index.shape[0]}; it needs one for each."

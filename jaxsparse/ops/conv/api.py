@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse import status
+from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry
-from jaxsparse.kernel_map import KernelMap, check_implementation, map_between
+from jaxsparse.kernel_map import KernelMap, map_between
 from jaxsparse.ops.channel_norm import ChannelNorm, check_per_channel
 from jaxsparse.ops.conv import fused, primitives
 from jaxsparse.ops.conv.config import ConvConfig
@@ -18,6 +20,7 @@ from jaxsparse.ops.elementwise import check_activation
 from jaxsparse.ops.join import common_sites
 from jaxsparse.ops.linear import linear
 from jaxsparse.sites import Sites
+from jaxsparse.status import Problem
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
@@ -74,6 +77,7 @@ def conv(
     """
     check_implementation(implementation)
     check_tensor("conv", x)
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
     _check_kernel("conv", x, kernel, bias, geometry)
     if not isinstance(sites, str | Sites):
@@ -97,11 +101,13 @@ def conv(
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
         out_sites = x.sites.coarse(geometry, sites, capacity, implementation)
+    found = () if kernel_map is None else _check_map("conv", kernel_map, geometry, x.sites, out_sites)
     if kernel_map is None:
         kernel_map = map_between(x.sites, out_sites, geometry, implementation)
-    _check_map("conv", kernel_map, geometry, x.sites, out_sites)
     if out_sites is not x.sites and isinstance(sites, Sites):
         out_sites = out_sites.with_status(x.sites.status)
+    if found:
+        out_sites = out_sites.with_status(*found)
     out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
     options = (precision, config, implementation)
     return _bind("forward", x, out_sites, kernel, kernel_map, x.capacity, end, *options)
@@ -148,6 +154,7 @@ def conv_transpose(
     """
     check_implementation(implementation)
     check_tensor("conv_transpose", x)
+    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     fine = like.sites if isinstance(like, SparseTensor) else like
     if not isinstance(fine, Sites):
         raise ValueError(
@@ -156,10 +163,10 @@ def conv_transpose(
         )
     geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
     _check_kernel("conv_transpose", x, kernel, bias, geometry)
+    found = () if kernel_map is None else _check_map("conv_transpose", kernel_map, geometry, fine, x.sites)
     if kernel_map is None:
         kernel_map = map_between(fine, x.sites, geometry, implementation)
-    _check_map("conv_transpose", kernel_map, geometry, fine, x.sites)
-    out_sites = fine.with_status(x.sites.status)
+    out_sites = fine.with_status(x.sites.status, *found)
     out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
     swapped = jnp.swapaxes(kernel, 1, 2)
     options = (precision, config, implementation)
@@ -174,9 +181,9 @@ def _bind(product, x, out_sites, kernel, kernel_map, in_rows, end, precision, co
         in_rows,
         ConvConfig.of(config),
         m.is_symmetric,
-        m.tap_groups,
+        m.geometry.tap_groups,
         m.grid,
-        m.strides,
+        m.geometry.stride,
     )
     arrays = (m.table, m.masks, m.in_counts, m.out_counts)
     params = {"spec": spec, "out_dtype": x.dtype, "implementation": implementation}
@@ -229,6 +236,8 @@ def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sit
 
 
 def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(f"{op}: `kernel` has dtype {kernel.dtype}; it must be one of floats.")
     if kernel.ndim != 3 or kernel.shape[0] != geometry.volume:
         raise ValueError(
             f"{op}: `kernel` of shape {kernel.shape} must be [K, C_in, C_out] with K = {geometry.volume}, the taps of "
@@ -242,12 +251,24 @@ def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) ->
     check_per_channel(op, kernel.shape[2], "the output features", {"bias": bias})
 
 
-def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, coarse: Sites) -> None:
+def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, coarse: Sites) -> tuple[jax.Array]:
+    """Refuses a map that cannot be of these sites; returns a status that reports one that has other numbers of rows."""
     if not isinstance(kernel_map, KernelMap):
         raise TypeError(f"{op}: `kernel_map` must be a KernelMap, got {type(kernel_map).__name__}.")
-    expected = (geometry.volume, coarse.capacity)
-    if kernel_map.table.shape != expected:
+    m = kernel_map
+    if (m.geometry, m.grid) != (geometry, fine.stride):
         raise ValueError(
-            f"{op}: `kernel_map` has a table of shape {kernel_map.table.shape}, but kernel_size {geometry.kernel} onto "
-            f"{coarse.capacity} rows needs {expected}."
+            f"{op}: `kernel_map` is that of {m.geometry} on a grid with stride {m.grid}, but this convolution has "
+            f"{geometry} on a grid with stride {fine.stride}."
         )
+    found, expected = (m.in_rows, m.table.shape), (fine.capacity, (geometry.volume, coarse.capacity))
+    if found != expected:
+        raise ValueError(
+            f"{op}: `kernel_map` leads from {m.in_rows} rows by a table of shape {m.table.shape}, but kernel_size "
+            f"{geometry.kernel} from {fine.capacity} rows onto {coarse.capacity} needs {expected[1]}; build it from "
+            "the sites of these tensors."
+        )
+    wrong = [(counts != sites.counts)[0] for counts, sites in ((m.in_counts, fine), (m.out_counts, coarse))]
+    value = jnp.where(wrong[0], m.in_counts[0], m.out_counts[0])
+    limit = jnp.where(wrong[0], fine.counts[0], coarse.counts[0])
+    return (status.report(Problem.KERNEL_MAP, wrong[0] | wrong[1], value, limit),)

@@ -38,7 +38,7 @@ class ConvConfig:
     """The choice of kernels for one convolution, forward and backward. It changes speed, and sums within rounding.
 
     The scheduled kernels of CUDA serve float16, bfloat16 and float32, with channels padded by zeros to multiples of 8
-    (input: of 4 in float32, and up to 28 channels); float64 has one kernel. What is None is chosen by
+    (input channels: of 4 in float32, and in 16 bits up to 28); float64 has one kernel. What is None is chosen by
     `jaxsparse.tuning`: a tuning result, the cache, the table of the device, or the cost model.
 
     Attributes:

@@ -48,12 +48,27 @@ def reverse(table, in_rows: int) -> jax.Array:
 
 
 def canonical_precision(precision: lax.PrecisionLike) -> lax.Precision:
-    """One precision from what jax accepts; None takes jax's own default, `jax_default_matmul_precision`."""
+    """One precision from what jax accepts; None takes jax's own default, `jax_default_matmul_precision`.
+
+    Of jax's algorithms for products, those of float32 or wider are "highest", those of several terms "high".
+    """
     chosen: Any = jax.config.values["jax_default_matmul_precision"] if precision is None else precision
     try:
         if isinstance(chosen, tuple):  # one for each operand: the higher serves both
-            chosen = max((lax.Precision(p) for p in chosen), key=list(lax.Precision).index)
-        return lax.Precision.DEFAULT if chosen is None else lax.Precision(chosen)
+            return max(map(_precision_of, chosen), key=list(lax.Precision).index)
+        return _precision_of(chosen)
     except ValueError:
-        names = "None, default, high, highest, bfloat16, tensorfloat32, float32"
-        raise ValueError(f"`precision` (={precision!r}) must be a jax.lax.Precision or one of {names}.") from None
+        name = "precision" if precision is not None else "jax_default_matmul_precision"
+        raise ValueError(
+            f"`{name}` (={chosen!r}) must be a jax.lax.Precision, a jax.lax.DotAlgorithmPreset or one of None, "
+            "default, high, highest, bfloat16, tensorfloat32, float32."
+        ) from None
+
+
+def _precision_of(chosen: Any) -> lax.Precision:
+    name = chosen.name if isinstance(chosen, lax.DotAlgorithmPreset) else chosen
+    if name in lax.DotAlgorithmPreset.__members__:
+        if name in ("F32_F32_F32", "F64_F64_F64"):
+            return lax.Precision.HIGHEST
+        return lax.Precision.HIGH if name.endswith(("_X3", "_X6", "_X9")) else lax.Precision.DEFAULT
+    return lax.Precision.DEFAULT if chosen is None else lax.Precision(chosen)
