@@ -130,10 +130,9 @@ inline ffi::Error check_site_index(In coords, In count, Out index, SiteIndex* s)
 
 // --- 4 kernel_map ---
 
-enum Builder : int64_t { kHashBuilder = 0, kBlocksBuilder = 1 };
-
 struct BuildKernelMap {
   Geometry geometry{};
+  MapBuilder builder = MapBuilder::kHash;
   int64_t in_rows = kUnbound, out_rows = kUnbound, taps = kUnbound, mask_words = kUnbound, index_bytes = kUnbound;
 };
 
@@ -158,8 +157,9 @@ inline ffi::Error check_kernel_map(In in_coords, In in_count, In out_coords, In 
   checks.operand("table", table, ffi::S32, {&s->taps, &s->out_rows});
   checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
   if (!checks.ok()) return checks.error();
-  checks.require(builder == kHashBuilder || builder == kBlocksBuilder, "builder must be 0 (hash) or 1 (blocks)");
-  checks.require(builder != kBlocksBuilder || blocks_can_serve(s->geometry),
+  checks.require(builder == 0 || builder == 1, "builder must be 0 (hash) or 1 (blocks)");
+  s->builder = static_cast<MapBuilder>(builder);
+  checks.require(s->builder != MapBuilder::kBlocks || blocks_can_serve(s->geometry),
                  "the window must lie over at most 27 blocks of 64 sites for builder 1 (blocks)");
   checks.require(s->index_bytes >= site_index_bytes(s->in_rows),
                  "index must be that of site_index for the input rows");

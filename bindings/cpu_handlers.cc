@@ -155,7 +155,7 @@ ffi::Error kernel_map(ffi::ThreadPool pool, In in_coords, In in_count, In out_co
   }
   return guarded("jaxsparse_kernel_map_v1", [&] {
     cpu::kernel_map(PoolParallelFor(pool),
-                    {s.geometry, builder == kBlocksBuilder, data<uint8_t>(index), s.in_rows,
+                    {s.geometry, s.builder == MapBuilder::kBlocks, data<uint8_t>(index), s.in_rows,
                      clamp_count(in_count, s.in_rows), data<int32_t>(out_coords), s.out_rows,
                      clamp_count(out_count, s.out_rows), data<int32_t>(table), data<uint32_t>(masks)});
   });

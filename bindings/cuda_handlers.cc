@@ -119,7 +119,7 @@ ffi::Error kernel_map(cudaStream_t stream, In in_coords, In in_count, In out_coo
   args.out_count = ints(out_count);
   args.index = index.untyped_data();
   args.geometry = s.geometry;
-  args.builder = static_cast<cuda::MapBuilder>(builder);
+  args.builder = s.builder;
   args.in_rows = narrow(s.in_rows);
   args.out_rows = narrow(s.out_rows);
   args.taps = narrow(s.taps);

@@ -12,8 +12,6 @@
 namespace jaxsparse::cpu {
 namespace {
 
-constexpr int64_t kGrain = 4096;  // rows per task: enough to hide its start, few enough to balance two cores
-
 struct KeyAt {
   Key key;
   int32_t position;

@@ -7,6 +7,8 @@
 
 namespace jaxsparse::cpu {
 
+constexpr int64_t kGrain = 4096;  // rows per task: enough to hide its start, few enough to balance two cores
+
 // Runs body(i) once for every i in [0, tasks), on any threads and in any order, and returns when all have run.
 // Results must not depend on the order: a task writes what no other task writes.
 using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t)>& body)>;

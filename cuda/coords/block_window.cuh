@@ -58,21 +58,21 @@ __device__ int32_t place_share(int axis, int32_t at, int32_t step) {
 
 // Half of a block under a window: which of its 32 sites exist, and the row of the first one, less 1. The second half is
 // stored first.
-struct alignas(8) Half {
+struct alignas(8) HalfBlock {
   uint32_t mask;  // its lowest bit is for the first site
   int32_t row_before;
 };
 
 // Stores the sites of block number `block` under the window of the lane's output; a lane's halves are kWarp apart.
-__device__ inline void put_block(Half* under, int32_t block, uint64_t sites, int32_t first_row) {
+__device__ inline void put_block(HalfBlock* under, int32_t block, uint64_t sites, int32_t first_row) {
   const uint32_t low = static_cast<uint32_t>(sites), high = static_cast<uint32_t>(sites >> 32);
   under[2 * block * kWarp] = {high, first_row - 1 + __popc(low)};
   under[(2 * block + 1) * kWarp] = {low, first_row - 1};
 }
 
 // The row of the site at a place, -1 if there is none.
-__device__ inline int32_t row_at(const Half* under, int32_t place, int32_t in_rows) {
-  const Half half = under[place & ~31];  // 32 places, kWarp halves
+__device__ inline int32_t row_at(const HalfBlock* under, int32_t place, int32_t in_rows) {
+  const HalfBlock half = under[place & ~31];  // 32 places, kWarp halves
   const uint32_t up_to = half.mask << (place & 31);  // the site's bit is the highest, those of earlier sites lie below
   const int32_t row = half.row_before + __popc(up_to);
   return static_cast<int32_t>(up_to) < 0 && row < in_rows ? row : -1;  // a block's last sites may not have fit the array

@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
   constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
   constexpr int kReadAtOnce = kBlocksAtOnce < 4 ? kBlocksAtOnce : 4;
   constexpr BlockNumbers<D> numbers;
-  __shared__ Half halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
-  Half* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
+  __shared__ HalfBlock halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
+  HalfBlock* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
   int64_t output = global_thread();
   Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
   const BlockIndex index(of_blocks, a.in_rows);
@@ -300,11 +300,11 @@ template <int D>
 __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
     block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, void* of_blocks) {
   __shared__ TileMasks masks;
-  __shared__ Half halves[2 * kMostUnderWindow][kWarp];
+  __shared__ HalfBlock halves[2 * kMostUnderWindow][kWarp];
   const BlockIndex index(of_blocks, a.in_rows);
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Half* const under = &halves[0][lane];
+  HalfBlock* const under = &halves[0][lane];
   const uint32_t pieces = pieces_of(out_rows, a.mask_words);
   for (uint32_t i = blockIdx.x; i < pieces; i += gridDim.x) {
     const Piece piece = piece_of(i, a.mask_words);

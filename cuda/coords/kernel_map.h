@@ -5,6 +5,7 @@
 
 #include "cuda/common/types.h"
 #include "cuda/coords/key.h"
+#include "cuda/coords/window.h"
 
 namespace jaxsparse::cuda {
 
@@ -20,13 +21,6 @@ struct SiteIndexArgs {
 // Builds the index that kernel_map searches, unless coarse_sites has made it together with the sites. Its bytes depend on
 // the order of threads; the result of a search does not.
 cudaError_t site_index(const SiteIndexArgs& args, cudaStream_t stream);
-
-// How a map is built. All builders give the same map.
-enum class MapBuilder {
-  kHash = 0,    // an index of sites, one search per tap; sites may have any order
-  kBlocks = 1,  // an index of blocks, one search per block under a window; needs sorted sites, and at most
-                // kMostUnderWindow blocks under a window
-};
 
 struct KernelMapArgs {
   const int32_t* in_coords;   // [in_rows, 1 + dims]

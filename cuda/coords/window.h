@@ -1,9 +1,16 @@
-// The blocks of 64 sites under the window of an output, for the map builder "blocks", on CPU and GPU.
+// How kernel maps are built, on CPU and GPU, and the blocks of 64 sites under the window of an output.
 #pragma once
 
 #include "cuda/coords/key.h"
 
 namespace jaxsparse {
+
+// All builders give the same map.
+enum class MapBuilder {
+  kHash = 0,    // an index of sites, one search per tap; sites may have any order
+  kBlocks = 1,  // an index of blocks, one search per block under a window; needs sorted sites, and at most
+                // kMostUnderWindow blocks under a window
+};
 
 // On one axis: a window lies over `blocks` blocks, and its first tap is `offset` sites after the start of the first.
 struct WindowAxis {
