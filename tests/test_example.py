@@ -205,6 +205,30 @@ def test_npz_files_say_what_they_lack(tmp_path):
         scans.open_scans([tmp_path / "nowhere"])
 
 
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"label": [1, 2]}, r"no array `xyz` in c\.npz"),
+        ({"label": [0, 0], "xyz": np.zeros((2, 3))}, r"every label in c\.npz is 0"),
+        ({"label": [], "xyz": np.zeros((0, 3))}, r"no points in c\.npz"),
+        ({"label": [1, 2], "xyz": np.zeros((2, 3)), "meta": "not JSON"}, r"c\.npz: its array `meta` is no JSON"),
+        (None, r"c\.npz: not a sound \.npz file"),
+    ],
+)
+def test_unsound_npz_files_are_named(tmp_path, arrays, message):
+    if arrays is None:
+        (tmp_path / "c.npz").write_bytes(b"")
+    else:
+        np.savez(tmp_path / "c.npz", intensity=np.zeros(len(arrays["label"])), **arrays)
+    with pytest.raises(ValueError, match=message):
+        scans.open_scans([tmp_path / "c.npz"])
+
+
+def test_a_schedule_for_the_shortest_run():
+    tx = training.adamw(1e-3, 1)
+    tx.init({"w": np.zeros(3, np.float32)})
+
+
 def test_real_scans_are_read_with_their_classes():
     if not SCANS.is_dir():
         pytest.skip(f"no real scans at {SCANS} (set JAXSPARSE_SCANS to the folder that holds them)")

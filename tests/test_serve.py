@@ -73,6 +73,9 @@ def test_a_wrong_command_line_ends_the_program_with_a_word(capsys):
         assert f"argument {option}: {word} must be positive" in capsys.readouterr().err
     with raises(SystemExit, "error: no such file or folder: nowhere"):
         serve.main(["--data", "nowhere"])
+    with pytest.raises(SystemExit):
+        serve.main(["--out", f"{__file__}/below"])
+    assert "is, or lies below, a file" in capsys.readouterr().err
 
 
 def test_scans_sent_ahead_give_the_same_bits(served):

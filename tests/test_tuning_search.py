@@ -7,6 +7,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import raises
 from flax import nnx
@@ -399,6 +400,16 @@ def test_build_table_refuses_what_it_cannot_tune(tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.main(["build-table", option, value])
         assert f"error: {option} (=" in capsys.readouterr().err
+    no_table = tmp_path / "notes.json"
+    no_table.write_text("not a table")
+    with pytest.raises(SystemExit):
+        command.main(["build-table", "--out", str(no_table)])
+    assert "is there already and no table" in capsys.readouterr().err
+    np.savez(tmp_path / "nan.npz", points=np.full((5, 3), np.nan))
+    with raises(SystemExit, "nan.npz holds no finite point"):
+        command.main(["build-table", "--data", str(tmp_path), "--array", "points"])
+    with raises(SystemExit, "no array 'xyz'", "--array"):
+        command.main(["build-table", "--data", str(tmp_path)])
 
 
 def test_timed_programs_run_their_kernels_one_by_one(monkeypatch):
