@@ -356,12 +356,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the scans")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--device", choices=["cpu", "gpu"], default=None, help="where to run (default: JAX's default)")
+    measure.add_device(parser)
     parser.add_argument("--steps", type=int, default=40, help="timed steps; published figures take at least 30")
     parser.add_argument("--out", default=None, help="folder for the results; without it they are only printed")
     args = parser.parse_args()
-    if args.device:
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
+    measure.choose_device(args.device)
     if reason := scans.missing(args.data, ["semkitti_00_000000", "nusc_10sweep"]):
         print(f"skipped: {reason}")
         return

@@ -198,13 +198,12 @@ def main():
     parser.add_argument("--data", help="folder of the scans; rows whose scan is missing are skipped")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="groups of layers (default: all)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16"])
-    parser.add_argument("--device", choices=["cpu", "gpu"], default=None, help="where to run (default: JAX's default)")
+    measure.add_device(parser)
     parser.add_argument("--steps", type=int, default=32, help="timed steps; published figures take at least 30")
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
     parser.add_argument("--out", default=None, help="folder for the results; without it they are only printed")
     args = parser.parse_args()
-    if args.device:
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
+    measure.choose_device(args.device)
     layers = layers_of(args.rows, args.data)
     rates = device_rates(args.steps)
     found = {}

@@ -17,6 +17,22 @@ import jax
 import numpy as np
 
 
+def add_device(parser):
+    """Adds the option that `choose_device` takes."""
+    parser.add_argument("--device", choices=["cpu", "gpu"], default=None, help="where to run (default: JAX's default)")
+
+
+def choose_device(name):
+    """Runs everything on the CPU or a GPU; ends the program where there is none."""
+    if name is None:
+        return
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[name])
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"error: --device {name}: JAX finds none here {error}".rstrip()) from error
+
+
 def wall_ms(step, inputs, sync, steps):
     """Wall time of each step in milliseconds, synchronised before and after, going round the ring of inputs."""
     times, warmup = [], max(3, steps // 5)

@@ -180,7 +180,7 @@ def main():
         metavar="NAME",
         help=f"one or more of {', '.join(WORKLOADS)} (default: all)",
     )
-    parser.add_argument("--device", choices=["cpu", "gpu"], default=None, help="where to run (default: JAX's default)")
+    measure.add_device(parser)
     parser.add_argument("--dtype", choices=list(LOSS_SCALE), default="float16")
     parser.add_argument("--scans", type=int, nargs="+", default=[None], help="scans a batch (default: the workload's)")
     parser.add_argument("--capacity", type=float, nargs="+", default=[1.1], help="rows for each voxel of the largest")
@@ -192,8 +192,7 @@ def main():
     parser.add_argument("--cache", default=None, help="folder that keeps the float64 results from run to run")
     parser.add_argument("--out", default=None, help="folder for networks.json and .md (default: only print)")
     args = parser.parse_args()
-    if args.device:
-        jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.device])
+    measure.choose_device(args.device)
     run(args)
 
 
