@@ -125,8 +125,8 @@ def sum_rows(
     x, index = jnp.asarray(x), jnp.asarray(index)
     _check_rows("sum_rows", x, index)
     check_float("sum_rows: x", x)
-    if not isinstance(groups, int | np.integer) or groups < 1:
-        raise ValueError(f"sum_rows: `groups` (={groups!r}) must be an integer, at least 1.")
+    if not isinstance(groups, int | np.integer) or groups < 0:
+        raise ValueError(f"sum_rows: `groups` (={groups!r}) must be an integer, at least 0.")
     if x.shape[0] != index.shape[0]:
         raise ValueError(
             f"sum_rows: `x` has {x.shape[0]} rows but `index` has {index.shape[0]}; it needs one for each."
