@@ -40,8 +40,8 @@ class Spec:
       in_rows: rows of the input, N_in.
       config: choice of kernel.
       is_symmetric: whether the map is its own reverse, see `KernelMap`.
-      tap_groups: groups of taps by which rows are sorted, see `KernelMap`.
-      grid, strides: of the map, see `KernelMap`; by which kernels are chosen.
+      tap_groups: groups of taps by which rows are sorted, `Geometry.tap_groups`; changes speed alone.
+      grid, strides: of the map's fine grid, and of the coarse one in its cells; by which kernels are chosen.
     """
 
     dtype: jnp.dtype
