@@ -9,7 +9,7 @@ import jax
 from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.ops import _coords
-from jaxsparse.sites import Sites
+from jaxsparse.sites import Sites, check_single
 
 
 @jax.tree_util.register_dataclass
@@ -75,9 +75,7 @@ def kernel_map(
     for name, sites in (("in_sites", in_sites), ("out_sites", out_sites)):
         if not isinstance(sites, Sites):
             raise TypeError(f"`{name}` must be a Sites, got {type(sites).__name__}; pass x.sites of a tensor.")
-        if sites.coords.ndim != 2:
-            axes = sites.coords.shape[:-2]
-            raise ValueError(f"`{name}` has leading axes {axes}, several in one; call this inside jax.vmap.")
+        check_single(f"`{name}`", sites.coords)
     geometry = Geometry.create(in_sites.dims, kernel_size, strides, padding, dilation)
     return map_between(in_sites, out_sites, geometry, implementation, builder)
 

@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 
 from jaxsparse import _keys, status
 from jaxsparse._compat import trace_state
-from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry, per_axis
 from jaxsparse.ops import _coords
 from jaxsparse.status import Problem
@@ -168,7 +167,7 @@ class Sites:
         return _keys.real_rows(self.counts, self.capacity)
 
     def memo(self, key: Hashable, make: Callable[[], Any], partner: Sites | None = None) -> Any:
-        """What `make()` returned for this key, and these partners, in the current trace, calling it the first time."""
+        """What `make()` returned for this key, and this partner, in the current trace, calling it the first time."""
         memo = self._memo if partner is None else self._memo.of_pair(partner._memo)
         return memo.get(key, make)
 
@@ -203,7 +202,6 @@ class Sites:
             fine site can reach more than one coarse site.
           implementation: "auto" or "xla".
         """
-        check_implementation(implementation)
         if mode not in ("reachable", "floor"):
             raise ValueError(f'`sites` (={mode!r}) must be "reachable" or "floor".')
         # "floor": the coarse sites whose stride x stride cell holds an input
@@ -246,7 +244,9 @@ class Sites:
 
 
 def as_int32(name: str, values: ArrayLike) -> jax.Array:
-    """numpy integers as int32, refused where they do not fit: jax would wrap them in silence."""
+    """Integers of the host as int32, refused where they do not fit: jax would wrap numpy's in silence."""
+    if isinstance(values, int | np.integer):
+        values = np.asarray(values)
     if isinstance(values, np.ndarray) and np.issubdtype(values.dtype, np.integer):
         least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
         if least < -(2**31) or most >= 2**31:
@@ -276,12 +276,17 @@ def check_capacities(capacities: Capacities | None, dims: int) -> Capacities:
 
 def check_count(count: jax.Array | int | None, rows: int) -> tuple[jax.Array, jax.Array]:
     """The number of real rows, an int32 scalar in [0, rows] (all by default), and a report if it was outside."""
-    count = rows if count is None else count
-    count = as_int32("count", np.asarray(count) if isinstance(count, int | np.integer) else count)
+    count = as_int32("count", rows if count is None else count)
     if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
         raise ValueError(f"`count` must be an integer scalar, got {count.dtype}{list(count.shape)}.")
     count = count.astype(jnp.int32)
     return jnp.clip(count, 0, rows), status.report(Problem.COUNT, (count < 0) | (count > rows), count, rows)
+
+
+def check_single(what: str, coords: jax.Array) -> None:
+    """Refuses the coordinates of several scenes in one, as `vmap` returns them."""
+    if coords.ndim != 2:
+        raise ValueError(f"{what} has leading axes {coords.shape[:-2]}, several in one; call this inside jax.vmap.")
 
 
 def check_batch_size(batch_size: int | None, dims: int) -> None:

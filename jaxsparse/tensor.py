@@ -12,7 +12,7 @@ import numpy as np
 from jaxsparse import _keys, status
 from jaxsparse.geometry import AxisInts
 from jaxsparse.ops import _coords
-from jaxsparse.sites import Capacities, Sites, check_batch_size, check_capacities, check_capacity
+from jaxsparse.sites import Capacities, Sites, check_batch_size, check_capacities, check_capacity, check_single
 from jaxsparse.status import Problem
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
@@ -30,9 +30,7 @@ def check_tensor(op: str, x: object) -> None:
     """Refuses what is no SparseTensor, or several in one, as `vmap` returns them."""
     if not isinstance(x, SparseTensor):
         raise TypeError(f"{op}: expected a SparseTensor, got {type(x).__name__}.")
-    if x.coords.ndim != 2:
-        axes = x.coords.shape[:-2]
-        raise ValueError(f"{op}: the SparseTensor has leading axes {axes}, several in one; call this inside jax.vmap.")
+    check_single(f"{op}: the SparseTensor", x.coords)
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -14,7 +14,7 @@ from .ray_casting import Lidar
 
 
 def positive(kind: Callable[[str], float], or_zero: bool = False) -> Callable[[str], float]:
-    """A parser of `int` or `float` numbers that refuses those that are not positive and finite."""
+    """A parser of `int` or `float` numbers that refuses those that are not positive (or 0) and finite."""
 
     def parse(word: str) -> float:
         number = kind(word)

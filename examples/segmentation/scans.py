@@ -86,21 +86,22 @@ def npz_scans(paths: Sequence[Path]) -> ScanSet:
     Other ids are relabelled densely; all files must then use the same ids.
     """
     arrays = [_arrays(path) for path in paths]
-    unlabelled = [path.name for path, data in zip(paths, arrays, strict=True) if "label" not in data]
-    if unlabelled:
+
+    def names(wrong: Callable[[dict[str, np.ndarray]], bool]) -> list[str]:
+        return [path.name for path, data in zip(paths, arrays, strict=True) if wrong(data)]
+
+    if unlabelled := names(lambda data: "label" not in data):
         labelled = ", ".join(path.name for path in paths if path.name not in unlabelled)
         remedy = f"Name the labelled ones with --data: {labelled}." if labelled else "None of the files has one."
         raise ValueError(f"no array `label` in {', '.join(unlabelled)}: labels say which classes there are. {remedy}")
     for name in ("xyz", "intensity"):
-        incomplete = [path.name for path, data in zip(paths, arrays, strict=True) if name not in data]
-        if incomplete:
+        if incomplete := names(lambda data, name=name: name not in data):
             raise ValueError(f"no array `{name}` in {', '.join(incomplete)}: the model reads it")
-    empty = [path.name for path, data in zip(paths, arrays, strict=True) if len(data["xyz"]) == 0]
-    if empty:
+    if empty := names(lambda data: len(data["xyz"]) == 0):
         raise ValueError(f"no points in {', '.join(empty)}: leave such files out")
     if not any(np.any(data["label"]) for data in arrays):
-        names = ", ".join(path.name for path in paths)
-        raise ValueError(f"every label in {names} is 0, which stands for no class: name files with classes")
+        every = ", ".join(path.name for path in paths)
+        raise ValueError(f"every label in {every} is 0, which stands for no class: name files with classes")
     kinds = {_label_system(path, data) for path, data in zip(paths, arrays, strict=True)}
     if len(kinds) > 1:
         systems = ", ".join(sorted(kinds))

@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     try:
         build_table(_parse(arguments))
-    except (ValueError, js.SiteError) as error:  # what a scan or its voxels are refused for
+    except ValueError as error:  # what a scan or its voxels are refused for
         raise SystemExit(f"error: {error}") from error
 
 

@@ -101,13 +101,11 @@ def conv(
         raise ValueError(f'`kernel_map` was given with sites={sites!r}; pass the output `Sites`, or "submanifold".')
     else:
         out_sites = x.sites.coarse(geometry, sites, capacity, implementation)
-    found = () if kernel_map is None else _check_map("conv", kernel_map, geometry, x.sites, out_sites)
-    if kernel_map is None:
-        kernel_map = map_between(x.sites, out_sites, geometry, implementation)
+    kernel_map, problems = _checked_map("conv", kernel_map, geometry, x.sites, out_sites, implementation)
     if out_sites is not x.sites and isinstance(sites, Sites):
-        out_sites = out_sites.with_status(x.sites.status)
-    if found:
-        out_sites = out_sites.with_status(*found)
+        problems = [x.sites.status, *problems]
+    if problems:
+        out_sites = out_sites.with_status(*problems)
     out_sites, end = _ending("conv", x, kernel, out_sites, bias, norm, residual, activation)
     options = (precision, config, implementation)
     return _bind("forward", x, out_sites, kernel, kernel_map, x.capacity, end, *options)
@@ -163,10 +161,8 @@ def conv_transpose(
         )
     geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
     _check_kernel("conv_transpose", x, kernel, bias, geometry)
-    found = () if kernel_map is None else _check_map("conv_transpose", kernel_map, geometry, fine, x.sites)
-    if kernel_map is None:
-        kernel_map = map_between(fine, x.sites, geometry, implementation)
-    out_sites = fine.with_status(x.sites.status, *found)
+    kernel_map, problems = _checked_map("conv_transpose", kernel_map, geometry, fine, x.sites, implementation)
+    out_sites = fine.with_status(x.sites.status, *problems)
     out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
     swapped = jnp.swapaxes(kernel, 1, 2)
     options = (precision, config, implementation)
@@ -251,8 +247,15 @@ def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) ->
     check_per_channel(op, kernel.shape[2], "the output features", {"bias": bias})
 
 
-def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, coarse: Sites) -> tuple[jax.Array]:
-    """Refuses a map that cannot be of these sites; returns a status that reports one that has other numbers of rows."""
+def _checked_map(
+    op: str, kernel_map: KernelMap | None, geometry: Geometry, fine: Sites, coarse: Sites, implementation: str
+) -> tuple[KernelMap, list[jax.Array]]:
+    """The map, built where none is given, and the statuses that report a given one with other numbers of real rows.
+
+    Refuses one that cannot be of these sites.
+    """
+    if kernel_map is None:
+        return map_between(fine, coarse, geometry, implementation), []
     if not isinstance(kernel_map, KernelMap):
         raise TypeError(f"{op}: `kernel_map` must be a KernelMap, got {type(kernel_map).__name__}.")
     m = kernel_map
@@ -271,4 +274,4 @@ def _check_map(op: str, kernel_map: KernelMap, geometry: Geometry, fine: Sites, 
     wrong = [(counts != sites.counts)[0] for counts, sites in ((m.in_counts, fine), (m.out_counts, coarse))]
     value = jnp.where(wrong[0], m.in_counts[0], m.out_counts[0])
     limit = jnp.where(wrong[0], fine.counts[0], coarse.counts[0])
-    return (status.report(Problem.KERNEL_MAP, wrong[0] | wrong[1], value, limit),)
+    return kernel_map, [status.report(Problem.KERNEL_MAP, wrong[0] | wrong[1], value, limit)]
