@@ -52,21 +52,28 @@ struct Channels {
   ffi::DataType dtype = ffi::DataType::INVALID;
   int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
   std::optional<In> a, center, gate_scale, gate_shift;  // none, the first two, or all four
+  std::optional<In> residual;
+
+  ffi::DataType sums() const { return dtype == ffi::F64 ? ffi::F64 : ffi::F32; }
 };
+
+inline void check_channels(Checks* checks, const char* name, In x, In count, Out workspace, Channels* s) {
+  int64_t one = 1;
+  s->dtype = x.element_type();
+  checks->operand(name, x, s->dtype, {&s->rows, &s->channels});
+  checks->operand("count", count, ffi::S32, {&one});
+  checks->operand("workspace", workspace, ffi::U8, {&s->workspace});
+  checks->require(is_feature_dtype(s->dtype), "features must be float16, bfloat16, float32 or float64");
+  checks->require(s->channels >= 1, "features must have at least one channel");
+}
 
 inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,
                                         Channels* s) {
   Checks checks("jaxsparse_channel_moments_v1");
-  int64_t one = 1;
-  s->dtype = b.element_type();
-  const ffi::DataType sums = s->dtype == ffi::F64 ? ffi::F64 : ffi::F32;
-  checks.operand("b", b, s->dtype, {&s->rows, &s->channels});
-  checks.operand("count", count, ffi::S32, {&one});
+  check_channels(&checks, "b", b, count, workspace, s);
+  const ffi::DataType sums = s->sums();
   checks.operand("first", first, sums, {&s->channels});
   checks.operand("second", second, sums, {&s->channels});
-  checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
-  checks.require(is_feature_dtype(s->dtype), "b must be float16, bfloat16, float32 or float64");
-  checks.require(s->channels >= 1, "b must have at least one channel");
   checks.require(rest.size() == 0 || rest.size() == 2 || rest.size() == 4,
                  "a and center must be given together, and gate_scale and gate_shift with them");
   if (checks.ok() && rest.size() >= 2) {
@@ -81,6 +88,45 @@ inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, O
     checks.operand("gate_scale", *s->gate_scale, sums, {&s->channels});
     checks.operand("gate_shift", *s->gate_shift, sums, {&s->channels});
   }
+  return checks.error();
+}
+
+// --- 15 batch_norm ---
+
+inline ffi::Error check_batch_norm(In x, In count, In scale, In shift, Out y, Out mean, Out variance, Out inverse,
+                                   Out workspace, ffi::RemainingArgs rest, Channels* s) {
+  Checks checks("jaxsparse_batch_norm_v1");
+  check_channels(&checks, "x", x, count, workspace, s);
+  const ffi::DataType sums = s->sums();
+  checks.operand("scale", scale, sums, {&s->channels});
+  checks.operand("shift", shift, sums, {&s->channels});
+  checks.operand("y", y, s->dtype, {&s->rows, &s->channels});
+  checks.operand("mean", mean, sums, {&s->channels});
+  checks.operand("variance", variance, sums, {&s->channels});
+  checks.operand("inverse", inverse, sums, {&s->channels});
+  checks.require(rest.size() <= 1, "after shift there is room for a residual alone");
+  if (checks.ok() && rest.size() == 1) {
+    s->residual = rest.get<In>(0).value();
+    checks.operand("residual", *s->residual, s->dtype, {&s->rows, &s->channels});
+  }
+  return checks.error();
+}
+
+// --- 16 batch_norm_grad ---
+
+inline ffi::Error check_batch_norm_grad(In ct, In x, In mean, In inverse, In scale, In shift, In count, Out x_ct,
+                                        Out scale_ct, Out shift_ct, Out workspace, Channels* s) {
+  Checks checks("jaxsparse_batch_norm_grad_v1");
+  check_channels(&checks, "x", x, count, workspace, s);
+  const ffi::DataType sums = s->sums();
+  checks.operand("ct", ct, s->dtype, {&s->rows, &s->channels});
+  checks.operand("mean", mean, sums, {&s->channels});
+  checks.operand("inverse", inverse, sums, {&s->channels});
+  checks.operand("scale", scale, sums, {&s->channels});
+  checks.operand("shift", shift, sums, {&s->channels});
+  checks.operand("x_ct", x_ct, s->dtype, {&s->rows, &s->channels});
+  checks.operand("scale_ct", scale_ct, sums, {&s->channels});
+  checks.operand("shift_ct", shift_ct, sums, {&s->channels});
   return checks.error();
 }
 

@@ -9,7 +9,7 @@
 #include "bindings/checks_coords.h"
 #include "bindings/checks_rows.h"
 #include "bindings/handlers.h"
-#include "cuda/channels/moments.h"
+#include "cuda/channels/channels.h"
 #include "cuda/conv/conv.h"
 #include "cuda/conv/gemm.h"
 #include "cuda/conv/schedule.h"
@@ -381,29 +381,78 @@ ffi::Error segment_sum(cudaStream_t stream, In x, In order, In offsets, Out y) {
   return launch_error("jaxsparse_segment_sum_v1", cuda::segment_sum(args, stream));
 }
 
+const void* data(const std::optional<In>& operand) { return operand ? operand->untyped_data() : nullptr; }
+
+// What all calls for channels have in common, once checked.
+ffi::Error channel_args(const char* call, const Channels& s, In x, In count, Out workspace, cuda::ChannelArgs* args) {
+  args->dtype = kernel_dtype(s.dtype);
+  args->count = ints(count);
+  args->rows = narrow(s.rows);
+  args->channels = narrow(s.channels);
+  args->x = x.untyped_data();
+  args->workspace = workspace->untyped_data();
+  return check_workspace(call, s.workspace, cuda::channels_workspace(s.channels, args->dtype));
+}
+
 ffi::Error channel_moments(cudaStream_t stream, In b, In count, Out first, Out second, Out workspace,
                            ffi::RemainingArgs rest) {
   constexpr const char* call = "jaxsparse_channel_moments_v1";
   Channels s;
   ffi::Error error = check_channel_moments(b, count, first, second, workspace, rest, &s);
   if (error.failure()) return error;
-  const cuda::Dtype dtype = kernel_dtype(s.dtype);
-  error = check_workspace(call, s.workspace, cuda::moments_workspace(s.channels, dtype));
+  cuda::ChannelArgs args;
+  error = channel_args(call, s, s.a.value_or(b), count, workspace, &args);
   if (error.failure()) return error;
-  const auto data = [](const std::optional<In>& operand) { return operand ? operand->untyped_data() : nullptr; };
-  const cuda::MomentsArgs args{dtype,
-                               data(s.a),
-                               b.untyped_data(),
-                               data(s.center),
-                               data(s.gate_scale),
-                               data(s.gate_shift),
-                               ints(count),
-                               narrow(s.rows),
-                               narrow(s.channels),
-                               first->untyped_data(),
-                               second->untyped_data(),
-                               workspace->untyped_data()};
+  if (s.a) args.ct = b.untyped_data();
+  args.center = data(s.center);
+  args.scale = data(s.gate_scale);
+  args.shift = data(s.gate_shift);
+  args.first = first->untyped_data();
+  args.second = second->untyped_data();
   return launch_error(call, cuda::channel_moments(args, stream));
+}
+
+ffi::Error batch_norm(cudaStream_t stream, In x, In count, In scale, In shift, Out y, Out mean, Out variance, Out inverse,
+                      Out workspace, ffi::RemainingArgs rest, double epsilon, int64_t relu) {
+  constexpr const char* call = "jaxsparse_batch_norm_v1";
+  Channels s;
+  ffi::Error error = check_batch_norm(x, count, scale, shift, y, mean, variance, inverse, workspace, rest, &s);
+  if (error.failure()) return error;
+  cuda::ChannelArgs args;
+  error = channel_args(call, s, x, count, workspace, &args);
+  if (error.failure()) return error;
+  args.scale = scale.untyped_data();
+  args.shift = shift.untyped_data();
+  args.residual = data(s.residual);
+  args.epsilon = epsilon;
+  args.relu = relu != 0;
+  args.first = mean->untyped_data();
+  args.second = variance->untyped_data();
+  args.third = inverse->untyped_data();
+  args.result = y->untyped_data();
+  return launch_error(call, cuda::batch_norm(args, stream));
+}
+
+ffi::Error batch_norm_grad(cudaStream_t stream, In ct, In x, In mean, In inverse, In scale, In shift, In count, Out x_ct,
+                           Out scale_ct, Out shift_ct, Out workspace, int64_t relu) {
+  constexpr const char* call = "jaxsparse_batch_norm_grad_v1";
+  Channels s;
+  ffi::Error error =
+      check_batch_norm_grad(ct, x, mean, inverse, scale, shift, count, x_ct, scale_ct, shift_ct, workspace, &s);
+  if (error.failure()) return error;
+  cuda::ChannelArgs args;
+  error = channel_args(call, s, x, count, workspace, &args);
+  if (error.failure()) return error;
+  args.ct = ct.untyped_data();
+  args.center = mean.untyped_data();
+  args.inverse = inverse.untyped_data();
+  args.scale = scale.untyped_data();
+  args.shift = shift.untyped_data();
+  args.relu = relu != 0;
+  args.first = shift_ct->untyped_data();
+  args.second = scale_ct->untyped_data();
+  args.result = x_ct->untyped_data();
+  return launch_error(call, cuda::batch_norm_grad(args, stream));
 }
 
 using Stream = ffi::PlatformStream<cudaStream_t>;
@@ -433,6 +482,12 @@ XLA_FFI_DEFINE_HANDLER(kWgradGemm, wgrad_gemm,
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 2, 3>().RemainingArgs()),
                        {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(
+    kBatchNorm, batch_norm,
+    (bind<Stream, 4, 5>().RemainingArgs().Attr<double>("epsilon").Attr<int64_t>("relu")),
+    {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kBatchNormGrad, batch_norm_grad, (bind<Stream, 7, 4>().Attr<int64_t>("relu")),
+                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
@@ -445,7 +500,9 @@ const Handlers& cuda_handlers() {
                                      {"jaxsparse_linear_fused_v1", kLinearFused},
                                      {"jaxsparse_conv_pairs_v1", kConvPairs},
                                      {"jaxsparse_wgrad_gemm_v1", kWgradGemm},
-                                     {"jaxsparse_channel_moments_v1", kChannelMoments}});
+                                     {"jaxsparse_channel_moments_v1", kChannelMoments},
+                                     {"jaxsparse_batch_norm_v1", kBatchNorm},
+                                     {"jaxsparse_batch_norm_grad_v1", kBatchNormGrad}});
     return handlers;
   }();
   return all;

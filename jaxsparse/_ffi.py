@@ -35,6 +35,8 @@ CUDA_TARGETS = (
     "jaxsparse_conv_pairs_v1",
     "jaxsparse_wgrad_gemm_v1",
     "jaxsparse_channel_moments_v1",
+    "jaxsparse_batch_norm_v1",
+    "jaxsparse_batch_norm_grad_v1",
 )
 
 Attribute = int | float | Sequence[int]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from scenes import quick_rngs, random_tensor
 
 import jaxsparse as js
 from jaxsparse.ops import channels
+from jaxsparse.ops.normalize import _cotangent, _tangent, normalize
 from jaxsparse.tensor import on_sites
 
 
@@ -130,6 +133,87 @@ def test_padding_reaches_nothing():
         assert (b[n:] == 0).all()
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("count", [0, 1, 17, 20])
+@pytest.mark.parametrize("relu", [False, True])
+def test_tangent_and_cotangent_of_normalize_are_adjoint(count, relu):
+    x, x_dot, ct, *vectors = draw(count, *[(20, 3)] * 3, *[(3,)] * 6)
+    scale_dot, shift_dot, *at = vectors
+    at, counts = (x, *at, jnp.array([count], jnp.int32)), np.arange(20)[:, None] < count
+    (moved,) = _tangent(x_dot, scale_dot, shift_dot, *at, relu=relu)
+    given = _cotangent(ct, *at, relu=relu)
+    right = sum((a * b).sum() for a, b in zip(given, (x_dot, scale_dot, shift_dot), strict=True))
+    np.testing.assert_allclose((moved * jnp.where(counts, ct, 0)).sum(), right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("count", [1, 13])
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_normalize_has_the_values_and_derivatives_of_plain_jax(count, relu, adds):
+    x, residual, weight = draw(count, *[(15, 3)] * 3)
+    scale, shift, of_mean, of_variance = draw(count + 50, *[(3,)] * 4)
+    counts, operands = jnp.array([count], jnp.int32), (x, scale, shift, residual)
+
+    def ours(x, scale, shift, residual):
+        extra = residual if adds else None
+        y, mean, variance = normalize(x, scale, shift, counts, extra, epsilon=0.1, relu=relu)
+        return (y * weight).sum() + mean @ of_mean + variance @ of_variance + (y * variance[None]).sum() ** 2
+
+    def plain(x, scale, shift, residual):
+        x = x[:count]
+        mean, variance = x.mean(0), x.var(0)
+        y = (x - mean[None]) / jnp.sqrt(variance + 0.1)[None] * scale[None] + shift[None]
+        y = y + residual[:count] if adds else y
+        y = jnp.where(y > 0, y, 0) if relu else y
+        return (y * weight[:count]).sum() + mean @ of_mean + variance @ of_variance + (y * variance[None]).sum() ** 2
+
+    every = (0, 1, 2, 3)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    same(ours(*operands), plain(*operands))
+    for of in (jax.jacfwd, jax.jacrev):
+        jax.tree.map(same, of(ours, every)(*operands), of(plain, every)(*operands))
+    for outer, inner in ((jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacrev), (jax.jacrev, jax.jacfwd)):
+        twice = [jax.jit(outer(inner(f, every), every))(*operands) for f in (ours, plain)]
+        jax.tree.map(same, *twice)
+    same(jax.grad(ours, 1)(*operands), jax.grad(plain, 1)(*operands))  # along one, the others constant
+
+
+def test_padding_reaches_nothing_in_normalize():
+    x, residual, ct = draw(0, *[(15, 4)] * 3, dtype=jnp.float16)
+    scale, shift = draw(1, (4,), (4,), dtype=jnp.float32)
+    counts, real = jnp.array([12], jnp.int32), np.arange(15)[:, None] < 12
+
+    def run(x, residual, ct):
+        y, back = jax.vjp(lambda x, r: normalize(x, scale, shift, counts, r, epsilon=0.1, relu=True)[0], x, residual)
+        return y, *back(ct)
+
+    arrays = x, residual, ct
+    clean = run(*(jnp.where(real, a, 0) for a in arrays))
+    dirty = run(*(jnp.where(real, a, jnp.nan) for a in arrays))
+    for a, b in zip(clean[:2], dirty[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (b[12:] == 0).all()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_normalize_batch_is_statistics_and_a_norm(activation):
+    x, other = random_tensor(0, rows=40, capacity=50, features=8), random_tensor(0, rows=40, capacity=50, features=8)
+    residual = other.with_feats(other.feats * 2 + 1)
+    scale, bias = draw(1, (8,), (8,), dtype=jnp.float32)
+    for extra in (None, residual):
+        y, mean, variance, count = js.ops.normalize_batch(x, scale, bias, residual=extra, activation=activation)
+        wanted = js.ops.batch_statistics(x)
+        after = js.ops.batch_norm(x, *wanted[:2], scale, bias, residual=extra, activation=activation)
+        for got, want in zip((mean, variance, count), wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+        np.testing.assert_allclose(y.feats, after.feats, rtol=1e-5, atol=1e-5)
+    plain, *_ = js.ops.normalize_batch(x)
+    np.testing.assert_allclose(plain.feats[: int(x.count)].std(0), 1, rtol=1e-3)
+    with pytest.raises(ValueError, match="equal features, got 8 and 3"):
+        js.ops.normalize_batch(x, residual=random_tensor(0, rows=40, capacity=50, features=3))
+
+
 def test_vmap_over_scenes_is_a_loop_over_scenes():
     a, b = draw(0, (4, 20, 3), (4, 20, 3), dtype=jnp.float32)
     s, t, c = draw(1, (3,), (3,), (3,), dtype=jnp.float32)
@@ -170,7 +254,7 @@ def test_the_derivative_of_relu_at_zero_is_zero():
     assert (jax.grad(jax.grad(lambda s: js.ops.relu(x.with_feats(x.feats * s)).feats.sum() ** 2))(1.0)) > 0
 
 
-def test_saving_products_alone_halves_what_a_backward_pass_keeps():
+def test_saving_products_alone_saves_a_third_of_what_a_backward_pass_keeps():
     x = random_tensor(0, rows=60, features=8)
     model = js.models.blocks.ResidualBlock(8, 16, rngs=quick_rngs())
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -183,7 +267,7 @@ def test_saving_products_alone_halves_what_a_backward_pass_keeps():
         return sum(a.size * a.dtype.itemsize for a in leaves if a.ndim == 2 and a.shape[1] >= 8)
 
     lean = jax.checkpoint(loss, policy=js.ops.save_products)
-    assert kept(lean) <= 0.6 * kept(loss)
+    assert kept(lean) <= 0.65 * kept(loss)
     for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (loss, lean)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jaxpr = str(jax.make_jaxpr(jax.grad(lean))(params))

@@ -19,7 +19,7 @@ from scenes import pad_rows, quick_rngs, random_coords, random_kernel, random_te
 import jaxsparse as js
 from jaxsparse import _ffi
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _coords, channels, rows
+from jaxsparse.ops import _coords, channels, normalize, rows
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, choices, fused, primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket
@@ -39,6 +39,9 @@ OPS = [
     rows._sum,
     channels._moments,
     channels._statistics,
+    normalize._normalize,
+    normalize._tangent,
+    normalize._cotangent,
 ]
 
 pytestmark = [
@@ -422,3 +425,49 @@ def test_batch_norm_takes_its_sums_from_custom_calls(calls, activation):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for grad, want in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(grad, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_layer_of_batch_norm_is_a_call_forward_and_one_backward(calls, activation, adds):
+    x = random_tensor(0, rows=300, capacity=400, features=8)
+    layer = js.nn.BatchNorm(8, rngs=quick_rngs())
+    graph, state = nnx.split(layer)
+
+    def f(feats):
+        y = x.with_feats(feats)
+        after = {"residual": x if adds else None, "activation": activation}
+        return (nnx.merge(graph, state, copy=True)(y, **after).feats ** 3).sum()
+
+    calls.clear()
+    value, grad = jax.jit(jax.value_and_grad(f))(x.feats)
+    assert calls == ["jaxsparse_batch_norm_v1", "jaxsparse_batch_norm_grad_v1"]
+
+    def plain(feats):
+        rows = feats[: int(x.count)]
+        y = (rows - rows.mean(0)[None]) / jnp.sqrt(rows.var(0) + 1e-5)[None]
+        y = y + x.feats[: len(y)] if adds else y
+        return ((y if activation is None else jnp.maximum(y, 0)) ** 3).sum()
+
+    wanted, want = jax.value_and_grad(plain)(x.feats)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_tangents_of_batch_norm_take_their_sums_from_custom_calls(calls):
+    x = random_tensor(0, rows=300, capacity=400, features=8)
+
+    def f(feats):
+        return js.ops.normalize_batch(x.with_feats(feats), activation="relu")[0].feats
+
+    calls.clear()
+    _, tangent = jax.jit(lambda a: jax.jvp(f, (a,), (a**2,)))(x.feats)
+    assert calls[0] == "jaxsparse_batch_norm_v1"
+    assert set(calls[1:]) == {"jaxsparse_channel_moments_v1"}
+
+    def plain(feats):
+        rows = feats[: int(x.count)]
+        return jnp.maximum((rows - rows.mean(0)[None]) / jnp.sqrt(rows.var(0) + 1e-5)[None], 0)
+
+    _, wanted = jax.jvp(plain, (x.feats,), (x.feats**2,))
+    np.testing.assert_allclose(tangent[: int(x.count)], wanted, rtol=1e-4, atol=1e-4)

@@ -45,7 +45,7 @@ def test_segment_sum_adds_the_listed_rows(dtype, channels):
 
 def channel_sums(b, count, *rest):
     channels, sums = b.shape[1], F64 if b.dtype == F64 else F32
-    results = [((channels,), sums)] * 2 + [((_workspace.moments(channels, np.dtype(sums).itemsize),), U8)]
+    results = [((channels,), sums)] * 2 + [((_workspace.channels(channels, np.dtype(sums).itemsize),), U8)]
     return call("channel_moments", results, b, np.array([count], I32), *rest)[:2]
 
 
@@ -87,7 +87,7 @@ def test_statistics_do_not_cancel_where_the_mean_is_large():
     x[:, 7] = 3e4
     mean, squares = channel_sums(x, 20000)
     wide_x = x.astype(F64)
-    np.testing.assert_allclose(mean, wide_x.mean(0), rtol=1e-6, atol=1e-6)
+    assert (np.abs(mean - wide_x.mean(0)) <= 1e-6 * (np.abs(wide_x.mean(0)) + wide_x.std(0))).all()
     np.testing.assert_allclose(squares, ((wide_x - wide_x.mean(0)) ** 2).sum(0), rtol=1e-4)
     assert squares[7] == 0
 
@@ -111,3 +111,101 @@ def test_channel_sums_have_equal_bits_at_every_capacity(channels):
     for of in (lambda n: channel_sums(b[:n], 5001, a[:n], center), lambda n: channel_sums(a[:n], 5001)):
         for small, large in zip(of(5001), of(9000), strict=True):
             np.testing.assert_array_equal(small, large)
+
+
+def batch_norm(x, count, scale, shift, *residual, relu=False, epsilon=1e-3):
+    channels, sums = x.shape[1], scale.dtype
+    results = [(x.shape, x.dtype), *[((channels,), sums)] * 3]
+    results.append(((_workspace.channels(channels, np.dtype(sums).itemsize),), U8))
+    options = {"epsilon": epsilon, "relu": int(relu)}
+    return call("batch_norm", results, x, np.array([count], I32), scale, shift, *residual, **options)[:4]
+
+
+def batch_norm_grad(ct, x, mean, inverse, scale, shift, count, relu):
+    channels, sums = x.shape[1], scale.dtype
+    results = [(x.shape, x.dtype), *[((channels,), sums)] * 2]
+    results.append(((_workspace.channels(channels, np.dtype(sums).itemsize),), U8))
+    operands = ct, x, mean, inverse, scale, shift, np.array([count], I32)
+    return call("batch_norm_grad", results, *operands, relu=int(relu))[:3]
+
+
+def norm_operands(rows, count, channels, dtype):
+    """Two arrays with NaN on padding rows, and four vectors."""
+    rng = np.random.default_rng(rows)
+    with wide(dtype):
+        arrays = [np.array(rng.normal(size=(rows, channels)) + 2, dtype) for _ in range(2)]
+    for a in arrays:
+        a[count:] = np.nan
+    sums = F64 if dtype == F64 else F32
+    return arrays, [rng.uniform(0.5, 1.5, channels).astype(sums) * sums(sign) for sign in (1, -1, 1, 1)]
+
+
+def relative_error(got, want, scale):
+    return 0 if got.size == 0 else np.max(np.abs(got.astype(F64) - want) / scale)
+
+
+# Half a unit in the last place of the result, and that of sums in float32 (float64) on numbers near 4.
+ROUNDING = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24, F64: 2.0**-53}
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize(("rows", "count", "channels"), SUMS)
+@pytest.mark.parametrize(("relu", "adds"), [(False, False), (True, False), (True, True)])
+def test_batch_norm_is_that_of_the_real_rows(dtype, rows, count, channels, relu, adds):
+    (x, residual), (scale, shift, *_) = norm_operands(rows, count, channels, dtype)
+    with wide(dtype):
+        y, mean, variance, inverse = batch_norm(x, count, scale, shift, *[residual] * adds, relu=relu)
+    real = x[:count].astype(F64)
+    exact = 1e-13 if dtype == F64 else 1e-5
+    wanted = (real.mean(0), real.var(0)) if count else (np.zeros(channels),) * 2
+    np.testing.assert_allclose(mean, wanted[0], rtol=exact)
+    np.testing.assert_allclose(variance, wanted[1], rtol=exact, atol=exact)
+    np.testing.assert_allclose(inverse, 1 / np.sqrt(variance.astype(F64) + 1e-3), rtol=exact)
+    want = (real - wanted[0]) / np.sqrt(wanted[1] + 1e-3) * scale + shift
+    size = 1 + np.abs(want)
+    if adds:
+        want, size = want + residual[:count].astype(F64), size + np.abs(residual[:count].astype(F64))
+    want = np.maximum(want, 0) if relu else want
+    assert relative_error(y[:count], want, np.abs(want) + exact / ROUNDING[dtype] * size) <= ROUNDING[dtype]
+    assert (y[count:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize(("rows", "count", "channels"), SUMS)
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_grad_is_that_of_the_formula(dtype, rows, count, channels, relu):
+    (x, ct), (scale, shift, mean, inverse) = norm_operands(rows, count, channels, dtype)
+    with wide(dtype):
+        x_ct, scale_ct, shift_ct = batch_norm_grad(ct, x, mean, inverse, scale, shift, count, relu)
+    z = (x[:count].astype(F64) - mean) * inverse
+    let_in = ct[:count].astype(F64)
+    if relu:
+        let_in = np.where(z * scale + shift <= 0, 0, let_in)
+    exact, n = 1e-12 if dtype == F64 else 1e-4, max(count, 1)
+    of_shift, of_scale = let_in.sum(0), (z * let_in).sum(0)
+    np.testing.assert_allclose(shift_ct, of_shift, rtol=exact, atol=exact * n)
+    np.testing.assert_allclose(scale_ct, of_scale, rtol=exact, atol=exact * n)
+    want = inverse * scale.astype(F64) * (let_in - of_shift / n - z * of_scale / n)
+    size = 1 + np.abs(want) + np.abs(z)
+    assert relative_error(x_ct[:count], want, np.abs(want) + exact / ROUNDING[dtype] * size) <= ROUNDING[dtype]
+    assert (x_ct[count:] == 0).all()
+
+
+@pytest.mark.parametrize("channels", [5, 64])
+def test_batch_norm_has_equal_bits_at_every_capacity(channels):
+    (x, ct), (scale, shift, mean, inverse) = norm_operands(9000, 5001, channels, F16)
+    forward = [batch_norm(x[:n], 5001, scale, shift, relu=True) for n in (5001, 9000)]
+    backward = [batch_norm_grad(ct[:n], x[:n], mean, inverse, scale, shift, 5001, True) for n in (5001, 9000)]
+    for small, large in zip(*forward, strict=True):
+        np.testing.assert_array_equal(small, large[: len(small)])
+    for small, large in zip(*backward, strict=True):
+        np.testing.assert_array_equal(small, large[: len(small)])
+
+
+def test_batch_norm_hides_nothing_that_is_not_finite():
+    x = np.random.default_rng(0).normal(size=(300, 8)).astype(F32)
+    x[7, 0], x[7, 1] = np.nan, np.inf
+    y, mean, *_ = batch_norm(x, 300, np.ones(8, F32), np.zeros(8, F32), relu=True)
+    assert np.isnan(y[:, :2]).any(0).all()
+    assert not np.isfinite(mean[:2]).any()
+    assert np.isfinite(y[:, 2:]).all()

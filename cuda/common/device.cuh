@@ -80,13 +80,14 @@ __device__ inline char* dynamic_shared() {
 #endif
 }
 
-// *at_once: the smaller of `blocks` and the number of blocks of so many threads resident at once, at least 1.
+// *at_once: the smaller of `blocks` and the number of blocks resident at once, at least 1.
 template <typename... Params>
-cudaError_t blocks_at_once(void (*kernel)(Params...), int threads, int64_t blocks, int* at_once) {
+cudaError_t blocks_at_once(void (*kernel)(Params...), Block block, int64_t blocks, int* at_once) {
   int device = 0, processors = 0, per_processor = 0;
   JAXSPARSE_TRY(cudaGetDevice(&device));
   JAXSPARSE_TRY(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads, 0));
+  JAXSPARSE_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, block.threads,
+                                                              static_cast<size_t>(block.shared_bytes)));
   const int64_t most = int64_t{processors} * per_processor;
   if (blocks > most) blocks = most;
   *at_once = static_cast<int>(blocks > 0 ? blocks : 1);

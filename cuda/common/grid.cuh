@@ -18,25 +18,33 @@ constexpr int kMostBlocks = kGridThreads;  // so that a block has a thread for e
 
 // *grid: the number of blocks of a cooperative kernel that `blocks` are wanted of.
 template <int kThreads = kGridThreads, typename... Params>
-cudaError_t grid_size(void (*kernel)(Params...), int64_t blocks, int* grid) {
-  return blocks_at_once(kernel, kThreads, blocks < kMostBlocks ? blocks : kMostBlocks, grid);
+cudaError_t grid_size(void (*kernel)(Params...), int64_t blocks, int* grid, int64_t shared_bytes = 0) {
+  return blocks_at_once(kernel, {kThreads, shared_bytes}, blocks < kMostBlocks ? blocks : kMostBlocks, grid);
 }
 
-// Launches a cooperative kernel with `blocks` blocks of kThreads threads, or as many as are resident at once.
+// Launches a cooperative kernel with `blocks` blocks of kThreads threads and so much dynamic shared memory, or as many blocks
+// as are resident at once.
 template <int kThreads = kGridThreads, typename... Params, typename... Args>
-cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
+cudaError_t launch_grid_with_shared(void (*kernel)(Params...), int64_t blocks, int64_t shared_bytes, cudaStream_t stream,
+                                    Args... args) {
   int grid = 0;
-  JAXSPARSE_TRY(grid_size<kThreads>(kernel, blocks, &grid));
+  JAXSPARSE_TRY(grid_size<kThreads>(kernel, blocks, &grid, shared_bytes));
   cudaLaunchAttribute cooperative = {};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &cooperative;
   config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+template <int kThreads = kGridThreads, typename... Params, typename... Args>
+cudaError_t launch_grid(void (*kernel)(Params...), int64_t blocks, cudaStream_t stream, Args... args) {
+  return launch_grid_with_shared<kThreads>(kernel, blocks, 0, stream, args...);
 }
 
 // A barrier of the grid that overlaps with meanwhile(). What meanwhile() writes is visible to others only after the next

@@ -376,7 +376,7 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
             small_window_kernel<D, 1>, small_window_kernel<D, 2>, small_window_kernel<D, 3>};
         const auto kernel = small[a.geometry.kernel[D - 1] - 1];
         int blocks = 0;
-        JAXSPARSE_TRY(blocks_at_once(kernel, kSmallThreads, div_up(a.out_rows, kSmallThreads), &blocks));
+        JAXSPARSE_TRY(blocks_at_once(kernel, {kSmallThreads}, div_up(a.out_rows, kSmallThreads), &blocks));
         return launch(kernel, blocks, {kSmallThreads}, stream, a, sizes, shape, index);
       }
     }

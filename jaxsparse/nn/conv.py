@@ -137,11 +137,7 @@ class _Conv(nnx.Module):
         if norm is None or (norm.use_running_average and norm.dtype in (None, x.dtype)):
             known = None if norm is None else norm.running()
             return op(x, kernel, norm=known, residual=residual, activation=activation, **options)
-        y = op(x, kernel, **options)
-        if residual is None:
-            return norm(y, activation=activation)
-        y = norm(y)
-        return ops.activate(ops.add(y, residual.astype(y.dtype)), activation)
+        return norm(op(x, kernel, **options), residual=residual, activation=activation)
 
 
 class SubMConv(_Conv):

@@ -68,19 +68,34 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (num_features,), param_dtype)) if use_bias else None
 
     def __call__(
-        self, x: SparseTensor, *, use_running_average: bool | None = None, activation: str | None = None
+        self,
+        x: SparseTensor,
+        *,
+        use_running_average: bool | None = None,
+        residual: SparseTensor | None = None,
+        activation: str | None = None,
     ) -> SparseTensor:
-        """Normalises `[N, C]` features; `use_running_average` overrides the attribute, `activation` follows."""
+        """Normalises `[N, C]` features; `use_running_average` overrides the attribute.
+
+        residual: tensor on the same sites with `num_features` features, added to the result.
+        activation: "relu", "leaky_relu", "gelu" or "silu", applied last.
+        """
         check_input(self, x, "num_features")
-        mean, variance = self.mean[...], self.var[...]
-        if not (self.use_running_average if use_running_average is None else use_running_average):
-            mean, variance, count = ops.batch_statistics(x, self.axis_name)
+        scale, bias = self._affine()
+        is_in_one = residual is None or self.dtype in (None, x.dtype)  # else cast before the residual is added
+        options = {"epsilon": self.epsilon}
+        if is_in_one:
+            options |= {"residual": residual, "activation": activation}
+        if self.use_running_average if use_running_average is None else use_running_average:
+            y = ops.batch_norm(x, self.mean[...], self.var[...], scale, bias, **options)
+        else:
+            y, mean, variance, count = ops.normalize_batch(x, scale, bias, axis_name=self.axis_name, **options)
             for running, batch in ((self.mean, mean), (self.var, variance)):
                 old, new = running[...].astype(batch.dtype), jax.lax.stop_gradient(batch)
                 updated = jnp.where(count > 0, self.momentum * old + (1 - self.momentum) * new, old)
                 running[...] = updated.astype(running.dtype)
-        y = ops.batch_norm(x, mean, variance, *self._affine(), epsilon=self.epsilon, activation=activation)
-        return y if self.dtype is None else y.astype(self.dtype)
+        y = y if self.dtype is None else y.astype(self.dtype)
+        return y if is_in_one else ops.activate(ops.add(y, residual.astype(y.dtype)), activation)
 
     def running(self) -> ops.ChannelNorm:
         """The normalisation by the running statistics, for a convolution to take in."""

@@ -6,7 +6,7 @@ from jaxsparse.ops.conv import ConvConfig, conv, conv_transpose
 from jaxsparse.ops.elementwise import activate, gelu, leaky_relu, map_features, relu, silu
 from jaxsparse.ops.join import add, concatenate
 from jaxsparse.ops.linear import linear
-from jaxsparse.ops.norm import batch_norm, batch_statistics
+from jaxsparse.ops.norm import batch_norm, batch_statistics, normalize_batch
 from jaxsparse.ops.rows import gather_rows, sum_rows
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "map_features",
+    "normalize_batch",
     "relu",
     "save_products",
     "silu",

@@ -79,6 +79,6 @@ def invert_index(positions: int) -> int:
     return _sort(positions)
 
 
-def moments(channels: int, sum_bytes: int) -> int:
-    """`moments_workspace` in cuda/channels/moments.h; sums take `sum_bytes` each, 4 or 8."""
-    return 2 * max(1, 132 // _ceil_div(channels, 64)) * channels * sum_bytes
+def channels(channels: int, sum_bytes: int) -> int:
+    """`channels_workspace` in cuda/channels/channels.h; sums take `sum_bytes` each, 4 or 8."""
+    return 2 * max(1, 132 // _ceil_div(channels, 32)) * channels * sum_bytes

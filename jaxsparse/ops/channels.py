@@ -80,7 +80,7 @@ def _statistics_call(platform, x, counts):
 def _sums(b, counts, *rest):
     dtype, channels = accumulation_dtype(b.dtype), b.shape[1]
     sums = jax.ShapeDtypeStruct((channels,), dtype)
-    workspace = _workspace.struct("cuda", _workspace.moments(channels, dtype.itemsize))
+    workspace = _workspace.struct("cuda", _workspace.channels(channels, dtype.itemsize))
     return _ffi.call("jaxsparse_channel_moments_v1", [sums, sums, workspace], b, counts, *rest)[:2]
 
 

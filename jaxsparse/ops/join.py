@@ -32,11 +32,16 @@ def common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
     return sites
 
 
+def check_features(op: str, x: SparseTensor, y: SparseTensor) -> None:
+    """Refuses tensors of unequal width."""
+    if x.num_features != y.num_features:
+        raise ValueError(f"{op}: tensors must have equal features, got {x.num_features} and {y.num_features}.")
+
+
 def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     """`x + y` on equal sites in equal order. Sites that differ are reported in `status`."""
     sites = common_sites("add", (x, y))
-    if x.num_features != y.num_features:
-        raise ValueError(f"add: tensors must have equal features, got {x.num_features} and {y.num_features}.")
+    check_features("add", x, y)
     real = sites.is_real[:, None]
     return on_sites(sites, jnp.where(real, x.feats + y.feats, 0))
 

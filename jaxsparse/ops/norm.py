@@ -12,6 +12,8 @@ from jaxsparse.ops.channel_norm import check_per_channel
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import activate, check_activation
+from jaxsparse.ops.join import add, check_features, common_sites
+from jaxsparse.ops.normalize import normalize
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
@@ -48,15 +50,17 @@ def batch_norm(
     bias: jax.Array | None = None,
     *,
     epsilon: float = 1e-5,
+    residual: SparseTensor | None = None,
     activation: str | None = None,
 ) -> SparseTensor:
-    """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias)` on real rows, computed in float32 or wider.
+    """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias + residual)` on real rows, in float32 or wider.
 
     Args:
       x: features `[N, C]`; the result has its dtype.
       mean, variance: `[C]`, from `batch_statistics` or running ones.
       scale, bias: `[C]` or None.
       epsilon: added to the variance.
+      residual: tensor on equal sites with as many features, of any dtype. Sites that differ are reported in `status`.
       activation: "relu", "leaky_relu", "gelu" or "silu"; a ReLU costs the backward pass nothing.
 
     Raises:
@@ -64,6 +68,9 @@ def batch_norm(
     """
     check_tensor("batch_norm", x)
     check_activation("batch_norm", activation)
+    if residual is not None:
+        y = batch_norm(x, mean, variance, scale, bias, epsilon=epsilon)
+        return activate(add(y, residual.astype(x.dtype)), activation)
     vectors = {"mean": mean, "variance": variance, "scale": scale, "bias": bias}
     check_per_channel("batch_norm", x.num_features, "the features", vectors)
     dtype = accumulation_dtype(x.dtype)
@@ -80,3 +87,53 @@ def batch_norm(
     is_relu = activation == "relu"
     y = on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts, relu=is_relu))
     return y if is_relu else activate(y, activation)
+
+
+def normalize_batch(
+    x: SparseTensor,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    epsilon: float = 1e-5,
+    residual: SparseTensor | None = None,
+    activation: str | None = None,
+    axis_name: Hashable | None = None,
+) -> tuple[SparseTensor, jax.Array, jax.Array, jax.Array]:
+    """`activation(batch_norm(x, *batch_statistics(x)[:2]) + residual)`, rounded once, with the statistics.
+
+    On GPUs this is one kernel, and its gradient is another, unless `axis_name` is given.
+
+    Args:
+      x: features `[N, C]`; the result has its dtype.
+      scale, bias: `[C]` or None.
+      epsilon: added to the variance.
+      residual: tensor on equal sites with as many features, in any dtype. Sites that differ are reported in `status`.
+      activation: "relu", "leaky_relu", "gelu" or "silu".
+      axis_name: mesh or `vmap` axes over which statistics are summed, see `batch_statistics`.
+
+    Returns:
+      The result, and what `batch_statistics` returns: mean and biased variance `[C]`, and the number of rows.
+
+    Raises:
+      ValueError: as `batch_norm`, and where the residual has other features.
+    """
+    check_tensor("normalize_batch", x)
+    check_activation("normalize_batch", activation)
+    check_per_channel("normalize_batch", x.num_features, "the features", {"scale": scale, "bias": bias})
+    if axis_name is not None:
+        mean, variance, count = batch_statistics(x, axis_name)
+        options = {"epsilon": epsilon, "residual": residual, "activation": activation}
+        return batch_norm(x, mean, variance, scale, bias, **options), mean, variance, count
+    sites, others = x.sites, None
+    if residual is not None:
+        sites = common_sites("normalize_batch", (x, residual))
+        check_features("normalize_batch", x, residual)
+        others = residual.astype(x.dtype).unmasked
+    dtype = accumulation_dtype(x.dtype)
+    scale = jnp.ones(x.num_features, dtype) if scale is None else scale.astype(dtype)
+    bias = jnp.zeros(x.num_features, dtype) if bias is None else bias.astype(dtype)
+    is_relu, counts = activation == "relu", x.sites.counts
+    y, mean, variance = normalize(x.unmasked, scale, bias, counts, others, epsilon=epsilon, relu=is_relu)
+    y = on_sites(sites, y)
+    count = jnp.clip(counts[0], 0, x.capacity).astype(dtype)
+    return y if is_relu else activate(y, activation), mean, variance, count

@@ -1,0 +1,231 @@
+"""Batch norm by the batch's own statistics as one op, with the two linear ops that are its derivatives.
+
+    normalize(x, s, t) = (x - mean) inverse s + t + residual, mean, variance, inverse = 1 / sqrt(variance + epsilon)
+    normalize_tangent(x', s', t') = inverse s (x' - <x'> - z <z x'>) + z s' + t'           z = (x - mean) inverse
+    normalize_cotangent(y') = inverse s (y' - <y'> - z <z y'>), sum(z y'), sum(y')         < > is the mean over real rows
+
+On CUDA the first and the last are one kernel each, which reads its arrays once; all else is made of the sums and maps of
+`jaxsparse.ops.channels`. The last two are each other's transposes, and what they are at is an operand like any other:
+their derivatives by it are those of the formulas below, so that every mode and order goes through. With `relu` the first
+is 0 where it is negative, the second then too, and the third counts cotangents there as 0; neither needs the result.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxsparse import _ffi
+from jaxsparse._compat import ad, zero_tangent
+from jaxsparse._keys import real_rows
+from jaxsparse._primitive import Op
+from jaxsparse.ops import _workspace
+from jaxsparse.ops.channels import _affine, _gated_moments, _instantiate, _moments, _statistics
+from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse.ops.elementwise import _where_positive
+
+
+def _rows(counts, x):
+    """The number of real rows, at least 1, as sums are divided by it."""
+    return jnp.clip(counts[0], 1, x.shape[0]).astype(accumulation_dtype(x.dtype))
+
+
+def _normalize_formula(x, scale, shift, counts, *residual, epsilon, relu, implementation="xla"):
+    mean, squares = _statistics(x, counts, implementation=implementation)
+    variance = squares / _rows(counts, x)
+    inverse = lax.rsqrt(variance + epsilon)
+    out = {"out_dtype": mean.dtype, "implementation": implementation}
+    (y,) = _affine(x, inverse * scale, shift, mean, counts, **out)
+    if residual:
+        y = jnp.where(real_rows(counts, x.shape[0])[:, None], y + residual[0].astype(y.dtype), 0)
+    if relu:
+        y = jnp.where(y <= 0, 0, y)
+    return [y.astype(x.dtype), mean, variance, inverse]
+
+
+def _parts(x, mean, inverse, scale, shift, relu):
+    """A constant of the mean's value, what the mean is less than it, the factor, and the gate of `relu`."""
+    center = lax.stop_gradient(mean)
+    factor = inverse * scale
+    return center, center - mean, factor, (x, factor, shift, center) if relu else ()
+
+
+def _tangent_formula(
+    x_dot, scale_dot, shift_dot, x, mean, inverse, scale, shift, counts, *, relu, implementation="xla"
+):
+    center, gap, factor, gate = _parts(x, mean, inverse, scale, shift, relu)
+    run = {"implementation": implementation}
+    out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
+    total, product = _moments(x, x_dot, center, counts, **run)
+    product, rows = product + gap * total, _rows(counts, x)
+    slope = inverse * scale_dot - factor * inverse**2 * product / rows
+    (moved,) = _affine(x_dot, factor, zero, zero, counts, *gate, **out)
+    (rest,) = _affine(x, slope, shift_dot - factor * total / rows + gap * slope, center, counts, *gate, **out)
+    return [(moved + rest).astype(x.dtype)]
+
+
+def _cotangent_formula(ct, x, mean, inverse, scale, shift, counts, *, relu, implementation="xla"):
+    center, gap, factor, gate = _parts(x, mean, inverse, scale, shift, relu)
+    run = {"implementation": implementation}
+    out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
+    total, product = _gated_moments(x, ct, center, counts, gate, **run)
+    product, rows = product + gap * total, _rows(counts, x)
+    slope = -factor * inverse**2 * product / rows
+    (moved,) = _affine(ct, factor, zero, zero, counts, *gate, **out)
+    (rest,) = _affine(x, slope, gap * slope - factor * total / rows, center, counts, **out)
+    return [(moved + rest).astype(x.dtype), inverse * product, total]
+
+
+def _workspace_of(x):
+    return _workspace.struct("cuda", _workspace.channels(x.shape[1], accumulation_dtype(x.dtype).itemsize))
+
+
+def _struct(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _normalize_call(platform, x, scale, shift, counts, *residual, epsilon, relu):
+    if platform != "cuda":
+        return _normalize_formula(x, scale, shift, counts, *residual, epsilon=epsilon, relu=relu)
+    results = [_struct(x), *[_struct(scale)] * 3, _workspace_of(x)]
+    options = {"epsilon": float(epsilon), "relu": int(relu)}
+    return _ffi.call("jaxsparse_batch_norm_v1", results, x, counts, scale, shift, *residual, **options)[:4]
+
+
+def _tangent_call(platform, *operands, relu):
+    return _tangent_formula(*operands, relu=relu, implementation="auto" if platform == "cuda" else "xla")
+
+
+def _cotangent_call(platform, ct, x, mean, inverse, scale, shift, counts, *, relu):
+    operands = ct, x, mean, inverse, scale, shift, counts
+    if platform != "cuda":
+        return _cotangent_formula(*operands, relu=relu)
+    results = [_struct(x), _struct(scale), _struct(scale), _workspace_of(x)]
+    return _ffi.call("jaxsparse_batch_norm_grad_v1", results, *operands, relu=int(relu))[:3]
+
+
+_normalize = Op(
+    "normalize",
+    lambda x, scale, *_, **__: [(x.shape, x.dtype), *[(scale.shape, scale.dtype)] * 3],
+    _normalize_call,
+    _normalize_formula,
+    is_elementwise=True,
+)
+_tangent = Op(
+    "normalize_tangent",
+    lambda x_dot, *_, **__: [(x_dot.shape, x_dot.dtype)],
+    _tangent_call,
+    _tangent_formula,
+    is_elementwise=True,
+)
+_cotangent = Op(
+    "normalize_cotangent",
+    lambda ct, x, mean, *_, **__: [(ct.shape, ct.dtype), *[(mean.shape, mean.dtype)] * 2],
+    _cotangent_call,
+    _cotangent_formula,
+    is_elementwise=True,
+)
+for _op in (_normalize, _tangent, _cotangent):
+    _op.batch_as_reference()
+
+
+def _normalize_jvp(primals, tangents, *, epsilon, relu, implementation):
+    x, scale, shift, counts, *residual = primals
+    x_dot, scale_dot, shift_dot, _, *residual_dot = tangents
+    run = {"implementation": implementation}
+    out = _normalize(*primals, epsilon=epsilon, relu=relu, **run)
+    y, mean, _, inverse = out
+    dots = [zero_tangent(v) for v in out]
+    if type(x_dot) is not ad.Zero:
+        total, product = _moments(x, x_dot, lax.stop_gradient(mean), counts, **run)
+        product = product + (lax.stop_gradient(mean) - mean) * total
+        variance_dot = 2 * product / _rows(counts, x)
+        dots[1:] = total / _rows(counts, x), variance_dot, -0.5 * inverse**3 * variance_dot
+    own = (x_dot, x), (scale_dot, scale), (shift_dot, shift)
+    if any(type(dot) is not ad.Zero for dot, _ in own):
+        moving = [_instantiate(*pair) for pair in own]
+        gated = relu and not residual
+        dots[:1] = _tangent(*moving, x, mean, inverse, scale, shift, counts, relu=gated, **run)
+    if residual and type(residual_dot[0]) is not ad.Zero:
+        dots[0] = ad.add_tangents(dots[0], residual_dot[0])
+        if not relu:
+            dots[0] = jnp.where(real_rows(counts, x.shape[0])[:, None], dots[0], 0)
+    if residual and relu and type(dots[0]) is not ad.Zero:
+        (dots[0],) = _where_positive(dots[0], y, **run)  # 0 on padding rows as the result is
+    return out, dots
+
+
+def _jvp_of_linear(op, formula, number):
+    """The rule of an op that is linear in its first operands, this number, and given by a formula in the others."""
+
+    def jvp(primals, tangents, **params):
+        out = op(*primals, **params)
+        dots = [zero_tangent(v) for v in out]
+        if any(type(t) is not ad.Zero for t in tangents[:number]):
+            first = [_instantiate(t, v) for t, v in zip(tangents[:number], primals, strict=False)]
+            dots = op(*first, *primals[number:], **params)
+        moving = {i: t for i, t in enumerate(tangents) if i >= number and type(t) is not ad.Zero}
+        moving = {i: t for i, t in moving.items() if jnp.issubdtype(primals[i].dtype, jnp.floating)}
+        if moving:
+            at = {i: primals[i] for i in moving}
+            _, more = jax.jvp(
+                lambda at: formula(*[at.get(i, v) for i, v in enumerate(primals)], **params), (at,), (moving,)
+            )
+            dots = [ad.add_tangents(a, b) for a, b in zip(dots, more, strict=True)]
+        return out, dots
+
+    return jvp
+
+
+def _tangent_transpose(cotangents, x_dot, scale_dot, shift_dot, *at, **params):
+    (ct,) = cotangents
+    undefined = [ad.is_undefined_primal(o) for o in (x_dot, scale_dot, shift_dot)]
+    found = [ad.Zero(o.aval) for o in (x_dot, scale_dot, shift_dot) if ad.is_undefined_primal(o)]
+    if type(ct) is not ad.Zero:
+        found = [f for f, u in zip(_cotangent(ct, *at, **params), undefined, strict=True) if u]
+    found = iter(found)
+    return [next(found) if u else None for u in undefined] + [None] * len(at)
+
+
+def _cotangent_transpose(cotangents, ct, x, mean, *at, **params):
+    if all(type(c) is ad.Zero for c in cotangents):
+        return [ad.Zero(ct.aval), *[None] * (2 + len(at))]
+    given = [_instantiate(c, v) for c, v in zip(cotangents, (x, mean, mean), strict=True)]
+    return [_tangent(*given, x, mean, *at, **params)[0], *[None] * (2 + len(at))]
+
+
+_normalize.set_jvp(_normalize_jvp)
+_tangent.set_linear(_jvp_of_linear(_tangent, _tangent_formula, 3), _tangent_transpose)
+_cotangent.set_linear(_jvp_of_linear(_cotangent, _cotangent_formula, 1), _cotangent_transpose)
+
+
+def normalize(
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    counts: jax.Array,
+    residual: jax.Array | None = None,
+    *,
+    epsilon: float,
+    relu: bool = False,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`(x - mean) / sqrt(variance + epsilon) * scale + shift + residual` over the real rows, 0 on the others.
+
+    Args:
+      x: `[N, C]`.
+      scale, shift: `[C]`, float32 or wider.
+      counts: int32 `[1]`, real rows.
+      residual: `[N, C]` in the dtype of `x`, or None.
+      epsilon: added to the variance.
+      relu: whether negative results become 0.
+      implementation: "auto" for the custom calls, "xla" for plain JAX.
+
+    Returns:
+      The result in the dtype of `x`, computed in float32 or wider; mean and biased variance `[C]`, zeros without rows.
+    """
+    extra = () if residual is None else (residual,)
+    options = {"epsilon": epsilon, "relu": relu, "implementation": implementation}
+    y, mean, variance, _ = _normalize(x, scale, shift, counts, *extra, **options)
+    return y, mean, variance
