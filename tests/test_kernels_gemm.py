@@ -215,7 +215,7 @@ def assert_fused(x, w, table, counts, tile, groups, numbers, residual, activatio
 
 @pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
 def test_every_forward_tile_with_an_epilogue(tile):
-    """Few steps and many, rows of no tap, two words of taps, none in the second, NaN in padding, segments of one row."""
+    """Few steps and many, rows of no tap, two words of taps, none in the second, NaN padding, segments of one row."""
     rng = np.random.default_rng(tile.cols)
     cases = [
         (63, 8, 8, 3, [60], NUMBERS, True),
