@@ -113,7 +113,6 @@ ffi::Error kernel_map(cudaStream_t stream, In in_coords, In in_count, In out_coo
                                       padding, dilation, builder, &s);
   if (error.failure()) return error;
   cuda::KernelMapArgs args{};
-  args.in_coords = ints(in_coords);
   args.in_count = ints(in_count);
   args.out_coords = ints(out_coords);
   args.out_count = ints(out_count);
@@ -375,9 +374,8 @@ ffi::Error invert_index(cudaStream_t stream, In index, Out order, Out offsets, O
 ffi::Error segment_sum(cudaStream_t stream, In x, In order, In offsets, Out y) {
   SegmentSum s;
   if (ffi::Error error = check_segment_sum(x, order, offsets, y, &s); error.failure()) return error;
-  const cuda::SegmentSumArgs args{kernel_dtype(s.dtype), x.untyped_data(),    ints(order),
-                                  ints(offsets),         narrow(s.positions), narrow(s.values),
-                                  narrow(s.channels),    y->untyped_data()};
+  const cuda::SegmentSumArgs args{kernel_dtype(s.dtype), x.untyped_data(),   ints(order),      ints(offsets),
+                                  narrow(s.values),      narrow(s.channels), y->untyped_data()};
   return launch_error("jaxsparse_segment_sum_v1", cuda::segment_sum(args, stream));
 }
 

@@ -134,6 +134,25 @@ def test_vmap_over_scenes_sums_or_separates_weight_gradients():
     np.testing.assert_allclose(total, each.sum(0), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("capacity", "coarse_capacity"), [(1, 1), (40, 1), (1, 8)])
+def test_vmap_over_scenes_of_one_row(capacity, coarse_capacity):
+    scenes = [random_tensor(s, rows=min(s, capacity), capacity=capacity, dtype=jnp.float64) for s in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *scenes)
+    kernel = random_kernel(0, Geometry.create(3, 3), 3, 4, jnp.float64)
+
+    def f(feats, kernel, x):
+        x = x.with_feats(feats)
+        return js.ops.conv(x, kernel, kernel_size=3, strides=2, sites="reachable", capacity=coarse_capacity).feats
+
+    def results(feats, kernel, x):
+        return f(feats, kernel, x), *jax.grad(lambda *operands: (f(*operands, x) ** 2).sum(), (0, 1))(feats, kernel)
+
+    ours = jax.vmap(results, (0, None, 0))(batch.feats, kernel, batch)
+    for i, x in enumerate(scenes):
+        for got, expected in zip(ours, results(x.feats, kernel, x), strict=True):
+            np.testing.assert_allclose(got[i], expected, rtol=1e-11, atol=1e-11)
+
+
 def test_vmap_over_weights():
     f, (feats, kernel) = make_conv("submanifold")
     kernels = jnp.stack([kernel, 2 * kernel, kernel**2])

@@ -52,6 +52,7 @@ def sorted_order(table, counts, groups):
         (27, 320, [300]),
         (8, 320, [0]),
         (45, 320, [100, 0, 60, 1]),
+        (9, 3, [1, 0, 1]),
         (3, 320, [320]),
         (27, 5000, [4900]),
         (9, 9001, [9001]),
@@ -214,13 +215,14 @@ def assert_fused(x, w, table, counts, tile, groups, numbers, residual, activatio
 
 @pytest.mark.parametrize("tile", FORWARD_TILES + NARROW_TILES, ids=str)
 def test_every_forward_tile_with_an_epilogue(tile):
-    """Few steps and many, rows of no tap, two words of taps with nothing in the second, padding that holds NaN."""
+    """Few steps and many, rows of no tap, two words of taps, none in the second, NaN padding, segments of one row."""
     rng = np.random.default_rng(tile.cols)
     cases = [
         (63, 8, 8, 3, [60], NUMBERS, True),
         (tile.rows + 1, 40, tile.cols + 8, 8, [tile.rows], ("mean", "scale"), False),
         (130, 72, tile.cols, 45, [20, 65], ("variance", "bias"), True),
         (200, 136, tile.cols, 27, [150], (), True),
+        (3, 8, 8, 3, [1, 0, 1], ("bias",), True),
     ]
     if tile in NARROW_TILES:
         cases = [(130, 4, tile.cols, 27, [129], NUMBERS, True)] + (cases if tile in FORWARD_TILES else [])

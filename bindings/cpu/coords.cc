@@ -60,7 +60,8 @@ void unique_sites(const ParallelFor& parallel_for, int dims, const int32_t* coor
     std::vector<KeyAt> items(count);
     parallel_ranges(parallel_for, count, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        items[p] = {key_of_row<D>(coords + p * (1 + D)), static_cast<int32_t>(p)};
+        const int32_t* site = coords + p * (1 + D);
+        items[p] = {make_key<D>(site[0], site + 1), static_cast<int32_t>(p)};
       }
     });
     std::fill(without, without + kReasons, 0);
@@ -105,7 +106,7 @@ void coarse_sites(const ParallelFor& parallel_for, const Geometry& geometry, con
       for (int64_t i = begin * per_site; i < end * per_site; ++i) {
         const int32_t* fine = coords + i / per_site * (1 + D);
         int64_t rest = i % per_site, coarse[D];
-        bool exists = has_key<D>(fine);
+        bool exists = has_key<D>(fine[0], fine + 1);
         for (int a = 0; a < D; ++a) {
           exists = exists && axes[a].coarse(fine[1 + a], rest % axes[a].most(), &coarse[a]);
           if (exists && bounds) exists = coarse[a] >= 0 && coarse[a] < bounds[a];

@@ -62,7 +62,8 @@ template <int D>
 void enter_sites(const ParallelFor& parallel_for, const int32_t* coords, int64_t count, Index<int32_t> index) {
   parallel_ranges(parallel_for, count, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Key key = key_of_row<D>(coords + r * (1 + D));
+      const int32_t* site = coords + r * (1 + D);
+      const Key key = make_key<D>(site[0], site + 1);
       if (key == kNoKey) continue;
       int32_t* lowest = &index.values[index.map.insert_if_absent(key)];
       int32_t held = __atomic_load_n(lowest, __ATOMIC_RELAXED);
@@ -76,7 +77,7 @@ void enter_sites(const ParallelFor& parallel_for, const int32_t* coords, int64_t
 template <int D>
 void enter_blocks(const ParallelFor& parallel_for, const int32_t* coords, int64_t count, Index<Block> index) {
   parallel_ranges(parallel_for, count, kGrain, [&](int64_t begin, int64_t end) {
-    const auto key = [&](int64_t r) { return key_of_row<D>(coords + r * (1 + D)); };
+    const auto key = [&](int64_t r) { return make_key<D>(coords[r * (1 + D)], coords + r * (1 + D) + 1); };
     const auto begins_block = [&](int64_t r) { return r == 0 || (key(r) | kInBlock) != (key(r - 1) | kInBlock); };
     while (begin < end && !begins_block(begin)) ++begin;  // the previous range enters that block
     for (int64_t r = begin; r < end;) {

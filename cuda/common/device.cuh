@@ -63,8 +63,9 @@ __device__ inline int32_t real_rows(const int32_t* count, int32_t rows) {
   return count[0] < 0 ? 0 : count[0] < rows ? count[0] : rows;
 }
 
+// Row -1 is not real.
 __device__ inline bool row_is_real(const Segments& segments, int32_t row) {
-  if (row >= segments.rows) return false;
+  if (static_cast<uint32_t>(row) >= static_cast<uint32_t>(segments.rows)) return false;
   if (segments.number == 1) return row < segments.counts[0];
   const int32_t segment_rows = segments.rows / segments.number;
   return row % segment_rows < segments.counts[row / segment_rows];

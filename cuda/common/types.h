@@ -19,6 +19,8 @@ struct Segments {
   int32_t rows;
 };
 
+constexpr int kTapsOfWord = 32;  // taps in one word of a mask
+
 JAXSPARSE_HD constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The alignment of the parts of a workspace, in bytes.

@@ -7,8 +7,6 @@
 
 namespace jaxsparse::cuda {
 
-constexpr int kTapsAtOnce = 32;  // taps in one word of a mask
-
 // A step of the depth, in taps and channels: one tap too many and a negative number of channels, which Place corrects.
 struct Step {
   int32_t taps, channels;
@@ -56,7 +54,7 @@ class Entries {
         piece_(static_cast<int>(threadIdx.x) % kPieces),
         is_early_(a.taps <= kTapsAtATime) {
     const int32_t tile = first_tile + group();
-    from_ = a.tile_table + (int64_t{tile} * a.taps + word * kTapsAtOnce) * kScheduleRows + piece_ % kInTile * 4;
+    from_ = a.tile_table + (int64_t{tile} * a.taps + word * kTapsOfWord) * kScheduleRows + piece_ % kInTile * 4;
     if (is_early_ && tap_ < a.taps && tile < all_tiles) {
       early_ = *reinterpret_cast<const int4*>(from_ + tap_ * kScheduleRows);
     }

@@ -54,7 +54,7 @@ struct Walk {
   __device__ void fetch_next(const ConvForwardArgs& a, int32_t first_row, int32_t word) {
     if (later == 0) return;
     const int bit = __ffs(static_cast<int>(later)) - 1;
-    next_tap = word * 32 + bit;
+    next_tap = word * kTapsOfWord + bit;
     later &= later - 1;
     const int32_t* entries = a.table + static_cast<int64_t>(next_tap) * a.out_rows.rows;
     const int32_t in_row = mask >> bit & 1 ? entries[first_row + CopyA::row(0)] : -1;

@@ -146,8 +146,8 @@ struct ImplicitGemm {
   static constexpr int kAffineBytes = kOwnCols / 2 * static_cast<int>(sizeof(float4));
   // Bytes of shared memory: the stages, an epilogue's factors, the list of taps, and the rows that they read.
   static int shared_bytes(int taps, bool has_epilogue) {
-    const int listed = taps < kTapsAtOnce ? taps : kTapsAtOnce;
-    return kStages * kStageBytes + (has_epilogue ? kAffineBytes : 0) + kTapsAtOnce * 4 + (listed + 1) * kRows * 4;
+    const int listed = taps < kTapsOfWord ? taps : kTapsOfWord;
+    return kStages * kStageBytes + (has_epilogue ? kAffineBytes : 0) + kTapsOfWord * 4 + (listed + 1) * kRows * 4;
   }
 };
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
   // {scale, scale, shift, shift} of each pair of the block's columns
   [[maybe_unused]] float4* const affine = reinterpret_cast<float4*>(stages + kStages * P::kStageBytes);
   int32_t* const taps = reinterpret_cast<int32_t*>(stages + kStages * P::kStageBytes + (kFused ? P::kAffineBytes : 0));
-  int32_t* const in_row_of = taps + kTapsAtOnce;  // [listed taps + 1, kRows], rows of a schedule's tile by place_of_row
+  int32_t* const in_row_of = taps + kTapsOfWord;  // [listed taps + 1, kRows], rows of a schedule's tile by place_of_row
 
   const int t = threadIdx.x, lane = t % kWarp, group = own_warpgroup<kGroups>();
   const int32_t col_tiles = static_cast<int32_t>(div_up(a.out_channels, kCols));
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
     has_products = true;
     [[maybe_unused]] const bool is_last = word + 1 == a.mask_words;
     const int32_t tap_count = stay_here(__popc(mask));
-    if (t < kTapsAtOnce && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsAtOnce + t;
+    if (t < kTapsOfWord && (mask >> t & 1)) taps[__popc(mask & ((1u << t) - 1))] = word * kTapsOfWord + t;
     if (t < kRows) in_row_of[tap_count * kRows + t] = -1;  // past the last tap
     commit_copies();
     [[maybe_unused]] Channel channel;
@@ -277,16 +277,16 @@ __global__ void __launch_bounds__(P::kThreads, (kBlocksAtLeast<P, Args>)) implic
         const bool tap_exists = listed < tap_count;
         const int32_t tap = taps[listed];  // past the list anything, which is not used
         const T* array = x;
-        int32_t channel = first_channel + place_a.channel, of_array = in_channels;
+        int32_t at = first_channel + place_a.channel, of_array = in_channels;
         if constexpr (kFused) {
           of_array = a.first_channels;
-          if (channel >= of_array) {
+          if (at >= of_array) {
             array = static_cast<const T*>(a.second);
-            channel -= of_array;
+            at -= of_array;
             of_array = in_channels - of_array;
           }
         }
-        const char* from = reinterpret_cast<const char*>(array + channel);
+        const char* from = reinterpret_cast<const char*>(array + at);
         const uint32_t row_bytes = of_array * static_cast<unsigned>(sizeof(T));
 #pragma unroll
         for (int i = 0; i < 4 * kQuads; ++i) {
@@ -432,7 +432,7 @@ cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
   int device = 0, most = 0;
   JAXSPARSE_TRY(cudaGetDevice(&device));
   JAXSPARSE_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  most = std::min(most, P::shared_bytes(kTapsAtOnce, kHasEpilogue<Args>));
+  most = std::min(most, P::shared_bytes(kTapsOfWord, kHasEpilogue<Args>));
   JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
 }

@@ -12,7 +12,6 @@ namespace jaxsparse::cuda {
 namespace {
 
 constexpr int kCountThreads = 1024;
-constexpr int kTapsOfWord = 32;
 constexpr int kTileRows = 2 * kWarp;
 static_assert(kCountThreads / kWarp == kTapsOfWord && kTapsOfWord == kWarp, "a warp adds up a tap, a lane has one");
 

@@ -26,7 +26,7 @@ cudaError_t list_pairs(const PairsArgs& args, cudaStream_t stream);
 constexpr int kPairShares = 64;  // shares of the output rows; the pairs of each are counted
 
 constexpr int64_t pairs_workspace(int64_t taps, int64_t out_rows) {
-  const int64_t counts_bytes = 4 * 32 * div_up(taps, 32);  // of all taps
+  const int64_t counts_bytes = 4 * kTapsOfWord * div_up(taps, kTapsOfWord);  // of all taps
   return padded(counts_bytes * kPairShares) + padded(counts_bytes * div_up(out_rows, 32));
 }
 

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kShareThreads, 1)
 // other, with all loads of entries in flight.
 template <int kSlices>
 __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(ScheduleArgs a) {
-  constexpr int kTapsOfSlice = kWarp / kSlices;
+  constexpr int kTapsOfSlice = kTapsOfWord / kSlices;
   __shared__ int32_t rows[kScheduleRows];
   __shared__ uint32_t masks[kScheduleRows];
   const int t = threadIdx.x, lane = t % kWarp, slice = t / kWarp;
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kSlices* kWarp, 40 / kSlices) lay_out_kernel(S
     }
     const uint32_t any = __reduce_or_sync(kAllLanes, mask[0] | mask[1]);
     if (t == 0) a.tile_masks[tile * a.mask_words + word] = any;
-    const int32_t* from = a.table + int64_t{word} * 32 * a.rows.rows;
-    int32_t* to = a.tile_table + (tile * a.taps + word * 32) * kScheduleRows + 2 * lane;
+    const int32_t* from = a.table + int64_t{word} * kTapsOfWord * a.rows.rows;
+    int32_t* to = a.tile_table + (tile * a.taps + word * kTapsOfWord) * kScheduleRows + 2 * lane;
     const uint32_t taps = taps_of_slice(any, kSlices, slice);
     int32_t entries[kTapsOfSlice][2];
     for_taps<kTapsOfSlice>(taps, [&](int i, int tap) {

@@ -9,14 +9,15 @@ namespace jaxsparse::cuda {
 // The parts of a geometry that do not depend on the output.
 template <int D>
 struct WindowShape {
-  int32_t stride[D], dilation[D];
-  int64_t shift[D];  // the first tap of output 0, counted from the lower end of the coordinate range
-  int32_t reach[D];  // distance from the first tap to the last
+  int32_t stride[D];
+  uint32_t dilation[D];  // unsigned: taps past the last one may overflow
+  int64_t shift[D];      // the first tap of output 0, counted from the lower end of the coordinate range
+  int32_t reach[D];      // distance from the first tap to the last
 
   explicit WindowShape(const Geometry& g) {
     for (int d = 0; d < D; ++d) {
       stride[d] = static_cast<int32_t>(g.stride[d]);
-      dilation[d] = static_cast<int32_t>(g.dilation[d]);
+      dilation[d] = static_cast<uint32_t>(g.dilation[d]);
       shift[d] = (int64_t{1} << (axis_bits(D) - 1)) - g.padding[d];
       reach[d] = static_cast<int32_t>(g.dilation[d] * (g.kernel[d] - 1));
     }
@@ -52,8 +53,8 @@ struct Window {
 // site. A place is the sum of one share per axis; this is the share of coordinate `at`, counted from the first block under
 // the window. `step`: what the next block on this axis adds.
 template <int D>
-__device__ int32_t place_share(int axis, int32_t at, int32_t step) {
-  return (at >> block_axis_bits(D, axis)) * step + bits_in_block<D>(axis, ~at);
+__device__ int32_t place_share(int axis, uint32_t at, uint32_t step) {
+  return (at >> block_axis_bits(D, axis)) * step + bits_in_block<D>(axis, static_cast<int32_t>(~at));
 }
 
 // Half of a block under a window: which of its 32 sites exist, and the row of the first one, less 1. The second half is

@@ -45,13 +45,6 @@ struct Scratch {
 };
 
 template <int D>
-__device__ bool has_key(const Site<D>& site) {
-  bool fits = site.batch >= 0 && site.batch <= max_batch(D);
-  for (int d = 0; d < D; ++d) fits = fits && axis_fits(site.coord[d], D);
-  return fits;
-}
-
-template <int D>
 __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a, Scratch s) {
   const auto site_at = [&](int64_t row) { return Site<D>(a.coords, min(row, int64_t{a.rows} - 1)); };
   constexpr int kAtOnce = 2;
@@ -70,7 +63,7 @@ __global__ void __launch_bounds__(kGridThreads) extent_kernel(CoarseSitesArgs a,
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const Site<D>& site = sites[i];
-      if (row + i * all_threads() >= rows || !has_key(site)) continue;
+      if (row + i * all_threads() >= rows || !has_key<D>(site.batch, site.coord)) continue;
       highest[0] = max(highest[0], static_cast<uint32_t>(site.batch));
       for (int d = 0; d < D; ++d) {
         const int32_t from_0 = site.coord[d] ^ site.coord[d] >> 31;  // -1 counts as 0
@@ -145,7 +138,7 @@ __global__ void __launch_bounds__(kListThreads, 4)
   const uint32_t each = share_size(kTopNodes, kWarp, tree_blocks);
   int32_t outside = 0;
   for (int64_t begin = int64_t{blockIdx.x} * kListThreads; begin < rows; begin += all_threads()) {
-    bool more = begin + threadIdx.x < rows && has_key(site);
+    bool more = begin + threadIdx.x < rows && has_key<D>(site.batch, site.coord);
     int32_t step = 0;      // the site's next block or window
     bool goes_on = false;  // whether this is a further round because the list was full
     do {

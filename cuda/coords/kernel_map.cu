@@ -165,11 +165,10 @@ __device__ void write_tile(const KernelMapArgs& a, const TapSizes<D>& sizes, con
 }
 
 template <int D>
-__global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(KernelMapArgs a, TapSizes<D> sizes,
-                                                                                      SiteSlot* index) {
+__global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(KernelMapArgs a, TapSizes<D> sizes) {
   __shared__ TileMasks masks;
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
-  const HashMap<SiteSlot> map(index, SiteSlot::number(in_rows));
+  const HashMap<SiteSlot> map(static_cast<SiteSlot*>(a.index), SiteSlot::number(in_rows));
   const uint32_t pieces = pieces_of(out_rows, a.mask_words);
   for (uint32_t i = blockIdx.x; i < pieces; i += gridDim.x) {
     const Piece piece = piece_of(i, a.mask_words);
@@ -215,7 +214,7 @@ bool is_small(const Geometry& g) {
 
 template <int D, int kLast>
 __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
-    small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, void* of_blocks) {
+    small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape) {
   constexpr int kBlocks = 1 << D, kMostLines = 3;
   constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // windows of kLast < 3 seldom reach the last blocks
   constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
   HalfBlock* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
   int64_t output = global_thread();
   Site<D> site(a.out_coords, min(output, int64_t{a.out_rows} - 1));
-  const BlockIndex index(of_blocks, a.in_rows);
+  const BlockIndex index(a.index, a.in_rows);
   __syncwarp();  // keeps the compiler from moving these loads below the branches that wait for the counts
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const int32_t lines = D > 1 ? sizes.on[D - 2 < 0 ? 0 : D - 2].size : 1;  // lines per plane
@@ -298,10 +297,10 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
 
 template <int D>
 __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
-    block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks, void* of_blocks) {
+    block_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape, BlocksUnder<D> blocks) {
   __shared__ TileMasks masks;
   __shared__ HalfBlock halves[2 * kMostUnderWindow][kWarp];
-  const BlockIndex index(of_blocks, a.in_rows);
+  const BlockIndex index(a.index, a.in_rows);
   const int32_t in_rows = real_rows(a.in_count, a.in_rows), out_rows = real_rows(a.out_count, a.out_rows);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   HalfBlock* const under = &halves[0][lane];
@@ -360,24 +359,22 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
 cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
   return for_dims(a.geometry.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
-    void* const index = const_cast<void*>(a.index);
     const TapSizes<D> sizes(a.geometry);
     const int64_t tiles = striding_blocks(div_up(a.out_rows, kWarp) * div_up(a.mask_words, kTileWords), 1);
     switch (a.builder) {
       case MapBuilder::kHash:
-        return launch(hash_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, static_cast<SiteSlot*>(index));
+        return launch(hash_kernel<D>, tiles, {kTileThreads}, stream, a, sizes);
       case MapBuilder::kBlocks: {
         const WindowShape<D> shape(a.geometry);
         if (!is_small<D>(a.geometry)) {
-          return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, shape, BlocksUnder<D>(a.geometry),
-                        index);
+          return launch(block_kernel<D>, tiles, {kTileThreads}, stream, a, sizes, shape, BlocksUnder<D>(a.geometry));
         }
-        constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>, void*) = {
+        constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>) = {
             small_window_kernel<D, 1>, small_window_kernel<D, 2>, small_window_kernel<D, 3>};
         const auto kernel = small[a.geometry.kernel[D - 1] - 1];
         int blocks = 0;
         JAXSPARSE_TRY(blocks_at_once(kernel, {kSmallThreads}, div_up(a.out_rows, kSmallThreads), &blocks));
-        return launch(kernel, blocks, {kSmallThreads}, stream, a, sizes, shape, index);
+        return launch(kernel, blocks, {kSmallThreads}, stream, a, sizes, shape);
       }
     }
     return cudaErrorInvalidValue;

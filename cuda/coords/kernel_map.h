@@ -23,11 +23,10 @@ struct SiteIndexArgs {
 cudaError_t site_index(const SiteIndexArgs& args, cudaStream_t stream);
 
 struct KernelMapArgs {
-  const int32_t* in_coords;   // [in_rows, 1 + dims]
   const int32_t* in_count;    // [1]
   const int32_t* out_coords;  // [out_rows, 1 + dims]
   const int32_t* out_count;   // [1]
-  const void* index;          // of the input sites
+  void* index;                // of the input sites
   Geometry geometry;
   MapBuilder builder;
   int32_t in_rows, out_rows, taps, mask_words;

@@ -103,25 +103,18 @@ JAXSPARSE_HD Key axis_part(int axis, int64_t coord) {
   return spread_bits<D>(offset) << (D - 1 - axis);
 }
 
-template <int D>
-JAXSPARSE_HD Key make_key(int64_t batch, const int64_t (&coord)[D]) {
+template <int D, typename Coord>
+JAXSPARSE_HD Key make_key(int64_t batch, const Coord* coord) {
   Key key = batch_part<D>(batch);
   for (int a = 0; a < D; ++a) key |= axis_part<D>(a, coord[a]);
   return key;
 }
 
 template <int D>
-JAXSPARSE_HD bool has_key(const int32_t* site) {
-  bool fits = site[0] >= 0 && site[0] <= max_batch(D);
-  for (int a = 0; a < D; ++a) fits = fits && axis_fits(site[1 + a], D);
+JAXSPARSE_HD bool has_key(int32_t batch, const int32_t* coord) {
+  bool fits = batch >= 0 && batch <= max_batch(D);
+  for (int a = 0; a < D; ++a) fits = fits && axis_fits(coord[a], D);
   return fits;
-}
-
-template <int D>
-JAXSPARSE_HD Key key_of_row(const int32_t* site) {
-  int64_t coord[D];
-  for (int a = 0; a < D; ++a) coord[a] = site[1 + a];
-  return make_key<D>(site[0], coord);
 }
 
 // Writes the site of a key, int32 [1 + D].

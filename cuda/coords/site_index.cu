@@ -25,13 +25,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <int D>
-__device__ Key key_of(const Site<D>& site) {
-  int64_t coord[D];
-  for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
-  return make_key<D>(site.batch, coord);
-}
-
 __global__ void clear_sites_kernel(SiteIndexArgs a, SiteSlot* index) {
   uint4* const words = reinterpret_cast<uint4*>(index);
   const int64_t slots = SiteSlot::number(real_rows(a.count, a.rows));
@@ -43,7 +36,8 @@ __global__ void enter_sites_kernel(SiteIndexArgs a, SiteSlot* index) {
   const int32_t rows = real_rows(a.count, a.rows);
   HashMap<SiteSlot> map(index, SiteSlot::number(rows));
   for (int64_t row = global_thread(); row < rows; row += all_threads()) {
-    const Key key = key_of(Site<D>(a.coords, row));
+    const Site<D> site(a.coords, row);
+    const Key key = make_key<D>(site.batch, site.coord);
     if (key == kNoKey) continue;
     // an empty row is -1, the largest unsigned number, so of equal sites the first row wins
     atomicMin(reinterpret_cast<unsigned*>(&map.insert_if_absent(key)->row), static_cast<unsigned>(row));

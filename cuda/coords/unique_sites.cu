@@ -62,9 +62,7 @@ __global__ void __launch_bounds__(kSortThreads, 1) unique_sites_kernel(UniqueSit
   uint64_t bits = 0;
   put_keys(s.sort, n, shared, [&](int64_t p) {
     const Site<D> site(a.coords, p);
-    int64_t coord[D];
-    for (int d = 0; d < D; ++d) coord[d] = site.coord[d];
-    const Key key = make_key<D>(site.batch, coord);
+    const Key key = make_key<D>(site.batch, site.coord);
     bits |= KeySpan<D>::bits_of(key);
     const int64_t why = -1 - int64_t{site.batch};
     if (key == kNoKey && why >= 0 && why < kReasons) atomicAdd(&without[why], 1);

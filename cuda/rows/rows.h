@@ -28,7 +28,7 @@ struct SegmentSumArgs {
   const void* x;           // [positions, channels]
   const int32_t* order;    // [positions]
   const int32_t* offsets;  // [values + 1]
-  int32_t positions, values, channels;
+  int32_t values, channels;
   void* y;  // [values, channels]
 };
 

@@ -1,13 +1,16 @@
 """Batch norm by the batch's own statistics as one op, with the two linear ops that are its derivatives.
 
-    normalize(x, s, t) = (x - mean) inverse s + t + residual, mean, variance, inverse = 1 / sqrt(variance + epsilon)
-    normalize_tangent(x', s', t') = inverse s (x' - <x'> - z <z x'>) + z s' + t'           z = (x - mean) inverse
-    normalize_cotangent(y') = inverse s (y' - <y'> - z <z y'>), sum(z y'), sum(y')         < > is the mean over real rows
+    normalize(x, s, t)           (x - mean) inverse s + t + residual, mean, variance, inverse
+    normalize_tangent(x, s, t)   inverse s (x - <x> - z <z x>) + z s + t
+    normalize_cotangent(y)       inverse s (y - <y> - z <z y>), sum(z y), sum(y)
 
-On CUDA the first and the last are one kernel each, which reads its arrays once; all else is made of the sums and maps of
-`jaxsparse.ops.channels`. The last two are each other's transposes, and what they are at is an operand like any other:
-their derivatives by it are those of the formulas below, so that every mode and order goes through. With `relu` the first
-is 0 where it is negative, the second then too, and the third counts cotangents there as 0; neither needs the result.
+Here < > is the mean over real rows, inverse = 1 / sqrt(variance + epsilon), and z = (x - mean) inverse where the first
+op was taken. On CUDA the first and the last are one kernel each, which reads its arrays once; all else is made of the
+sums and maps of `jaxsparse.ops.channels`.
+
+The last two are each other's transposes, and what they are taken at is an operand like any other: their derivatives by
+it are those of the formulas below, so that every mode and order goes through. With `relu` the first is 0 where it is
+negative, the second then too, and the third counts cotangents there as 0; neither needs the result.
 """
 
 from __future__ import annotations

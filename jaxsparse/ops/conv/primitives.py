@@ -294,7 +294,7 @@ def fold_scenes(op: Op):
             x if s else batching.bdim_at_front(x, d, size) for x, d, s in zip(operands, dims, shared, strict=True)
         ]
         taps, out_rows = stacked[2].shape[1:]
-        if size * max(spec.in_rows, out_rows) > 2**30 or min(spec.in_rows, out_rows) == 1:  # what handlers take
+        if size * max(spec.in_rows, out_rows) > 2**30:  # what handlers take
             return op.loop_over_batch(operands, dims, spec=spec, **params)
         flat = [x if s else x.reshape(-1, *x.shape[2:]) for x, s in zip(stacked, shared, strict=True)]
         offset = spec.in_rows * jnp.arange(size, dtype=jnp.int32)[:, None, None]
