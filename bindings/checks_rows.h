@@ -53,6 +53,7 @@ struct Channels {
   int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
   std::optional<In> a, center, gate_scale, gate_shift;  // none, the first two, or all four
   std::optional<In> residual;
+  ffi::DataType vectors = ffi::DataType::INVALID;  // of scale and shift
 
   ffi::DataType sums() const { return dtype == ffi::F64 ? ffi::F64 : ffi::F32; }
 };
@@ -65,6 +66,13 @@ inline void check_channels(Checks* checks, const char* name, In x, In count, Out
   checks->operand("workspace", workspace, ffi::U8, {&s->workspace});
   checks->require(is_feature_dtype(s->dtype), "features must be float16, bfloat16, float32 or float64");
   checks->require(s->channels >= 1, "features must have at least one channel");
+}
+
+inline void check_affine(Checks* checks, In scale, In shift, Channels* s) {
+  s->vectors = scale.element_type();
+  checks->operand("scale", scale, s->vectors, {&s->channels});
+  checks->operand("shift", shift, s->vectors, {&s->channels});
+  checks->require(is_feature_dtype(s->vectors), "scale and shift must be float16, bfloat16, float32 or float64");
 }
 
 inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,
@@ -98,8 +106,7 @@ inline ffi::Error check_batch_norm(In x, In count, In scale, In shift, Out y, Ou
   Checks checks("jaxsparse_batch_norm_v1");
   check_channels(&checks, "x", x, count, workspace, s);
   const ffi::DataType sums = s->sums();
-  checks.operand("scale", scale, sums, {&s->channels});
-  checks.operand("shift", shift, sums, {&s->channels});
+  check_affine(&checks, scale, shift, s);
   checks.operand("y", y, s->dtype, {&s->rows, &s->channels});
   checks.operand("mean", mean, sums, {&s->channels});
   checks.operand("variance", variance, sums, {&s->channels});
@@ -122,11 +129,10 @@ inline ffi::Error check_batch_norm_grad(In ct, In x, In mean, In inverse, In sca
   checks.operand("ct", ct, s->dtype, {&s->rows, &s->channels});
   checks.operand("mean", mean, sums, {&s->channels});
   checks.operand("inverse", inverse, sums, {&s->channels});
-  checks.operand("scale", scale, sums, {&s->channels});
-  checks.operand("shift", shift, sums, {&s->channels});
+  check_affine(&checks, scale, shift, s);
   checks.operand("x_ct", x_ct, s->dtype, {&s->rows, &s->channels});
-  checks.operand("scale_ct", scale_ct, sums, {&s->channels});
-  checks.operand("shift_ct", shift_ct, sums, {&s->channels});
+  checks.operand("scale_ct", scale_ct, s->vectors, {&s->channels});
+  checks.operand("shift_ct", shift_ct, s->vectors, {&s->channels});
   return checks.error();
 }
 

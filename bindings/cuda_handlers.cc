@@ -384,6 +384,7 @@ const void* data(const std::optional<In>& operand) { return operand ? operand->u
 // What all calls for channels have in common, once checked.
 ffi::Error channel_args(const char* call, const Channels& s, In x, In count, Out workspace, cuda::ChannelArgs* args) {
   args->dtype = kernel_dtype(s.dtype);
+  args->vectors = kernel_dtype(s.vectors == ffi::DataType::INVALID ? s.sums() : s.vectors);
   args->count = ints(count);
   args->rows = narrow(s.rows);
   args->channels = narrow(s.channels);

@@ -114,7 +114,7 @@ def test_channel_sums_have_equal_bits_at_every_capacity(channels):
 
 
 def batch_norm(x, count, scale, shift, *residual, relu=False, epsilon=1e-3):
-    channels, sums = x.shape[1], scale.dtype
+    channels, sums = x.shape[1], F64 if x.dtype == F64 else F32
     results = [(x.shape, x.dtype), *[((channels,), sums)] * 3]
     results.append(((_workspace.channels(channels, np.dtype(sums).itemsize),), U8))
     options = {"epsilon": epsilon, "relu": int(relu)}
@@ -122,22 +122,23 @@ def batch_norm(x, count, scale, shift, *residual, relu=False, epsilon=1e-3):
 
 
 def batch_norm_grad(ct, x, mean, inverse, scale, shift, count, relu):
-    channels, sums = x.shape[1], scale.dtype
-    results = [(x.shape, x.dtype), *[((channels,), sums)] * 2]
+    channels, sums = x.shape[1], F64 if x.dtype == F64 else F32
+    results = [(x.shape, x.dtype), *[((channels,), scale.dtype)] * 2]
     results.append(((_workspace.channels(channels, np.dtype(sums).itemsize),), U8))
     operands = ct, x, mean, inverse, scale, shift, np.array([count], I32)
     return call("batch_norm_grad", results, *operands, relu=int(relu))[:3]
 
 
-def norm_operands(rows, count, channels, dtype):
-    """Two arrays with NaN on padding rows, and four vectors."""
+def norm_operands(rows, count, channels, dtype, vectors=None):
+    """Two arrays with NaN on padding rows; scale and shift in the dtype `vectors`; mean and 1 / deviation."""
     rng = np.random.default_rng(rows)
     with wide(dtype):
         arrays = [np.array(rng.normal(size=(rows, channels)) + 2, dtype) for _ in range(2)]
     for a in arrays:
         a[count:] = np.nan
     sums = F64 if dtype == F64 else F32
-    return arrays, [rng.uniform(0.5, 1.5, channels).astype(sums) * sums(sign) for sign in (1, -1, 1, 1)]
+    scale, shift, *numbers = [rng.uniform(0.5, 1.5, channels).astype(sums) for _ in range(4)]
+    return arrays, [scale.astype(vectors or sums), -shift.astype(vectors or sums), *numbers]
 
 
 def relative_error(got, want, scale):
@@ -152,7 +153,8 @@ ROUNDING = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24, F64: 2.0**-53}
 @pytest.mark.parametrize(("rows", "count", "channels"), SUMS)
 @pytest.mark.parametrize(("relu", "adds"), [(False, False), (True, False), (True, True)])
 def test_batch_norm_is_that_of_the_real_rows(dtype, rows, count, channels, relu, adds):
-    (x, residual), (scale, shift, *_) = norm_operands(rows, count, channels, dtype)
+    vectors = BF16 if adds else None
+    (x, residual), (scale, shift, *_) = norm_operands(rows, count, channels, dtype, vectors)
     with wide(dtype):
         y, mean, variance, inverse = batch_norm(x, count, scale, shift, *[residual] * adds, relu=relu)
     real = x[:count].astype(F64)
@@ -161,7 +163,7 @@ def test_batch_norm_is_that_of_the_real_rows(dtype, rows, count, channels, relu,
     np.testing.assert_allclose(mean, wanted[0], rtol=exact)
     np.testing.assert_allclose(variance, wanted[1], rtol=exact, atol=exact)
     np.testing.assert_allclose(inverse, 1 / np.sqrt(variance.astype(F64) + 1e-3), rtol=exact)
-    want = (real - wanted[0]) / np.sqrt(wanted[1] + 1e-3) * scale + shift
+    want = (real - wanted[0]) / np.sqrt(wanted[1] + 1e-3) * scale.astype(F64) + shift.astype(F64)
     size = 1 + np.abs(want)
     if adds:
         want, size = want + residual[:count].astype(F64), size + np.abs(residual[:count].astype(F64))
@@ -174,17 +176,18 @@ def test_batch_norm_is_that_of_the_real_rows(dtype, rows, count, channels, relu,
 @pytest.mark.parametrize(("rows", "count", "channels"), SUMS)
 @pytest.mark.parametrize("relu", [False, True])
 def test_batch_norm_grad_is_that_of_the_formula(dtype, rows, count, channels, relu):
-    (x, ct), (scale, shift, mean, inverse) = norm_operands(rows, count, channels, dtype)
+    vectors = F16 if relu else None
+    (x, ct), (scale, shift, mean, inverse) = norm_operands(rows, count, channels, dtype, vectors)
     with wide(dtype):
         x_ct, scale_ct, shift_ct = batch_norm_grad(ct, x, mean, inverse, scale, shift, count, relu)
     z = (x[:count].astype(F64) - mean) * inverse
     let_in = ct[:count].astype(F64)
     if relu:
-        let_in = np.where(z * scale + shift <= 0, 0, let_in)
+        let_in = np.where(z * scale.astype(F64) + shift.astype(F64) <= 0, 0, let_in)
     exact, n = 1e-12 if dtype == F64 else 1e-4, max(count, 1)
     of_shift, of_scale = let_in.sum(0), (z * let_in).sum(0)
-    np.testing.assert_allclose(shift_ct, of_shift, rtol=exact, atol=exact * n)
-    np.testing.assert_allclose(scale_ct, of_scale, rtol=exact, atol=exact * n)
+    for got, sums in ((shift_ct, of_shift), (scale_ct, of_scale)):
+        np.testing.assert_allclose(got.astype(F64), sums, rtol=exact + ROUNDING[vectors or F64], atol=exact * n)
     want = inverse * scale.astype(F64) * (let_in - of_shift / n - z * of_scale / n)
     size = 1 + np.abs(want) + np.abs(z)
     assert relative_error(x_ct[:count], want, np.abs(want) + exact / ROUNDING[dtype] * size) <= ROUNDING[dtype]

@@ -27,6 +27,15 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
 
+// Channels up to which a block has 32 of them, also where it could have 64.
+constexpr int64_t kNarrow = 64;
+constexpr int64_t most_shares(int channels_of_block) {
+  return channels_of_block == kWarp ? kChannelBlocks : shares_of(div_up(kNarrow + 1, channels_of_block));
+}
+
+template <typename A>
+constexpr Dtype kDtypeOf = sizeof(A) == 8 ? Dtype::kF64 : Dtype::kF32;
+
 // V numbers of a row as raw words. Only extracting a number waits for the load.
 template <typename T, int V>
 struct Pack {
@@ -69,21 +78,26 @@ __device__ void finish_statistics(A center, int32_t rows, A* first, A* second) {
   *first = center + mean;
 }
 
-// Each lane has two sums. In the first warp, a lane gets those of the same lane of all warps.
-template <typename A>
-__device__ void sum_warps(A* first, A* second) {
-  __shared__ A sums[2][kWarps][kWarp];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+// The threads are kGroups equal groups, and each has N pairs of sums. Pair i of a group's thread number t counts as number
+// i * threads of a group + t; thread n gets the sum over the groups of their pairs number n.
+template <int N, int kGroups, typename A>
+__device__ void sum_groups(A* first, A* second) {
+  constexpr int kInGroup = kThreads / kGroups;
+  __shared__ A sums[2][kGroups][N * kInGroup];
+  const int group = threadIdx.x / kInGroup, number = threadIdx.x % kInGroup;
   __syncthreads();  // threads may still read earlier sums
-  sums[0][warp][lane] = *first;
-  sums[1][warp][lane] = *second;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    sums[0][group][i * kInGroup + number] = first[i];
+    sums[1][group][i * kInGroup + number] = second[i];
+  }
   __syncthreads();
-  if (warp != 0) return;
+  if (threadIdx.x >= N * kInGroup) return;
   *first = *second = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    *first += sums[0][w][lane];
-    *second += sums[1][w][lane];
+  for (int g = 0; g < kGroups; ++g) {
+    *first += sums[0][g][threadIdx.x];
+    *second += sums[1][g][threadIdx.x];
   }
 }
 
@@ -98,193 +112,225 @@ __device__ void halve(A* v, int n, int step) {
   }
 }
 
-enum class ChannelOp { kStatistics, kMoments, kGatedMoments, kNorm, kNormGrad, kGatedNormGrad };
+// Calls f(T{}) for a run-time type.
+template <typename F>
+__device__ void with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::kF16: return f(__half{});
+    case Dtype::kBF16: return f(__nv_bfloat16{});
+    case Dtype::kF32: return f(float{});
+    case Dtype::kF64: return f(double{});
+  }
+}
+
+template <typename A>
+__device__ A number_at(const void* vector, Dtype dtype, int32_t i) {
+  A number = 0;
+  with_type(dtype, [&](auto zero) { number = static_cast<A>(widen(static_cast<const decltype(zero)*>(vector)[i])); });
+  return number;
+}
+
+template <typename A>
+__device__ void write_at(void* vector, Dtype dtype, int32_t i, A number) {
+  with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    static_cast<T*>(vector)[i] = narrow<T>(static_cast<Accumulator<T>>(number));
+  });
+}
+
+enum class ChannelOp { kStatistics, kMoments, kGatedMoments, kNorm, kNormAdd, kNormGrad, kGatedNormGrad };
 
 constexpr bool is_gated(ChannelOp op) { return op == ChannelOp::kGatedMoments || op == ChannelOp::kGatedNormGrad; }
+constexpr bool is_norm(ChannelOp op) { return op == ChannelOp::kNorm || op == ChannelOp::kNormAdd; }
 constexpr bool has_result(ChannelOp op) { return op >= ChannelOp::kNorm; }
-constexpr bool is_of_one(ChannelOp op) { return op == ChannelOp::kStatistics || op == ChannelOp::kNorm; }
+constexpr int arrays_of(ChannelOp op) { return op == ChannelOp::kStatistics || op == ChannelOp::kNorm ? 1 : 2; }
 
-// A thread's rows of one unit of work, which are `step` rows apart, and the place of its pack in each.
-template <typename T, int V>
+// A thread's rows of one unit of work, `step` rows apart, and its pack in each. A block has kLeft * 32 channels.
+template <typename T, int V, int kLeft>
 struct Rows {
-  static constexpr int kAcross = kWarp / V, kDown = kThreads / kAcross;  // packs per row, rows at a time
-  int32_t share, first_row, row, step, pack;
-  int64_t place, stride;
-  bool has_channels;
+  static constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs per row, rows at a time
+  int32_t share, row, step, pack, packs;
 
-  __device__ Rows(const ChannelArgs& m, uint32_t unit, uint32_t shares, uint32_t tiles) {
-    const uint32_t t = threadIdx.x;
-    const int32_t packs = m.channels / V;
-    share = static_cast<int32_t>(unit / tiles);
-    first_row = share * kDown;
-    row = first_row + static_cast<int32_t>(t / kAcross);
-    step = static_cast<int32_t>(shares * kDown);
-    pack = static_cast<int32_t>(unit % tiles * kAcross + t % kAcross);
-    has_channels = pack < packs;
-    place = int64_t{row} * packs + pack;
-    stride = int64_t{step} * packs;
+  __device__ Rows(const ChannelArgs& m, uint32_t unit, uint32_t shares, uint32_t tiles)
+      : share(static_cast<int32_t>(unit / tiles)),
+        row(share * kDown + static_cast<int32_t>(threadIdx.x) / kAcross),
+        step(static_cast<int32_t>(shares * kDown)),
+        pack(static_cast<int32_t>(unit % tiles * kAcross + threadIdx.x % kAcross)),
+        packs(m.channels / V) {}
+
+  // How many there are before row `end`.
+  __device__ int32_t number(int32_t end) const {
+    return pack >= packs || row >= end ? 0 : (static_cast<uint32_t>(end - row) - 1) / static_cast<uint32_t>(step) + 1;
   }
-  // The vector's numbers for this thread's channels.
-  template <typename A>
-  __device__ void load(const void* vector, A (&numbers)[V]) const {
-#pragma unroll
-    for (int i = 0; i < V; ++i) numbers[i] = has_channels ? static_cast<const A*>(vector)[pack * V + i] : A{0};
+  __device__ int64_t place(int32_t i) const { return (row + int64_t{i} * step) * packs + pack; }
+  // The pack in the first row of the share, if there is such a row.
+  template <typename P>
+  __device__ P first(const P* array, int32_t rows) const {
+    const int32_t first_row = share * kDown;
+    return pack < packs && first_row < rows ? array[int64_t{first_row} * packs + pack] : P{};
   }
 };
 
 // Numbers of the channels of a block, for all of its threads.
-template <typename A>
+template <typename A, int kChannels>
 struct OfChannels {
-  A center[kWarp], factor[kWarp], shift[kWarp], slope[kWarp], gate[kWarp];
+  A center[kChannels], factor[kChannels], shift[kChannels], slope[kChannels], gate[kChannels];
 };
 
 // `kept` rows of a thread stay in dynamic shared memory.
-template <typename T, int V, ChannelOp kOp>
+template <typename T, int V, int kLeft, ChannelOp kOp>
 __global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32_t shares, uint32_t tiles, int32_t kept) {
   using A = Accumulator<T>;
   using P = Pack<T, V>;
-  constexpr bool of_one = is_of_one(kOp);
-  constexpr int kAcross = Rows<T, V>::kAcross, kDown = Rows<T, V>::kDown;
-  constexpr int kAtOnce = of_one ? 8 : 4;  // rows in flight per thread
-  constexpr int kArrays = of_one ? 1 : 2;
-  const uint32_t t = threadIdx.x, warp = t / kWarp, lane = t % kWarp;
+  using R = Rows<T, V, kLeft>;
+  constexpr bool of_one = kOp == ChannelOp::kStatistics || is_norm(kOp);  // sums of x, not of ct
+  constexpr int kArrays = arrays_of(kOp), kChannels = kWarp * kLeft, kAcross = R::kAcross;
+  constexpr int kAtOnce = kArrays == 1 ? 8 : 4;  // rows in flight per thread
+  const int t = threadIdx.x;
   const P* const of_x = static_cast<const P*>(m.x);
-  const P* const of_ct = static_cast<const P*>(m.ct);
+  const P* const of_other = static_cast<const P*>(is_norm(kOp) ? m.residual : m.ct);
   P* const own = reinterpret_cast<P*>(dynamic_shared()) + t;  // [kept, kArrays], kThreads apart
   A* const partial = static_cast<A*>(m.workspace);            // [share, 2, channels]
 
-  int32_t slot = 0;
+  int32_t slot = 0;  // of the unit's first row
   for (uint32_t unit = blockIdx.x; unit < shares * tiles; unit += gridDim.x) {
-    Rows<T, V> at(m, unit, shares, tiles);
-    int32_t end = at.has_channels ? m.rows : 0;
-    P x[kAtOnce], ct[kAtOnce], center_of_one{};
-    const auto read = [&](int j, int ahead) {
-      const int64_t place = at.place + ahead * at.stride;
-      if (at.row + ahead * at.step >= end) return;
-      x[j] = of_x[place];
-      if constexpr (!of_one) ct[j] = of_ct[place];
+    const R at(m, unit, shares, tiles);
+    P x[kAtOnce], other[kAtOnce], center_of_one;
+    int32_t number = at.number(m.rows);
+    const auto read = [&](int j, int32_t i) {
+      if (i >= number) return;
+      x[j] = of_x[at.place(i)];
+      // A residual is not needed yet, but is on its way while the sums are waited for.
+      if (kArrays == 2 && (!of_one || slot + i < kept)) other[j] = of_other[at.place(i)];
     };
     // The first rows are loaded together with the number of real rows.
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) read(j, j);
-    if (of_one && at.first_row < end) center_of_one = of_x[int64_t{at.first_row} * (m.channels / V) + at.pack];
+    if (of_one) center_of_one = at.first(of_x, m.rows);
     A first[V], second[V], center[V];
     [[maybe_unused]] A scale[V], shift[V];
-    if constexpr (!of_one) at.load(m.center, center);
-    if constexpr (is_gated(kOp)) {
-      at.load(m.scale, scale);
-      at.load(m.shift, shift);
-      if constexpr (has_result(kOp)) {
-        A inverse[V];
-        at.load(m.inverse, inverse);
-#pragma unroll
-        for (int i = 0; i < V; ++i) scale[i] *= inverse[i];
-      }
-    }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      first[i] = second[i] = 0;
-      if constexpr (of_one) center[i] = center_of_one[i];
+      first[i] = second[i] = scale[i] = shift[i] = 0;
+      const int32_t channel = at.pack * V + i;
+      center[i] = of_one                ? center_of_one[i]
+                  : at.pack < at.packs ? static_cast<const A*>(m.center)[channel]
+                                       : A{0};
     }
-    const auto add = [&](int j) {
+    if (is_gated(kOp) && at.pack < at.packs) {
+      with_type(m.vectors, [&](auto zero) {
+        using S = decltype(zero);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const A difference = x[j][i] - center[i];
-        A other = difference;
-        if constexpr (!of_one) other = ct[j][i];
-        if constexpr (is_gated(kOp)) other = difference * scale[i] + shift[i] <= 0 ? A{0} : other;
-        first[i] += other;
-        second[i] += difference * other;
-      }
-      if constexpr (has_result(kOp)) {
-        if (slot < kept) {
-          own[slot * kArrays * kThreads] = x[j];
-          if constexpr (!of_one) own[(slot * kArrays + 1) * kThreads] = ct[j];
+        for (int i = 0; i < V; ++i) {
+          const int32_t channel = at.pack * V + i;
+          scale[i] = static_cast<A>(widen(static_cast<const S*>(m.scale)[channel]));
+          shift[i] = static_cast<A>(widen(static_cast<const S*>(m.shift)[channel]));
         }
-        ++slot;
+      });
+#pragma unroll
+      for (int i = 0; has_result(kOp) && i < V; ++i) scale[i] *= static_cast<const A*>(m.inverse)[at.pack * V + i];
+    }
+    const auto add = [&](int j, int32_t i) {
+#pragma unroll
+      for (int c = 0; c < V; ++c) {
+        const A difference = x[j][c] - center[c];
+        A summed = difference;
+        if constexpr (!of_one) summed = other[j][c];
+        if constexpr (is_gated(kOp)) summed = difference * scale[c] + shift[c] <= 0 ? A{0} : summed;
+        first[c] += summed;
+        second[c] += difference * summed;
+      }
+      if (has_result(kOp) && slot + i < kept) {
+        own[(slot + i) * kArrays * kThreads] = x[j];
+        if constexpr (kArrays == 2) own[((slot + i) * kArrays + 1) * kThreads] = other[j];
       }
     };
     const int32_t rows = real_rows(m.count, m.rows);
-    end = min(end, rows);
-    for (; at.row + (kAtOnce - 1) * at.step < end; at.row += kAtOnce * at.step, at.place += kAtOnce * at.stride) {
+    number = at.number(rows);
+    int32_t i = 0;
+    for (; i + kAtOnce <= number; i += kAtOnce) {
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        add(j);
-        read(j, j + kAtOnce);
+        add(j, i + j);
+        read(j, i + j + kAtOnce);
       }
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (at.row + j * at.step < end) add(j);
+      if (i + j < number) add(j, i + j);
     }
+    slot += number;
 
 #pragma unroll
-    for (int n = V / 2; n >= 1; n /= 2) {
-      halve(first, n, n * kAcross);
-      halve(second, n, n * kAcross);
+    for (int n = V / 2; n >= kLeft; n /= 2) {
+      halve(first, n, n * kWarp / V);
+      halve(second, n, n * kWarp / V);
 #pragma unroll
-      for (int i = 0; i < n; ++i) center[i] = t & n * kAcross ? center[i + n] : center[i];
+      for (int c = 0; c < n; ++c) center[c] = t & n * kWarp / V ? center[c + n] : center[c];
     }
-    sum_warps(first, second);
-    if (warp != 0 || !at.has_channels) continue;
-    if (of_one) finish_statistics(center[0], ShareSizes<kDown>(rows, shares)[at.share], first, second);
-    A* const to = partial + int64_t{at.share} * 2 * m.channels + at.pack * V + lane / kAcross;
+    sum_groups<kLeft, kWarps>(first, second);
+    if (t >= kChannels || at.pack >= at.packs) continue;
+#pragma unroll
+    for (int c = 1; c < kLeft; ++c) center[0] = t / kWarp == c ? center[c] : center[0];
+    if (of_one) finish_statistics(center[0], ShareSizes<R::kDown>(rows, shares)[at.share], first, second);
+    A* const to = partial + int64_t{at.share} * 2 * m.channels + at.pack * V + t % kWarp / kAcross * kLeft + t / kWarp;
     to[0] = *first;
     to[m.channels] = *second;
   }
   cooperative_groups::this_grid().sync();
 
-  __shared__ OfChannels<A> of_channels;
-  constexpr int kTurns = static_cast<int>(div_up(kChannelBlocks, kWarps));
+  __shared__ OfChannels<A, kChannels> of_channels;
+  constexpr int kGroups = kThreads / kChannels, kTurns = static_cast<int>(div_up(most_shares(kChannels), kGroups));
   slot = 0;
   for (uint32_t unit = blockIdx.x; unit < shares * tiles; unit += gridDim.x) {
-    Rows<T, V> at(m, unit, shares, tiles);
+    const R at(m, unit, shares, tiles);
     if (!has_result(kOp) && at.share > 0) break;  // one block sums a channel's shares
-    const int32_t channel = static_cast<int32_t>(unit % tiles * kWarp + lane);
+    const int32_t channel = static_cast<int32_t>(unit % tiles) * kChannels + t % kChannels;
     const bool is_channel = channel < m.channels;
     const A* const from = partial + (is_channel ? channel : 0);
     const A around = of_one ? from[0] : A{0};
     A firsts[kTurns], seconds[kTurns];
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {  // all loads in flight at once
-      const uint32_t share = warp + i * kWarps;
+      const uint32_t share = t / kChannels + i * kGroups;
       firsts[i] = share < shares ? from[int64_t{share} * 2 * m.channels] : A{0};
       seconds[i] = share < shares ? from[(int64_t{share} * 2 + 1) * m.channels] : A{0};
     }
     const int32_t rows = real_rows(m.count, m.rows);
-    const ShareSizes<kDown> sizes(rows, shares);
+    const ShareSizes<R::kDown> sizes(rows, shares);
     A first = 0, second = 0;
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
-      const uint32_t share = warp + i * kWarps;
+      const uint32_t share = t / kChannels + i * kGroups;
       const A size = share < shares ? sizes[share] : 0, difference = firsts[i] - around;
       first += of_one ? size * difference : firsts[i];
       second += of_one ? seconds[i] + size * difference * difference : seconds[i];
     }
-    sum_warps(&first, &second);
-    if (warp == 0 && is_channel) {
-      const auto number = [&](const void* vector) { return static_cast<const A*>(vector)[channel]; };
+    sum_groups<1, kGroups>(&first, &second);
+    if (t < kChannels && is_channel) {
       const A some_rows = max(rows, 1);
       if (of_one) finish_statistics(around, rows, &first, &second);
-      if constexpr (kOp == ChannelOp::kNorm) {
+      if constexpr (is_norm(kOp)) {
         second /= some_rows;
         const A inverse = 1 / sqrt(second + static_cast<A>(m.epsilon));
-        of_channels.center[lane] = first;
-        of_channels.factor[lane] = inverse * number(m.scale);
-        of_channels.shift[lane] = number(m.shift);
+        of_channels.center[t] = first;
+        of_channels.factor[t] = inverse * number_at<A>(m.scale, m.vectors, channel);
+        of_channels.shift[t] = number_at<A>(m.shift, m.vectors, channel);
         if (at.share == 0) static_cast<A*>(m.third)[channel] = inverse;
       } else if constexpr (has_result(kOp)) {
-        const A inverse = number(m.inverse), factor = inverse * number(m.scale);
+        const A inverse = static_cast<const A*>(m.inverse)[channel];
+        const A factor = inverse * number_at<A>(m.scale, m.vectors, channel);
         second *= inverse;
-        of_channels.center[lane] = number(m.center);
-        of_channels.factor[lane] = factor;
-        of_channels.slope[lane] = -factor * inverse * second / some_rows;
-        of_channels.shift[lane] = -factor * first / some_rows;
-        of_channels.gate[lane] = number(m.shift);
+        of_channels.center[t] = static_cast<const A*>(m.center)[channel];
+        of_channels.factor[t] = factor;
+        of_channels.slope[t] = -factor * inverse * second / some_rows;
+        of_channels.shift[t] = -factor * first / some_rows;
+        of_channels.gate[t] = number_at<A>(m.shift, m.vectors, channel);
       }
       if (at.share == 0) {
-        static_cast<A*>(m.first)[channel] = first;
-        static_cast<A*>(m.second)[channel] = second;
+        const Dtype dtype = has_result(kOp) && !of_one ? m.vectors : kDtypeOf<A>;
+        write_at(m.first, dtype, channel, first);
+        write_at(m.second, dtype, channel, second);
       }
     }
     if constexpr (has_result(kOp)) {
@@ -292,7 +338,7 @@ __global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32
       A center[V], factor[V], shift[V], slope[V], gate[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const uint32_t c = t % kAcross * V + i;
+        const int c = t % kAcross * V + i;
         center[i] = of_channels.center[c];
         factor[i] = of_channels.factor[c];
         shift[i] = of_channels.shift[c];
@@ -300,43 +346,40 @@ __global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32
         if constexpr (is_gated(kOp)) gate[i] = of_channels.gate[c];
       }
       __syncthreads();  // the next unit writes them
-      const P* const others = of_one ? static_cast<const P*>(m.residual) : of_ct;
-      const int32_t end = at.has_channels ? m.rows : 0;
-      for (; at.row < end; at.row += 4 * at.step, at.place += 4 * at.stride) {
+      const int32_t real = at.number(rows), all = at.number(m.rows);
+      // Backwards: of the rows that are not kept, those read last are still in L2.
+      for (int32_t i = (all - 1) / 4 * 4; i >= 0; i -= 4) {
         P x[4], other[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int64_t place = at.place + j * at.stride;
-          if (at.row + j * at.step >= rows) continue;
-          x[j] = slot < kept ? own[slot * kArrays * kThreads] : of_x[place];
-          if constexpr (of_one) {
-            if (others != nullptr) other[j] = others[place];
-          } else {
-            other[j] = slot < kept ? own[(slot * kArrays + 1) * kThreads] : others[place];
-          }
-          ++slot;
+          const bool is_kept = slot + i + j < kept;
+          const P* const here = own + (slot + i + j) * kArrays * kThreads;
+          if (i + j >= real) continue;
+          x[j] = is_kept ? here[0] : of_x[at.place(i + j)];
+          if constexpr (kArrays == 2) other[j] = is_kept ? here[kThreads] : of_other[at.place(i + j)];
         }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (at.row + j * at.step >= end) continue;
+          if (i + j >= all) continue;
           A y[V];
 #pragma unroll
-          for (int i = 0; i < V; ++i) {
-            const A difference = x[j][i] - center[i];
+          for (int c = 0; c < V; ++c) {
+            const A difference = x[j][c] - center[c];
             if constexpr (of_one) {
-              y[i] = difference * factor[i] + shift[i];
-              if (others != nullptr) y[i] += other[j][i];
-              if (m.relu) y[i] = y[i] <= 0 ? A{0} : y[i];
+              y[c] = difference * factor[c] + shift[c];
+              if constexpr (kOp == ChannelOp::kNormAdd) y[c] += other[j][c];
+              if (m.relu) y[c] = y[c] <= 0 ? A{0} : y[c];
             } else {
-              A ct = other[j][i];
-              if constexpr (is_gated(kOp)) ct = difference * factor[i] + gate[i] <= 0 ? A{0} : ct;
-              y[i] = ct * factor[i] + (difference * slope[i] + shift[i]);
+              A ct = other[j][c];
+              if constexpr (is_gated(kOp)) ct = difference * factor[c] + gate[c] <= 0 ? A{0} : ct;
+              y[c] = ct * factor[c] + (difference * slope[c] + shift[c]);
             }
-            if (at.row + j * at.step >= rows) y[i] = 0;
+            if (i + j >= real) y[c] = 0;
           }
-          static_cast<P*>(m.result)[at.place + j * at.stride] = P(y);
+          static_cast<P*>(m.result)[at.place(i + j)] = P(y);
         }
       }
+      slot += real;
     }
   }
 }
@@ -352,21 +395,24 @@ cudaError_t shared_bytes(void (*kernel)(Params...), int64_t* bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kStatic);
 }
 
-template <typename T, int V, ChannelOp kOp>
+template <typename T, int V, int kLeft, ChannelOp kOp>
 cudaError_t run(const ChannelArgs& m, cudaStream_t stream) {
-  const int64_t tiles = div_up(m.channels, kWarp), shares = channel_shares(m.channels);
-  const auto kernel = channel_kernel<T, V, kOp>;
-  int64_t bytes = 0, of_row = kThreads * sizeof(Pack<T, V>) * (is_of_one(kOp) ? 1 : 2);
+  const int64_t tiles = div_up(m.channels, kWarp * kLeft), shares = shares_of(tiles);
+  const auto kernel = channel_kernel<T, V, kLeft, kOp>;
+  constexpr int64_t kRowBytes = kThreads * sizeof(Pack<T, V>) * arrays_of(kOp);
+  int64_t bytes = 0;
   if (has_result(kOp)) JAXSPARSE_TRY(shared_bytes(kernel, &bytes));
-  const int64_t kept = bytes / of_row;
-  return launch_grid_with_shared<kThreads>(kernel, shares * tiles, kept * of_row, stream, m, shares, tiles, kept);
+  const int64_t kept = bytes / kRowBytes;
+  return launch_grid_with_shared<kThreads>(kernel, shares * tiles, kept * kRowBytes, stream, m, shares, tiles, kept);
 }
 
-// Rows that are not whole pieces of 16 bytes are read number by number.
+// Rows that are not whole pieces of 16 bytes are read number by number. Of rows of more than 64 numbers of 16 bits, a block
+// takes 128 bytes.
 template <typename T, ChannelOp kOp>
 cudaError_t run_as(const ChannelArgs& m, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T);
-  return m.channels % V == 0 ? run<T, V, kOp>(m, stream) : run<T, 1, kOp>(m, stream);
+  constexpr int V = 16 / sizeof(T), kMostLeft = V == 8 ? 2 : 1;
+  if (m.channels % V != 0) return run<T, 1, 1, kOp>(m, stream);
+  return m.channels > kNarrow ? run<T, V, kMostLeft, kOp>(m, stream) : run<T, V, 1, kOp>(m, stream);
 }
 
 template <ChannelOp kOp>
@@ -387,7 +433,9 @@ cudaError_t channel_moments(const ChannelArgs& m, cudaStream_t stream) {
   return m.scale == nullptr ? run_op<ChannelOp::kMoments>(m, stream) : run_op<ChannelOp::kGatedMoments>(m, stream);
 }
 
-cudaError_t batch_norm(const ChannelArgs& m, cudaStream_t stream) { return run_op<ChannelOp::kNorm>(m, stream); }
+cudaError_t batch_norm(const ChannelArgs& m, cudaStream_t stream) {
+  return m.residual == nullptr ? run_op<ChannelOp::kNorm>(m, stream) : run_op<ChannelOp::kNormAdd>(m, stream);
+}
 
 cudaError_t batch_norm_grad(const ChannelArgs& m, cudaStream_t stream) {
   return m.relu ? run_op<ChannelOp::kGatedNormGrad>(m, stream) : run_op<ChannelOp::kNormGrad>(m, stream);

@@ -7,22 +7,20 @@
 
 namespace jaxsparse::cuda {
 
-// A block handles 32 channels and a share of the rows. The number of shares affects the order of summation, so it depends
-// only on the channels, not on the device. In all about one block per multiprocessor of an H100.
-constexpr int kChannelBlocks = 132, kChannelsPerBlock = 32;
+// A block handles 32 or 64 channels and a share of the rows. The number of shares affects the order of summation, so it
+// depends only on the channels, not on the device. In all about one block per multiprocessor of an H100.
+constexpr int kChannelBlocks = 132;
 
-constexpr int64_t channel_shares(int64_t channels) {
-  const int64_t tiles = div_up(channels, kChannelsPerBlock);
-  return tiles < kChannelBlocks ? kChannelBlocks / tiles : 1;
-}
+constexpr int64_t shares_of(int64_t tiles) { return tiles < kChannelBlocks ? kChannelBlocks / tiles : 1; }
 
 constexpr int64_t channels_workspace(int64_t channels, Dtype dtype) {
-  return 2 * channel_shares(channels) * channels * accumulator_bytes(dtype);
+  return 2 * shares_of(div_up(channels, 64)) * channels * accumulator_bytes(dtype);
 }
 
-// Vectors are [channels] accumulators: float32, or float64 for float64. Arrays are [rows, channels] of `dtype`.
+// Arrays are [rows, channels] of `dtype`. Vectors are [channels] accumulators, float32, or float64 for float64, but scale and
+// shift and their gradients are of the type `vectors`.
 struct ChannelArgs {
-  Dtype dtype;
+  Dtype dtype, vectors;
   const int32_t* count;  // [1]
   int32_t rows, channels;
   const void* x;

@@ -22,13 +22,13 @@
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
 //     later probes for one key after the other, not for all keys together: 10.8 us instead of 7.7 for 10,000 sites
-//     fewer thread blocks for small windows: 14 per multiprocessor 4 to 5 % more at 1 million sites, 9 a fifth. But rows for
-//         400,000 sites, 100,000 of them real, take 8.8 us with 15 or more, 8 with 14, 7.8 with rows for 100,000. An empty
-//         thread block costs nothing by itself, so it may be L1, of which the shared memory of more than 14 leaves less
+//     fewer thread blocks for small windows: 14 per multiprocessor 4 to 6 % more from 1 million sites on, 9 a fifth
 //     slots of the index with priority in L2 (evict_last): the same
 //     eight blocks of the window read at once, not four: the same
 //     half of the taps looked up, the rest mirrored: not built; blocks look up only a third of a key per tap
 #include "cuda/coords/kernel_map.h"
+
+#include <algorithm>
 
 #include "cuda/coords/block_window.cuh"
 #include "cuda/coords/site_index.cuh"
@@ -204,6 +204,12 @@ __global__ void __launch_bounds__(kTileThreads, 768 / kTileThreads) hash_kernel(
 // axis. A thread handles an output, without barriers. kLast: the kernel's size on the last axis.
 constexpr int kSmallThreads = 64;
 
+// From so many rows on, small windows have all thread blocks that fit: 14 per multiprocessor take 4 to 6 % more for 1 million
+// sites. With fewer rows it is 14, since rows to spare then cost less: 400,000, of them 100,000 real, take 7.9 us where they
+// took 8.7, and 100,000 take 7.7. An empty thread block costs nothing by itself, so it may be L1, of which the shared memory
+// of more than 14 leaves less.
+constexpr int32_t kManyRows = 1 << 19;
+
 template <int D>
 bool is_small(const Geometry& g) {
   int32_t across[D];
@@ -372,9 +378,10 @@ cudaError_t kernel_map(const KernelMapArgs& a, cudaStream_t stream) {
         constexpr void (*small[])(KernelMapArgs, TapSizes<D>, WindowShape<D>) = {
             small_window_kernel<D, 1>, small_window_kernel<D, 2>, small_window_kernel<D, 3>};
         const auto kernel = small[a.geometry.kernel[D - 1] - 1];
-        int blocks = 0;
-        JAXSPARSE_TRY(blocks_at_once(kernel, {kSmallThreads}, div_up(a.out_rows, kSmallThreads), &blocks));
-        return launch(kernel, blocks, {kSmallThreads}, stream, a, sizes, shape);
+        int resident = 0;
+        JAXSPARSE_TRY(blocks_at_once(kernel, {kSmallThreads}, INT32_MAX, &resident));
+        const int64_t most = a.out_rows < kManyRows ? resident * 7 / 9 : resident;  // 14 or 18 per multiprocessor
+        return launch(kernel, std::min(div_up(a.out_rows, kSmallThreads), most), {kSmallThreads}, stream, a, sizes, shape);
       }
     }
     return cudaErrorInvalidValue;

@@ -81,4 +81,4 @@ def invert_index(positions: int) -> int:
 
 def channels(channels: int, sum_bytes: int) -> int:
     """`channels_workspace` in cuda/channels/channels.h; sums take `sum_bytes` each, 4 or 8."""
-    return 2 * max(1, 132 // _ceil_div(channels, 32)) * channels * sum_bytes
+    return 2 * max(1, 132 // _ceil_div(channels, 64)) * channels * sum_bytes

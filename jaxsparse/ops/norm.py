@@ -130,8 +130,10 @@ def normalize_batch(
         check_features("normalize_batch", x, residual)
         others = residual.astype(x.dtype).unmasked
     dtype = accumulation_dtype(x.dtype)
-    scale = jnp.ones(x.num_features, dtype) if scale is None else scale.astype(dtype)
-    bias = jnp.zeros(x.num_features, dtype) if bias is None else bias.astype(dtype)
+    given = [v.dtype for v in (scale, bias) if v is not None]
+    vectors = given[0] if given and given[0] == given[-1] else dtype  # the kernel takes both in one dtype
+    scale = jnp.ones(x.num_features, vectors) if scale is None else scale.astype(vectors)
+    bias = jnp.zeros(x.num_features, vectors) if bias is None else bias.astype(vectors)
     is_relu, counts = activation == "relu", x.sites.counts
     y, mean, variance = normalize(x.unmasked, scale, bias, counts, others, epsilon=epsilon, relu=is_relu)
     y = on_sites(sites, y)

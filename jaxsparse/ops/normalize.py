@@ -39,7 +39,7 @@ def _normalize_formula(x, scale, shift, counts, *residual, epsilon, relu, implem
     variance = squares / _rows(counts, x)
     inverse = lax.rsqrt(variance + epsilon)
     out = {"out_dtype": mean.dtype, "implementation": implementation}
-    (y,) = _affine(x, inverse * scale, shift, mean, counts, **out)
+    (y,) = _affine(x, inverse * scale.astype(mean.dtype), shift.astype(mean.dtype), mean, counts, **out)
     if residual:
         y = jnp.where(real_rows(counts, x.shape[0])[:, None], y + residual[0].astype(y.dtype), 0)
     if relu:
@@ -50,8 +50,8 @@ def _normalize_formula(x, scale, shift, counts, *residual, epsilon, relu, implem
 def _parts(x, mean, inverse, scale, shift, relu):
     """A constant of the mean's value, what the mean is less than it, the factor, and the gate of `relu`."""
     center = lax.stop_gradient(mean)
-    factor = inverse * scale
-    return center, center - mean, factor, (x, factor, shift, center) if relu else ()
+    factor = inverse * scale.astype(mean.dtype)
+    return center, center - mean, factor, (x, factor, shift.astype(mean.dtype), center) if relu else ()
 
 
 def _tangent_formula(
@@ -62,9 +62,10 @@ def _tangent_formula(
     out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
     total, product = _moments(x, x_dot, center, counts, **run)
     product, rows = product + gap * total, _rows(counts, x)
-    slope = inverse * scale_dot - factor * inverse**2 * product / rows
+    slope = inverse * scale_dot.astype(mean.dtype) - factor * inverse**2 * product / rows
+    offset = shift_dot.astype(mean.dtype) - factor * total / rows + gap * slope
     (moved,) = _affine(x_dot, factor, zero, zero, counts, *gate, **out)
-    (rest,) = _affine(x, slope, shift_dot - factor * total / rows + gap * slope, center, counts, *gate, **out)
+    (rest,) = _affine(x, slope, offset, center, counts, *gate, **out)
     return [(moved + rest).astype(x.dtype)]
 
 
@@ -77,21 +78,21 @@ def _cotangent_formula(ct, x, mean, inverse, scale, shift, counts, *, relu, impl
     slope = -factor * inverse**2 * product / rows
     (moved,) = _affine(ct, factor, zero, zero, counts, *gate, **out)
     (rest,) = _affine(x, slope, gap * slope - factor * total / rows, center, counts, **out)
-    return [(moved + rest).astype(x.dtype), inverse * product, total]
+    return [(moved + rest).astype(x.dtype), (inverse * product).astype(scale.dtype), total.astype(shift.dtype)]
 
 
 def _workspace_of(x):
     return _workspace.struct("cuda", _workspace.channels(x.shape[1], accumulation_dtype(x.dtype).itemsize))
 
 
-def _struct(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _struct(x, dtype=None):
+    return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
 
 
 def _normalize_call(platform, x, scale, shift, counts, *residual, epsilon, relu):
     if platform != "cuda":
         return _normalize_formula(x, scale, shift, counts, *residual, epsilon=epsilon, relu=relu)
-    results = [_struct(x), *[_struct(scale)] * 3, _workspace_of(x)]
+    results = [_struct(x), *[_struct(scale, accumulation_dtype(x.dtype))] * 3, _workspace_of(x)]
     options = {"epsilon": float(epsilon), "relu": int(relu)}
     return _ffi.call("jaxsparse_batch_norm_v1", results, x, counts, scale, shift, *residual, **options)[:4]
 
@@ -110,7 +111,7 @@ def _cotangent_call(platform, ct, x, mean, inverse, scale, shift, counts, *, rel
 
 _normalize = Op(
     "normalize",
-    lambda x, scale, *_, **__: [(x.shape, x.dtype), *[(scale.shape, scale.dtype)] * 3],
+    lambda x, scale, *_, **__: [(x.shape, x.dtype), *[(scale.shape, accumulation_dtype(x.dtype))] * 3],
     _normalize_call,
     _normalize_formula,
     is_elementwise=True,
@@ -124,7 +125,7 @@ _tangent = Op(
 )
 _cotangent = Op(
     "normalize_cotangent",
-    lambda ct, x, mean, *_, **__: [(ct.shape, ct.dtype), *[(mean.shape, mean.dtype)] * 2],
+    lambda ct, x, mean, inverse, scale, *_, **__: [(ct.shape, ct.dtype), *[(scale.shape, scale.dtype)] * 2],
     _cotangent_call,
     _cotangent_formula,
     is_elementwise=True,
@@ -191,11 +192,12 @@ def _tangent_transpose(cotangents, x_dot, scale_dot, shift_dot, *at, **params):
     return [next(found) if u else None for u in undefined] + [None] * len(at)
 
 
-def _cotangent_transpose(cotangents, ct, x, mean, *at, **params):
-    if all(type(c) is ad.Zero for c in cotangents):
-        return [ad.Zero(ct.aval), *[None] * (2 + len(at))]
-    given = [_instantiate(c, v) for c, v in zip(cotangents, (x, mean, mean), strict=True)]
-    return [_tangent(*given, x, mean, *at, **params)[0], *[None] * (2 + len(at))]
+def _cotangent_transpose(cotangents, ct, x, mean, inverse, scale, shift, counts, **params):
+    found = ad.Zero(ct.aval)
+    if any(type(c) is not ad.Zero for c in cotangents):
+        given = [_instantiate(c, v) for c, v in zip(cotangents, (x, scale, shift), strict=True)]
+        (found,) = _tangent(*given, x, mean, inverse, scale, shift, counts, **params)
+    return [found, *[None] * 6]
 
 
 _normalize.set_jvp(_normalize_jvp)
@@ -218,7 +220,7 @@ def normalize(
 
     Args:
       x: `[N, C]`.
-      scale, shift: `[C]`, float32 or wider.
+      scale, shift: `[C]`, both of one dtype.
       counts: int32 `[1]`, real rows.
       residual: `[N, C]` in the dtype of `x`, or None.
       epsilon: added to the variance.
