@@ -21,6 +21,7 @@
 
 #include "cuda/common/grid.cuh"
 #include "cuda/common/numbers.cuh"
+#include "cuda/conv/ptx.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
@@ -171,44 +172,76 @@ struct Rows {
   }
 };
 
+// A thread's rows on their way through shared memory, in slots that only it uses: row i in slot i modulo their number.
+template <typename P, int kArrays>
+class Ring {
+ public:
+  static constexpr int64_t kSlotBytes = kThreads * sizeof(P) * kArrays;
+  static constexpr int kAhead = kArrays == 1 ? 8 : 4;  // rows in flight; there are at least as many slots
+
+  __device__ Ring(int32_t slots, const void* first, const void* second)
+      : slots_(slots), own_(reinterpret_cast<P*>(dynamic_shared()) + threadIdx.x), from_{first, second} {}
+
+  __device__ int32_t slots() const { return slots_; }
+  __device__ int32_t after(int32_t slot) const { return slot + 1 < slots_ ? slot + 1 : 0; }
+  __device__ int32_t before(int32_t slot) const { return slot > 0 ? slot - 1 : slots_ - 1; }
+
+  // Begins to fetch a row into a slot, or nothing.
+  __device__ void fetch(int32_t slot, int64_t place, bool exists) const {
+    if (exists) {
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a) {
+        P* const to = own_ + (slot * kArrays + a) * kThreads;
+        const P* const from = static_cast<const P*>(from_[a]) + place;
+        if constexpr (sizeof(P) >= 4) {
+          copy_piece<sizeof(P)>(reinterpret_cast<char*>(to), from, true);
+        } else {
+          *to = *from;  // too short for an asynchronous copy
+        }
+      }
+    }
+    commit_copies();
+  }
+  // Waits for all fetches but the last kAhead - 1.
+  __device__ void wait() const { wait_for_copies<kAhead - 1>(); }
+  __device__ P get(int32_t slot, int array) const { return own_[(slot * kArrays + array) * kThreads]; }
+
+ private:
+  int32_t slots_;
+  P* own_;
+  const void* from_[2];
+};
+
 // Numbers of the channels of a block, for all of its threads.
 template <typename A, int kChannels>
 struct OfChannels {
   A center[kChannels], factor[kChannels], shift[kChannels], slope[kChannels], gate[kChannels];
 };
 
-// `kept` rows of a thread stay in dynamic shared memory.
 template <typename T, int V, int kLeft, ChannelOp kOp>
-__global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32_t shares, uint32_t tiles, int32_t kept) {
+__global__ void __launch_bounds__(kThreads, 1)
+    channel_kernel(ChannelArgs m, uint32_t shares, uint32_t tiles, int32_t slots) {
   using A = Accumulator<T>;
   using P = Pack<T, V>;
   using R = Rows<T, V, kLeft>;
   constexpr bool of_one = kOp == ChannelOp::kStatistics || is_norm(kOp);  // sums of x, not of ct
   constexpr int kArrays = arrays_of(kOp), kChannels = kWarp * kLeft, kAcross = R::kAcross;
-  constexpr int kAtOnce = kArrays == 1 ? 8 : 4;  // rows in flight per thread
+  using Ring = Ring<P, kArrays>;
   const int t = threadIdx.x;
-  const P* const of_x = static_cast<const P*>(m.x);
-  const P* const of_other = static_cast<const P*>(is_norm(kOp) ? m.residual : m.ct);
-  P* const own = reinterpret_cast<P*>(dynamic_shared()) + t;  // [kept, kArrays], kThreads apart
-  A* const partial = static_cast<A*>(m.workspace);            // [share, 2, channels]
+  const Ring ring(slots, m.x, is_norm(kOp) ? m.residual : m.ct);
+  A* const partial = static_cast<A*>(m.workspace);  // [share, 2, channels]
 
-  int32_t slot = 0;  // of the unit's first row
   for (uint32_t unit = blockIdx.x; unit < shares * tiles; unit += gridDim.x) {
     const R at(m, unit, shares, tiles);
-    P x[kAtOnce], other[kAtOnce], center_of_one;
-    int32_t number = at.number(m.rows);
-    const auto read = [&](int j, int32_t i) {
-      if (i >= number) return;
-      x[j] = of_x[at.place(i)];
-      // A residual is not needed yet, but is on its way while the sums are waited for.
-      if (kArrays == 2 && (!of_one || slot + i < kept)) other[j] = of_other[at.place(i)];
-    };
-    // The first rows are loaded together with the number of real rows.
+    // The first rows are fetched together with the number of real rows.
+    const int32_t all = at.number(m.rows);
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) read(j, j);
-    if (of_one) center_of_one = at.first(of_x, m.rows);
+    for (int i = 0; i < Ring::kAhead; ++i) ring.fetch(i, at.place(i), i < all);
+    int32_t out = 0, in = ring.after(Ring::kAhead - 1);
     A first[V], second[V], center[V];
     [[maybe_unused]] A scale[V], shift[V];
+    P center_of_one;
+    if constexpr (of_one) center_of_one = at.first(static_cast<const P*>(m.x), m.rows);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       first[i] = second[i] = scale[i] = shift[i] = 0;
@@ -230,36 +263,25 @@ __global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32
 #pragma unroll
       for (int i = 0; has_result(kOp) && i < V; ++i) scale[i] *= static_cast<const A*>(m.inverse)[at.pack * V + i];
     }
-    const auto add = [&](int j, int32_t i) {
+    const int32_t rows = real_rows(m.count, m.rows), number = at.number(rows);
+#pragma unroll 2
+    for (int32_t i = 0; i < number; ++i) {
+      ring.wait();
+      const P x = ring.get(out, 0), other = ring.get(out, kArrays - 1);
+      out = ring.after(out);
 #pragma unroll
       for (int c = 0; c < V; ++c) {
-        const A difference = x[j][c] - center[c];
+        const A difference = x[c] - center[c];
         A summed = difference;
-        if constexpr (!of_one) summed = other[j][c];
+        if constexpr (!of_one) summed = other[c];
         if constexpr (is_gated(kOp)) summed = difference * scale[c] + shift[c] <= 0 ? A{0} : summed;
         first[c] += summed;
         second[c] += difference * summed;
       }
-      if (has_result(kOp) && slot + i < kept) {
-        own[(slot + i) * kArrays * kThreads] = x[j];
-        if constexpr (kArrays == 2) own[((slot + i) * kArrays + 1) * kThreads] = other[j];
-      }
-    };
-    const int32_t rows = real_rows(m.count, m.rows);
-    number = at.number(rows);
-    int32_t i = 0;
-    for (; i + kAtOnce <= number; i += kAtOnce) {
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        add(j, i + j);
-        read(j, i + j + kAtOnce);
-      }
+      ring.fetch(in, at.place(i + Ring::kAhead), i + Ring::kAhead < number);
+      in = ring.after(in);
     }
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (i + j < number) add(j, i + j);
-    }
-    slot += number;
+    wait_for_copies<0>();
 
 #pragma unroll
     for (int n = V / 2; n >= kLeft; n /= 2) {
@@ -281,10 +303,11 @@ __global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32
 
   __shared__ OfChannels<A, kChannels> of_channels;
   constexpr int kGroups = kThreads / kChannels, kTurns = static_cast<int>(div_up(most_shares(kChannels), kGroups));
-  slot = 0;
-  for (uint32_t unit = blockIdx.x; unit < shares * tiles; unit += gridDim.x) {
+  // Backwards, since the last unit's rows are still there.
+  const uint32_t units = shares * tiles, last = units - 1 - (units - 1 - blockIdx.x) % gridDim.x;
+  for (uint32_t unit = last; unit < units; unit -= gridDim.x) {
     const R at(m, unit, shares, tiles);
-    if (!has_result(kOp) && at.share > 0) break;  // one block sums a channel's shares
+    if (!has_result(kOp) && at.share > 0) continue;  // one block sums a channel's shares
     const int32_t channel = static_cast<int32_t>(unit % tiles) * kChannels + t % kChannels;
     const bool is_channel = channel < m.channels;
     const A* const from = partial + (is_channel ? channel : 0);
@@ -346,64 +369,65 @@ __global__ void __launch_bounds__(kThreads) channel_kernel(ChannelArgs m, uint32
         if constexpr (is_gated(kOp)) gate[i] = of_channels.gate[c];
       }
       __syncthreads();  // the next unit writes them
-      const int32_t real = at.number(rows), all = at.number(m.rows);
-      // Backwards: of the rows that are not kept, those read last are still in L2.
-      for (int32_t i = (all - 1) / 4 * 4; i >= 0; i -= 4) {
-        P x[4], other[4];
+      // Backwards too: the rows fetched last are still there, those before them in L2.
+      const int32_t number = at.number(rows), all = at.number(m.rows);
+      const int32_t fetched = unit == last ? number - ring.slots() : number;
+      int32_t out = (number + ring.slots() - 1) % ring.slots(), in = out;
+      const auto fetch = [&](int32_t i) {
+        ring.fetch(in, at.place(i), i >= 0 && i < fetched);
+        in = ring.before(in);
+      };
+      P* const result = static_cast<P*>(m.result);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const bool is_kept = slot + i + j < kept;
-          const P* const here = own + (slot + i + j) * kArrays * kThreads;
-          if (i + j >= real) continue;
-          x[j] = is_kept ? here[0] : of_x[at.place(i + j)];
-          if constexpr (kArrays == 2) other[j] = is_kept ? here[kThreads] : of_other[at.place(i + j)];
-        }
+      for (int i = 1; i <= Ring::kAhead; ++i) fetch(number - i);
+#pragma unroll 2
+      for (int32_t i = number - 1; i >= 0; --i) {
+        ring.wait();
+        const P x = ring.get(out, 0), other = ring.get(out, kArrays - 1);
+        out = ring.before(out);
+        A y[V];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (i + j >= all) continue;
-          A y[V];
-#pragma unroll
-          for (int c = 0; c < V; ++c) {
-            const A difference = x[j][c] - center[c];
-            if constexpr (of_one) {
-              y[c] = difference * factor[c] + shift[c];
-              if constexpr (kOp == ChannelOp::kNormAdd) y[c] += other[j][c];
-              if (m.relu) y[c] = y[c] <= 0 ? A{0} : y[c];
-            } else {
-              A ct = other[j][c];
-              if constexpr (is_gated(kOp)) ct = difference * factor[c] + gate[c] <= 0 ? A{0} : ct;
-              y[c] = ct * factor[c] + (difference * slope[c] + shift[c]);
-            }
-            if (i + j >= real) y[c] = 0;
+        for (int c = 0; c < V; ++c) {
+          const A difference = x[c] - center[c];
+          if constexpr (of_one) {
+            y[c] = difference * factor[c] + shift[c];
+            if constexpr (kOp == ChannelOp::kNormAdd) y[c] += other[c];
+            if (m.relu) y[c] = y[c] <= 0 ? A{0} : y[c];
+          } else {
+            A ct = other[c];
+            if constexpr (is_gated(kOp)) ct = difference * factor[c] + gate[c] <= 0 ? A{0} : ct;
+            y[c] = ct * factor[c] + (difference * slope[c] + shift[c]);
           }
-          static_cast<P*>(m.result)[at.place(i + j)] = P(y);
         }
+        result[at.place(i)] = P(y);
+        fetch(i - Ring::kAhead);
       }
-      slot += real;
+      for (int32_t i = number; i < all; ++i) result[at.place(i)] = P{};
     }
   }
 }
 
-// The room for rows that are kept: what a device has beyond static shared memory.
+// *slots: as many as the device has shared memory for. The kernel may use so much from then on.
 template <typename... Params>
-cudaError_t shared_bytes(void (*kernel)(Params...), int64_t* bytes) {
-  constexpr int kStatic = 20 << 10;
+cudaError_t find_slots(void (*kernel)(Params...), int64_t slot_bytes, int64_t* slots) {
+  constexpr int kStatic = 20 << 10;  // other shared memory
   int device = 0, most = 0;
   JAXSPARSE_TRY(cudaGetDevice(&device));
   JAXSPARSE_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  *bytes = most - kStatic;
+  *slots = (most - kStatic) / slot_bytes;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kStatic);
 }
 
 template <typename T, int V, int kLeft, ChannelOp kOp>
 cudaError_t run(const ChannelArgs& m, cudaStream_t stream) {
+  using Ring = Ring<Pack<T, V>, arrays_of(kOp)>;
   const int64_t tiles = div_up(m.channels, kWarp * kLeft), shares = shares_of(tiles);
   const auto kernel = channel_kernel<T, V, kLeft, kOp>;
-  constexpr int64_t kRowBytes = kThreads * sizeof(Pack<T, V>) * arrays_of(kOp);
-  int64_t bytes = 0;
-  if (has_result(kOp)) JAXSPARSE_TRY(shared_bytes(kernel, &bytes));
-  const int64_t kept = bytes / kRowBytes;
-  return launch_grid_with_shared<kThreads>(kernel, shares * tiles, kept * kRowBytes, stream, m, shares, tiles, kept);
+  int64_t slots = Ring::kAhead;
+  JAXSPARSE_TRY(find_slots(kernel, Ring::kSlotBytes, &slots));
+  if (!has_result(kOp)) slots = Ring::kAhead;
+  return launch_grid_with_shared<kThreads>(kernel, shares * tiles, slots * Ring::kSlotBytes, stream, m, shares, tiles,
+                                           slots);
 }
 
 // Rows that are not whole pieces of 16 bytes are read number by number. Of rows of more than 64 numbers of 16 bits, a block
