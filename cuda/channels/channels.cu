@@ -18,6 +18,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cuda/common/grid.cuh"
 #include "cuda/common/numbers.cuh"
@@ -139,6 +140,17 @@ __device__ void write_at(void* vector, Dtype dtype, int32_t i, A number) {
   });
 }
 
+// max(v, lowest); NaN stays NaN.
+__device__ inline float at_least(float v, float lowest) {
+#ifdef __CUDA_ARCH__
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(lowest));
+  return v;
+#else
+  return v < lowest ? lowest : v;
+#endif
+}
+__device__ inline double at_least(double v, double lowest) { return v < lowest ? lowest : v; }
+
 enum class ChannelOp { kStatistics, kMoments, kGatedMoments, kNorm, kNormAdd, kNormGrad, kGatedNormGrad };
 
 constexpr bool is_gated(ChannelOp op) { return op == ChannelOp::kGatedMoments || op == ChannelOp::kGatedNormGrad; }
@@ -164,6 +176,7 @@ struct Rows {
     return pack >= packs || row >= end ? 0 : (static_cast<uint32_t>(end - row) - 1) / static_cast<uint32_t>(step) + 1;
   }
   __device__ int64_t place(int32_t i) const { return (row + int64_t{i} * step) * packs + pack; }
+  __device__ int64_t stride() const { return int64_t{step} * packs; }
   // The pack in the first row of the share, if there is such a row.
   template <typename P>
   __device__ P first(const P* array, int32_t rows) const {
@@ -179,37 +192,58 @@ class Ring {
   static constexpr int64_t kSlotBytes = kThreads * sizeof(P) * kArrays;
   static constexpr int kAhead = kArrays == 1 ? 8 : 4;  // rows in flight; there are at least as many slots
 
-  __device__ Ring(int32_t slots, const void* first, const void* second)
-      : slots_(slots), own_(reinterpret_cast<P*>(dynamic_shared()) + threadIdx.x), from_{first, second} {}
+  __device__ explicit Ring(int32_t slots)
+      : own_(reinterpret_cast<P*>(dynamic_shared()) + threadIdx.x), last_(own_ + (slots - 1) * kSlot) {}
 
-  __device__ int32_t slots() const { return slots_; }
-  __device__ int32_t after(int32_t slot) const { return slot + 1 < slots_ ? slot + 1 : 0; }
-  __device__ int32_t before(int32_t slot) const { return slot > 0 ? slot - 1 : slots_ - 1; }
+  // The next row to fetch and to get is one in this place of both arrays and in this slot. `stride`: to the row after it.
+  __device__ void start(const void* first, const void* second, int64_t place, int64_t stride, int32_t slot) {
+    from_[0] = static_cast<const P*>(first) + place;
+    if constexpr (kArrays == 2) from_[1] = static_cast<const P*>(second) + place;
+    stride_ = stride;
+    in_ = out_ = own_ + slot * kSlot;
+  }
 
-  // Begins to fetch a row into a slot, or nothing.
-  __device__ void fetch(int32_t slot, int64_t place, bool exists) const {
+  // Begins to fetch the next row, unless it does not exist; then comes the one after it, or before it.
+  template <bool kForwards>
+  __device__ void fetch(bool exists) {
     if (exists) {
 #pragma unroll
       for (int a = 0; a < kArrays; ++a) {
-        P* const to = own_ + (slot * kArrays + a) * kThreads;
-        const P* const from = static_cast<const P*>(from_[a]) + place;
         if constexpr (sizeof(P) >= 4) {
-          copy_piece<sizeof(P)>(reinterpret_cast<char*>(to), from, true);
+          copy_piece<sizeof(P)>(reinterpret_cast<char*>(in_ + a * kThreads), from_[a], true);
         } else {
-          *to = *from;  // too short for an asynchronous copy
+          in_[a * kThreads] = *from_[a];  // too short for an asynchronous copy
         }
       }
     }
     commit_copies();
+#pragma unroll
+    for (int a = 0; a < kArrays; ++a) from_[a] += stride_;
+    in_ = next<kForwards>(in_);
   }
-  // Waits for all fetches but the last kAhead - 1.
-  __device__ void wait() const { wait_for_copies<kAhead - 1>(); }
-  __device__ P get(int32_t slot, int array) const { return own_[(slot * kArrays + array) * kThreads]; }
+
+  // Waits for all rows but the kAhead - 1 that were fetched last, and gets the next one of each array.
+  template <bool kForwards>
+  __device__ void get(P* first, P* second) {
+    wait_for_copies<kAhead - 1>();
+    *first = out_[0];
+    if constexpr (kArrays == 2) *second = out_[kThreads];
+    out_ = next<kForwards>(out_);
+  }
 
  private:
-  int32_t slots_;
-  P* own_;
-  const void* from_[2];
+  static constexpr int kSlot = kThreads * kArrays;
+
+  template <bool kForwards>
+  __device__ P* next(P* slot) const {
+    if constexpr (kForwards) return slot == last_ ? own_ : slot + kSlot;
+    return slot == own_ ? last_ : slot - kSlot;
+  }
+
+  P *own_, *last_;  // the first and the last slot
+  P *in_, *out_;    // the next one to fetch a row into, and to get one from
+  const P* from_[kArrays];
+  int64_t stride_;
 };
 
 // Numbers of the channels of a block, for all of its threads.
@@ -228,16 +262,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr int kArrays = arrays_of(kOp), kChannels = kWarp * kLeft, kAcross = R::kAcross;
   using Ring = Ring<P, kArrays>;
   const int t = threadIdx.x;
-  const Ring ring(slots, m.x, is_norm(kOp) ? m.residual : m.ct);
+  const void* const of_other = is_norm(kOp) ? m.residual : m.ct;
+  Ring ring(slots);
   A* const partial = static_cast<A*>(m.workspace);  // [share, 2, channels]
 
   for (uint32_t unit = blockIdx.x; unit < shares * tiles; unit += gridDim.x) {
     const R at(m, unit, shares, tiles);
     // The first rows are fetched together with the number of real rows.
     const int32_t all = at.number(m.rows);
+    ring.start(m.x, of_other, at.place(0), at.stride(), 0);
 #pragma unroll
-    for (int i = 0; i < Ring::kAhead; ++i) ring.fetch(i, at.place(i), i < all);
-    int32_t out = 0, in = ring.after(Ring::kAhead - 1);
+    for (int i = 0; i < Ring::kAhead; ++i) ring.template fetch<true>(i < all);
     A first[V], second[V], center[V];
     [[maybe_unused]] A scale[V], shift[V];
     P center_of_one;
@@ -266,9 +301,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int32_t rows = real_rows(m.count, m.rows), number = at.number(rows);
 #pragma unroll 2
     for (int32_t i = 0; i < number; ++i) {
-      ring.wait();
-      const P x = ring.get(out, 0), other = ring.get(out, kArrays - 1);
-      out = ring.after(out);
+      P x, other;
+      ring.template get<true>(&x, &other);
 #pragma unroll
       for (int c = 0; c < V; ++c) {
         const A difference = x[c] - center[c];
@@ -278,8 +312,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         first[c] += summed;
         second[c] += difference * summed;
       }
-      ring.fetch(in, at.place(i + Ring::kAhead), i + Ring::kAhead < number);
-      in = ring.after(in);
+      ring.template fetch<true>(i + Ring::kAhead < number);
     }
     wait_for_copies<0>();
 
@@ -358,6 +391,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if constexpr (has_result(kOp)) {
       __syncthreads();
+      [[maybe_unused]] const A lowest = m.relu ? A{0} : -std::numeric_limits<A>::infinity();
       A center[V], factor[V], shift[V], slope[V], gate[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -371,20 +405,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       __syncthreads();  // the next unit writes them
       // Backwards too: the rows fetched last are still there, those before them in L2.
       const int32_t number = at.number(rows), all = at.number(m.rows);
-      const int32_t fetched = unit == last ? number - ring.slots() : number;
-      int32_t out = (number + ring.slots() - 1) % ring.slots(), in = out;
-      const auto fetch = [&](int32_t i) {
-        ring.fetch(in, at.place(i), i >= 0 && i < fetched);
-        in = ring.before(in);
-      };
-      P* const result = static_cast<P*>(m.result);
+      const int32_t fetched = unit == last ? number - slots : number;  // so many are fetched again
+      P* result = static_cast<P*>(m.result) + at.place(number - 1);
+      ring.start(m.x, of_other, at.place(number - 1), -at.stride(), (number + slots - 1) % slots);
 #pragma unroll
-      for (int i = 1; i <= Ring::kAhead; ++i) fetch(number - i);
+      for (int i = 1; i <= Ring::kAhead; ++i) ring.template fetch<false>(i <= number && number - i < fetched);
 #pragma unroll 2
       for (int32_t i = number - 1; i >= 0; --i) {
-        ring.wait();
-        const P x = ring.get(out, 0), other = ring.get(out, kArrays - 1);
-        out = ring.before(out);
+        P x, other;
+        ring.template get<false>(&x, &other);
         A y[V];
 #pragma unroll
         for (int c = 0; c < V; ++c) {
@@ -392,17 +421,19 @@ __global__ void __launch_bounds__(kThreads, 1)
           if constexpr (of_one) {
             y[c] = difference * factor[c] + shift[c];
             if constexpr (kOp == ChannelOp::kNormAdd) y[c] += other[c];
-            if (m.relu) y[c] = y[c] <= 0 ? A{0} : y[c];
+            y[c] = at_least(y[c], lowest);
           } else {
             A ct = other[c];
             if constexpr (is_gated(kOp)) ct = difference * factor[c] + gate[c] <= 0 ? A{0} : ct;
             y[c] = ct * factor[c] + (difference * slope[c] + shift[c]);
           }
         }
-        result[at.place(i)] = P(y);
-        fetch(i - Ring::kAhead);
+        *result = P(y);
+        result -= at.stride();
+        ring.template fetch<false>(i >= Ring::kAhead && i - Ring::kAhead < fetched);
       }
-      for (int32_t i = number; i < all; ++i) result[at.place(i)] = P{};
+      result = static_cast<P*>(m.result) + at.place(number);
+      for (int32_t i = number; i < all; ++i, result += at.stride()) *result = P{};
     }
   }
 }
