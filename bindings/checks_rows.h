@@ -53,7 +53,7 @@ struct Channels {
   int64_t rows = kUnbound, channels = kUnbound, workspace = kUnbound;
   std::optional<In> a, center, gate_scale, gate_shift;  // none, the first two, or all four
   std::optional<In> residual;
-  ffi::DataType vectors = ffi::DataType::INVALID;  // of scale and shift
+  ffi::DataType vectors = ffi::DataType::INVALID;  // of scale, bias and their gradients
 
   ffi::DataType sums() const { return dtype == ffi::F64 ? ffi::F64 : ffi::F32; }
 };
@@ -66,13 +66,6 @@ inline void check_channels(Checks* checks, const char* name, In x, In count, Out
   checks->operand("workspace", workspace, ffi::U8, {&s->workspace});
   checks->require(is_feature_dtype(s->dtype), "features must be float16, bfloat16, float32 or float64");
   checks->require(s->channels >= 1, "features must have at least one channel");
-}
-
-inline void check_affine(Checks* checks, In scale, In shift, Channels* s) {
-  s->vectors = scale.element_type();
-  checks->operand("scale", scale, s->vectors, {&s->channels});
-  checks->operand("shift", shift, s->vectors, {&s->channels});
-  checks->require(is_feature_dtype(s->vectors), "scale and shift must be float16, bfloat16, float32 or float64");
 }
 
 inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, Out workspace, ffi::RemainingArgs rest,
@@ -101,17 +94,19 @@ inline ffi::Error check_channel_moments(In b, In count, Out first, Out second, O
 
 // --- 15 batch_norm ---
 
-inline ffi::Error check_batch_norm(In x, In count, In scale, In shift, Out y, Out mean, Out variance, Out inverse,
-                                   Out workspace, ffi::RemainingArgs rest, Channels* s) {
+inline ffi::Error check_batch_norm(In x, In count, In scale, In bias, Out y, Out mean, Out variance, Out inverse,
+                                   Out factor, Out shift, Out workspace, ffi::RemainingArgs rest, Channels* s) {
   Checks checks("jaxsparse_batch_norm_v1");
   check_channels(&checks, "x", x, count, workspace, s);
-  const ffi::DataType sums = s->sums();
-  check_affine(&checks, scale, shift, s);
+  s->vectors = scale.element_type();
+  checks.operand("scale", scale, s->vectors, {&s->channels});
+  checks.operand("bias", bias, s->vectors, {&s->channels});
   checks.operand("y", y, s->dtype, {&s->rows, &s->channels});
-  checks.operand("mean", mean, sums, {&s->channels});
-  checks.operand("variance", variance, sums, {&s->channels});
-  checks.operand("inverse", inverse, sums, {&s->channels});
-  checks.require(rest.size() <= 1, "after shift there is room for a residual alone");
+  const std::pair<const char*, Out> vectors[] = {
+      {"mean", mean}, {"variance", variance}, {"inverse", inverse}, {"factor", factor}, {"shift", shift}};
+  for (const auto& [name, vector] : vectors) checks.operand(name, vector, s->sums(), {&s->channels});
+  checks.require(is_feature_dtype(s->vectors), "scale and bias must be float16, bfloat16, float32 or float64");
+  checks.require(rest.size() <= 1, "after bias there is room for a residual alone");
   if (checks.ok() && rest.size() == 1) {
     s->residual = rest.get<In>(0).value();
     checks.operand("residual", *s->residual, s->dtype, {&s->rows, &s->channels});
@@ -121,18 +116,19 @@ inline ffi::Error check_batch_norm(In x, In count, In scale, In shift, Out y, Ou
 
 // --- 16 batch_norm_grad ---
 
-inline ffi::Error check_batch_norm_grad(In ct, In x, In mean, In inverse, In scale, In shift, In count, Out x_ct,
-                                        Out scale_ct, Out shift_ct, Out workspace, Channels* s) {
+inline ffi::Error check_batch_norm_grad(In ct, In x, In mean, In inverse, In factor, In shift, In count, Out x_ct,
+                                        Out scale_ct, Out bias_ct, Out workspace, Channels* s) {
   Checks checks("jaxsparse_batch_norm_grad_v1");
   check_channels(&checks, "x", x, count, workspace, s);
-  const ffi::DataType sums = s->sums();
   checks.operand("ct", ct, s->dtype, {&s->rows, &s->channels});
-  checks.operand("mean", mean, sums, {&s->channels});
-  checks.operand("inverse", inverse, sums, {&s->channels});
-  check_affine(&checks, scale, shift, s);
+  const std::pair<const char*, In> vectors[] = {
+      {"mean", mean}, {"inverse", inverse}, {"factor", factor}, {"shift", shift}};
+  for (const auto& [name, vector] : vectors) checks.operand(name, vector, s->sums(), {&s->channels});
   checks.operand("x_ct", x_ct, s->dtype, {&s->rows, &s->channels});
+  s->vectors = scale_ct->element_type();
   checks.operand("scale_ct", scale_ct, s->vectors, {&s->channels});
-  checks.operand("shift_ct", shift_ct, s->vectors, {&s->channels});
+  checks.operand("bias_ct", bias_ct, s->vectors, {&s->channels});
+  checks.require(is_feature_dtype(s->vectors), "scale_ct and bias_ct must be float16, bfloat16, float32 or float64");
   return checks.error();
 }
 

@@ -404,40 +404,43 @@ ffi::Error channel_moments(cudaStream_t stream, In b, In count, Out first, Out s
   if (error.failure()) return error;
   if (s.a) args.ct = b.untyped_data();
   args.center = data(s.center);
-  args.scale = data(s.gate_scale);
+  args.factor = data(s.gate_scale);
   args.shift = data(s.gate_shift);
   args.first = first->untyped_data();
   args.second = second->untyped_data();
   return launch_error(call, cuda::channel_moments(args, stream));
 }
 
-ffi::Error batch_norm(cudaStream_t stream, In x, In count, In scale, In shift, Out y, Out mean, Out variance, Out inverse,
-                      Out workspace, ffi::RemainingArgs rest, double epsilon, int64_t relu) {
+ffi::Error batch_norm(cudaStream_t stream, In x, In count, In scale, In bias, Out y, Out mean, Out variance, Out inverse,
+                      Out factor, Out shift, Out workspace, ffi::RemainingArgs rest, double epsilon, int64_t relu) {
   constexpr const char* call = "jaxsparse_batch_norm_v1";
   Channels s;
-  ffi::Error error = check_batch_norm(x, count, scale, shift, y, mean, variance, inverse, workspace, rest, &s);
+  ffi::Error error =
+      check_batch_norm(x, count, scale, bias, y, mean, variance, inverse, factor, shift, workspace, rest, &s);
   if (error.failure()) return error;
   cuda::ChannelArgs args;
   error = channel_args(call, s, x, count, workspace, &args);
   if (error.failure()) return error;
   args.scale = scale.untyped_data();
-  args.shift = shift.untyped_data();
+  args.bias = bias.untyped_data();
   args.residual = data(s.residual);
   args.epsilon = epsilon;
   args.relu = relu != 0;
   args.first = mean->untyped_data();
   args.second = variance->untyped_data();
   args.third = inverse->untyped_data();
+  args.fourth = factor->untyped_data();
+  args.fifth = shift->untyped_data();
   args.result = y->untyped_data();
   return launch_error(call, cuda::batch_norm(args, stream));
 }
 
-ffi::Error batch_norm_grad(cudaStream_t stream, In ct, In x, In mean, In inverse, In scale, In shift, In count, Out x_ct,
-                           Out scale_ct, Out shift_ct, Out workspace, int64_t relu) {
+ffi::Error batch_norm_grad(cudaStream_t stream, In ct, In x, In mean, In inverse, In factor, In shift, In count, Out x_ct,
+                           Out scale_ct, Out bias_ct, Out workspace, int64_t relu) {
   constexpr const char* call = "jaxsparse_batch_norm_grad_v1";
   Channels s;
   ffi::Error error =
-      check_batch_norm_grad(ct, x, mean, inverse, scale, shift, count, x_ct, scale_ct, shift_ct, workspace, &s);
+      check_batch_norm_grad(ct, x, mean, inverse, factor, shift, count, x_ct, scale_ct, bias_ct, workspace, &s);
   if (error.failure()) return error;
   cuda::ChannelArgs args;
   error = channel_args(call, s, x, count, workspace, &args);
@@ -445,10 +448,10 @@ ffi::Error batch_norm_grad(cudaStream_t stream, In ct, In x, In mean, In inverse
   args.ct = ct.untyped_data();
   args.center = mean.untyped_data();
   args.inverse = inverse.untyped_data();
-  args.scale = scale.untyped_data();
+  args.factor = factor.untyped_data();
   args.shift = shift.untyped_data();
   args.relu = relu != 0;
-  args.first = shift_ct->untyped_data();
+  args.first = bias_ct->untyped_data();
   args.second = scale_ct->untyped_data();
   args.result = x_ct->untyped_data();
   return launch_error(call, cuda::batch_norm_grad(args, stream));
@@ -483,7 +486,7 @@ XLA_FFI_DEFINE_HANDLER(kChannelMoments, channel_moments, (bind<Stream, 2, 3>().R
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(
     kBatchNorm, batch_norm,
-    (bind<Stream, 4, 5>().RemainingArgs().Attr<double>("epsilon").Attr<int64_t>("relu")),
+    (bind<Stream, 4, 7>().RemainingArgs().Attr<double>("epsilon").Attr<int64_t>("relu")),
     {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kBatchNormGrad, batch_norm_grad, (bind<Stream, 7, 4>().Attr<int64_t>("relu")),
                        {ffi::Traits::kCmdBufferCompatible});

@@ -141,7 +141,7 @@ def test_tangent_and_cotangent_of_normalize_are_adjoint(count, relu):
     scale_dot, shift_dot, *at = vectors
     at, counts = (x, *at, jnp.array([count], jnp.int32)), np.arange(20)[:, None] < count
     (moved,) = _tangent(x_dot, scale_dot, shift_dot, *at, relu=relu)
-    given = _cotangent(ct, *at, relu=relu)
+    given = _cotangent(ct, *at, relu=relu, dtype=x.dtype)
     right = sum((a * b).sum() for a, b in zip(given, (x_dot, scale_dot, shift_dot), strict=True))
     np.testing.assert_allclose((moved * jnp.where(counts, ct, 0)).sum(), right, rtol=1e-12, atol=1e-12)
 

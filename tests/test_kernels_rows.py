@@ -115,22 +115,22 @@ def test_channel_sums_have_equal_bits_at_every_capacity(channels):
 
 def batch_norm(x, count, scale, shift, *residual, relu=False, epsilon=1e-3):
     channels, sums = x.shape[1], F64 if x.dtype == F64 else F32
-    results = [(x.shape, x.dtype), *[((channels,), sums)] * 3]
+    results = [(x.shape, x.dtype), *[((channels,), sums)] * 5]
     results.append(((_workspace.channels(channels, np.dtype(sums).itemsize),), U8))
     options = {"epsilon": epsilon, "relu": int(relu)}
-    return call("batch_norm", results, x, np.array([count], I32), scale, shift, *residual, **options)[:4]
+    return call("batch_norm", results, x, np.array([count], I32), scale, shift, *residual, **options)[:6]
 
 
-def batch_norm_grad(ct, x, mean, inverse, scale, shift, count, relu):
+def batch_norm_grad(ct, x, mean, inverse, factor, shift, count, relu, vectors=None):
     channels, sums = x.shape[1], F64 if x.dtype == F64 else F32
-    results = [(x.shape, x.dtype), *[((channels,), scale.dtype)] * 2]
+    results = [(x.shape, x.dtype), *[((channels,), vectors or sums)] * 2]
     results.append(((_workspace.channels(channels, np.dtype(sums).itemsize),), U8))
-    operands = ct, x, mean, inverse, scale, shift, np.array([count], I32)
+    operands = ct, x, mean, inverse, factor, shift, np.array([count], I32)
     return call("batch_norm_grad", results, *operands, relu=int(relu))[:3]
 
 
 def norm_operands(rows, count, channels, dtype, vectors=None):
-    """Two arrays with NaN on padding rows; scale and shift in the dtype `vectors`; mean and 1 / deviation."""
+    """Two arrays with NaN on padding rows; scale and bias in the dtype `vectors`; mean and 1 / deviation."""
     rng = np.random.default_rng(rows)
     with wide(dtype):
         arrays = [np.array(rng.normal(size=(rows, channels)) + 2, dtype) for _ in range(2)]
@@ -156,13 +156,15 @@ def test_batch_norm_is_that_of_the_real_rows(dtype, rows, count, channels, relu,
     vectors = BF16 if adds else None
     (x, residual), (scale, shift, *_) = norm_operands(rows, count, channels, dtype, vectors)
     with wide(dtype):
-        y, mean, variance, inverse = batch_norm(x, count, scale, shift, *[residual] * adds, relu=relu)
+        y, mean, variance, inverse, factor, again = batch_norm(x, count, scale, shift, *[residual] * adds, relu=relu)
     real = x[:count].astype(F64)
     exact = 1e-13 if dtype == F64 else 1e-5
     wanted = (real.mean(0), real.var(0)) if count else (np.zeros(channels),) * 2
     np.testing.assert_allclose(mean, wanted[0], rtol=exact)
     np.testing.assert_allclose(variance, wanted[1], rtol=exact, atol=exact)
     np.testing.assert_allclose(inverse, 1 / np.sqrt(variance.astype(F64) + 1e-3), rtol=exact)
+    np.testing.assert_allclose(factor, inverse * scale.astype(F64), rtol=exact)
+    np.testing.assert_array_equal(again, shift.astype(inverse.dtype))
     want = (real - wanted[0]) / np.sqrt(wanted[1] + 1e-3) * scale.astype(F64) + shift.astype(F64)
     size = 1 + np.abs(want)
     if adds:
@@ -177,18 +179,18 @@ def test_batch_norm_is_that_of_the_real_rows(dtype, rows, count, channels, relu,
 @pytest.mark.parametrize("relu", [False, True])
 def test_batch_norm_grad_is_that_of_the_formula(dtype, rows, count, channels, relu):
     vectors = F16 if relu else None
-    (x, ct), (scale, shift, mean, inverse) = norm_operands(rows, count, channels, dtype, vectors)
+    (x, ct), (factor, shift, mean, inverse) = norm_operands(rows, count, channels, dtype)
     with wide(dtype):
-        x_ct, scale_ct, shift_ct = batch_norm_grad(ct, x, mean, inverse, scale, shift, count, relu)
+        x_ct, scale_ct, shift_ct = batch_norm_grad(ct, x, mean, inverse, factor, shift, count, relu, vectors)
     z = (x[:count].astype(F64) - mean) * inverse
     let_in = ct[:count].astype(F64)
     if relu:
-        let_in = np.where(z * scale.astype(F64) + shift.astype(F64) <= 0, 0, let_in)
+        let_in = np.where((x[:count].astype(F64) - mean) * factor + shift <= 0, 0, let_in)
     exact, n = 1e-12 if dtype == F64 else 1e-4, max(count, 1)
     of_shift, of_scale = let_in.sum(0), (z * let_in).sum(0)
     for got, sums in ((shift_ct, of_shift), (scale_ct, of_scale)):
         np.testing.assert_allclose(got.astype(F64), sums, rtol=exact + ROUNDING[vectors or F64], atol=exact * n)
-    want = inverse * scale.astype(F64) * (let_in - of_shift / n - z * of_scale / n)
+    want = factor.astype(F64) * (let_in - of_shift / n - z * of_scale / n)
     size = 1 + np.abs(want) + np.abs(z)
     assert relative_error(x_ct[:count], want, np.abs(want) + exact / ROUNDING[dtype] * size) <= ROUNDING[dtype]
     assert (x_ct[count:] == 0).all()

@@ -125,21 +125,6 @@ __device__ void with_type(Dtype dtype, F&& f) {
   }
 }
 
-template <typename A>
-__device__ A number_at(const void* vector, Dtype dtype, int32_t i) {
-  A number = 0;
-  with_type(dtype, [&](auto zero) { number = static_cast<A>(widen(static_cast<const decltype(zero)*>(vector)[i])); });
-  return number;
-}
-
-template <typename A>
-__device__ void write_at(void* vector, Dtype dtype, int32_t i, A number) {
-  with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    static_cast<T*>(vector)[i] = narrow<T>(static_cast<Accumulator<T>>(number));
-  });
-}
-
 // max(v, lowest); NaN stays NaN.
 __device__ inline float at_least(float v, float lowest) {
 #ifdef __CUDA_ARCH__
@@ -274,29 +259,24 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < Ring::kAhead; ++i) ring.template fetch<true>(i < all);
     A first[V], second[V], center[V];
-    [[maybe_unused]] A scale[V], shift[V];
+    [[maybe_unused]] A factor[V], shift[V];
     P center_of_one;
     if constexpr (of_one) center_of_one = at.first(static_cast<const P*>(m.x), m.rows);
+    const auto of_channel = [&](const void* vector, int i) {
+      return at.pack < at.packs ? static_cast<const A*>(vector)[at.pack * V + i] : A{0};
+    };
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      first[i] = second[i] = scale[i] = shift[i] = 0;
-      const int32_t channel = at.pack * V + i;
-      center[i] = of_one                ? center_of_one[i]
-                  : at.pack < at.packs ? static_cast<const A*>(m.center)[channel]
-                                       : A{0};
-    }
-    if (is_gated(kOp) && at.pack < at.packs) {
-      with_type(m.vectors, [&](auto zero) {
-        using S = decltype(zero);
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const int32_t channel = at.pack * V + i;
-          scale[i] = static_cast<A>(widen(static_cast<const S*>(m.scale)[channel]));
-          shift[i] = static_cast<A>(widen(static_cast<const S*>(m.shift)[channel]));
-        }
-      });
-#pragma unroll
-      for (int i = 0; has_result(kOp) && i < V; ++i) scale[i] *= static_cast<const A*>(m.inverse)[at.pack * V + i];
+      first[i] = second[i] = 0;
+      if constexpr (of_one) {
+        center[i] = center_of_one[i];
+      } else {
+        center[i] = of_channel(m.center, i);
+      }
+      if constexpr (is_gated(kOp)) {
+        factor[i] = of_channel(m.factor, i);
+        shift[i] = of_channel(m.shift, i);
+      }
     }
     const int32_t rows = real_rows(m.count, m.rows), number = at.number(rows);
 #pragma unroll 2
@@ -308,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const A difference = x[c] - center[c];
         A summed = difference;
         if constexpr (!of_one) summed = other[c];
-        if constexpr (is_gated(kOp)) summed = difference * scale[c] + shift[c] <= 0 ? A{0} : summed;
+        if constexpr (is_gated(kOp)) summed = difference * factor[c] + shift[c] <= 0 ? A{0} : summed;
         first[c] += summed;
         second[c] += difference * summed;
       }
@@ -369,24 +349,36 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (is_norm(kOp)) {
         second /= some_rows;
         const A inverse = 1 / sqrt(second + static_cast<A>(m.epsilon));
+        A factor = 0, shift = 0;
+        with_type(m.vectors, [&](auto zero) {
+          using S = decltype(zero);
+          factor = inverse * static_cast<A>(widen(static_cast<const S*>(m.scale)[channel]));
+          shift = static_cast<A>(widen(static_cast<const S*>(m.bias)[channel]));
+        });
         of_channels.center[t] = first;
-        of_channels.factor[t] = inverse * number_at<A>(m.scale, m.vectors, channel);
-        of_channels.shift[t] = number_at<A>(m.shift, m.vectors, channel);
-        if (at.share == 0) static_cast<A*>(m.third)[channel] = inverse;
+        of_channels.factor[t] = factor;
+        of_channels.shift[t] = shift;
+        if (at.share == 0) {
+          static_cast<A*>(m.third)[channel] = inverse;
+          static_cast<A*>(m.fourth)[channel] = factor;
+          static_cast<A*>(m.fifth)[channel] = shift;
+        }
       } else if constexpr (has_result(kOp)) {
-        const A inverse = static_cast<const A*>(m.inverse)[channel];
-        const A factor = inverse * number_at<A>(m.scale, m.vectors, channel);
+        const auto number = [&](const void* vector) { return static_cast<const A*>(vector)[channel]; };
+        const A inverse = number(m.inverse), factor = number(m.factor);
         second *= inverse;
-        of_channels.center[t] = static_cast<const A*>(m.center)[channel];
+        of_channels.center[t] = number(m.center);
         of_channels.factor[t] = factor;
         of_channels.slope[t] = -factor * inverse * second / some_rows;
         of_channels.shift[t] = -factor * first / some_rows;
-        of_channels.gate[t] = number_at<A>(m.shift, m.vectors, channel);
+        of_channels.gate[t] = number(m.shift);
       }
       if (at.share == 0) {
-        const Dtype dtype = has_result(kOp) && !of_one ? m.vectors : kDtypeOf<A>;
-        write_at(m.first, dtype, channel, first);
-        write_at(m.second, dtype, channel, second);
+        with_type(has_result(kOp) && !of_one ? m.vectors : kDtypeOf<A>, [&](auto zero) {
+          using S = decltype(zero);
+          static_cast<S*>(m.first)[channel] = narrow<S>(static_cast<Accumulator<S>>(first));
+          static_cast<S*>(m.second)[channel] = narrow<S>(static_cast<Accumulator<S>>(second));
+        });
       }
     }
     if constexpr (has_result(kOp)) {
@@ -485,7 +477,7 @@ cudaError_t run_op(const ChannelArgs& m, cudaStream_t stream) {
 
 cudaError_t channel_moments(const ChannelArgs& m, cudaStream_t stream) {
   if (m.ct == nullptr) return run_op<ChannelOp::kStatistics>(m, stream);
-  return m.scale == nullptr ? run_op<ChannelOp::kMoments>(m, stream) : run_op<ChannelOp::kGatedMoments>(m, stream);
+  return m.factor == nullptr ? run_op<ChannelOp::kMoments>(m, stream) : run_op<ChannelOp::kGatedMoments>(m, stream);
 }
 
 cudaError_t batch_norm(const ChannelArgs& m, cudaStream_t stream) {

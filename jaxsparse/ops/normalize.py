@@ -1,11 +1,11 @@
 """Batch norm by the batch's own statistics as one op, with the two linear ops that are its derivatives.
 
-    normalize(x, s, t)           (x - mean) inverse s + t + residual, mean, variance, inverse
-    normalize_tangent(x, s, t)   inverse s (x - <x> - z <z x>) + z s + t
-    normalize_cotangent(y)       inverse s (y - <y> - z <z y>), sum(z y), sum(y)
+    normalize(x, s, t)           (x - mean) factor + t + residual, mean, variance, inverse, factor, t
+    normalize_tangent(x, s, t)   factor (x - <x> - z <z x>) + z s + t
+    normalize_cotangent(y)       factor (y - <y> - z <z y>), sum(z y), sum(y)
 
-Here < > is the mean over real rows, inverse = 1 / sqrt(variance + epsilon), and z = (x - mean) inverse where the first
-op was taken. On CUDA the first and the last are one kernel each, which reads its arrays once; all else is made of the
+Here < > is the mean over real rows, inverse = 1 / sqrt(variance + epsilon), factor = inverse s, and z = (x - mean)
+inverse where the first op was taken. On CUDA the first and the last are one kernel each, which reads its arrays once; all else is made of the
 sums and maps of `jaxsparse.ops.channels`.
 
 The last two are each other's transposes, and what they are taken at is an operand like any other: their derivatives by
@@ -34,43 +34,42 @@ def _rows(counts, x):
     return jnp.clip(counts[0], 1, x.shape[0]).astype(accumulation_dtype(x.dtype))
 
 
-def _normalize_formula(x, scale, shift, counts, *residual, epsilon, relu, implementation="xla"):
+def _normalize_formula(x, scale, bias, counts, *residual, epsilon, relu, implementation="xla"):
     mean, squares = _statistics(x, counts, implementation=implementation)
     variance = squares / _rows(counts, x)
     inverse = lax.rsqrt(variance + epsilon)
-    out = {"out_dtype": mean.dtype, "implementation": implementation}
-    (y,) = _affine(x, inverse * scale.astype(mean.dtype), shift.astype(mean.dtype), mean, counts, **out)
+    factor, shift = inverse * scale.astype(mean.dtype), bias.astype(mean.dtype)
+    (y,) = _affine(x, factor, shift, mean, counts, out_dtype=mean.dtype, implementation=implementation)
     if residual:
         y = jnp.where(real_rows(counts, x.shape[0])[:, None], y + residual[0].astype(y.dtype), 0)
     if relu:
         y = jnp.where(y <= 0, 0, y)
-    return [y.astype(x.dtype), mean, variance, inverse]
+    return [y.astype(x.dtype), mean, variance, inverse, factor, shift]
 
 
-def _parts(x, mean, inverse, scale, shift, relu):
-    """A constant of the mean's value, what the mean is less than it, the factor, and the gate of `relu`."""
+def _around(x, mean, factor, shift, relu):
+    """A constant of the mean's value, what the mean is less than it, and the gate of `relu`."""
     center = lax.stop_gradient(mean)
-    factor = inverse * scale.astype(mean.dtype)
-    return center, center - mean, factor, (x, factor, shift.astype(mean.dtype), center) if relu else ()
+    return center, center - mean, (x, factor, shift, center) if relu else ()
 
 
 def _tangent_formula(
-    x_dot, scale_dot, shift_dot, x, mean, inverse, scale, shift, counts, *, relu, implementation="xla"
+    x_dot, scale_dot, bias_dot, x, mean, inverse, factor, shift, counts, *, relu, implementation="xla"
 ):
-    center, gap, factor, gate = _parts(x, mean, inverse, scale, shift, relu)
+    center, gap, gate = _around(x, mean, factor, shift, relu)
     run = {"implementation": implementation}
     out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
     total, product = _moments(x, x_dot, center, counts, **run)
     product, rows = product + gap * total, _rows(counts, x)
     slope = inverse * scale_dot.astype(mean.dtype) - factor * inverse**2 * product / rows
-    offset = shift_dot.astype(mean.dtype) - factor * total / rows + gap * slope
+    offset = bias_dot.astype(mean.dtype) - factor * total / rows + gap * slope
     (moved,) = _affine(x_dot, factor, zero, zero, counts, *gate, **out)
     (rest,) = _affine(x, slope, offset, center, counts, *gate, **out)
     return [(moved + rest).astype(x.dtype)]
 
 
-def _cotangent_formula(ct, x, mean, inverse, scale, shift, counts, *, relu, implementation="xla"):
-    center, gap, factor, gate = _parts(x, mean, inverse, scale, shift, relu)
+def _cotangent_formula(ct, x, mean, inverse, factor, shift, counts, *, relu, dtype, implementation="xla"):
+    center, gap, gate = _around(x, mean, factor, shift, relu)
     run = {"implementation": implementation}
     out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
     total, product = _gated_moments(x, ct, center, counts, gate, **run)
@@ -78,7 +77,7 @@ def _cotangent_formula(ct, x, mean, inverse, scale, shift, counts, *, relu, impl
     slope = -factor * inverse**2 * product / rows
     (moved,) = _affine(ct, factor, zero, zero, counts, *gate, **out)
     (rest,) = _affine(x, slope, gap * slope - factor * total / rows, center, counts, **out)
-    return [(moved + rest).astype(x.dtype), (inverse * product).astype(scale.dtype), total.astype(shift.dtype)]
+    return [(moved + rest).astype(x.dtype), (inverse * product).astype(dtype), total.astype(dtype)]
 
 
 def _workspace_of(x):
@@ -89,29 +88,29 @@ def _struct(x, dtype=None):
     return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype)
 
 
-def _normalize_call(platform, x, scale, shift, counts, *residual, epsilon, relu):
+def _normalize_call(platform, x, scale, bias, counts, *residual, epsilon, relu):
     if platform != "cuda":
-        return _normalize_formula(x, scale, shift, counts, *residual, epsilon=epsilon, relu=relu)
-    results = [_struct(x), *[_struct(scale, accumulation_dtype(x.dtype))] * 3, _workspace_of(x)]
+        return _normalize_formula(x, scale, bias, counts, *residual, epsilon=epsilon, relu=relu)
+    results = [_struct(x), *[_struct(scale, accumulation_dtype(x.dtype))] * 5, _workspace_of(x)]
     options = {"epsilon": float(epsilon), "relu": int(relu)}
-    return _ffi.call("jaxsparse_batch_norm_v1", results, x, counts, scale, shift, *residual, **options)[:4]
+    return _ffi.call("jaxsparse_batch_norm_v1", results, x, counts, scale, bias, *residual, **options)[:6]
 
 
 def _tangent_call(platform, *operands, relu):
     return _tangent_formula(*operands, relu=relu, implementation="auto" if platform == "cuda" else "xla")
 
 
-def _cotangent_call(platform, ct, x, mean, inverse, scale, shift, counts, *, relu):
-    operands = ct, x, mean, inverse, scale, shift, counts
+def _cotangent_call(platform, ct, x, mean, *rest, relu, dtype):
+    operands = ct, x, mean, *rest
     if platform != "cuda":
-        return _cotangent_formula(*operands, relu=relu)
-    results = [_struct(x), _struct(scale), _struct(scale), _workspace_of(x)]
+        return _cotangent_formula(*operands, relu=relu, dtype=dtype)
+    results = [_struct(x), *[_struct(mean, dtype)] * 2, _workspace_of(x)]
     return _ffi.call("jaxsparse_batch_norm_grad_v1", results, *operands, relu=int(relu))[:3]
 
 
 _normalize = Op(
     "normalize",
-    lambda x, scale, *_, **__: [(x.shape, x.dtype), *[(scale.shape, accumulation_dtype(x.dtype))] * 3],
+    lambda x, scale, *_, **__: [(x.shape, x.dtype), *[(scale.shape, accumulation_dtype(x.dtype))] * 5],
     _normalize_call,
     _normalize_formula,
     is_elementwise=True,
@@ -125,7 +124,7 @@ _tangent = Op(
 )
 _cotangent = Op(
     "normalize_cotangent",
-    lambda ct, x, mean, inverse, scale, *_, **__: [(ct.shape, ct.dtype), *[(scale.shape, scale.dtype)] * 2],
+    lambda ct, x, mean, *_, dtype, **__: [(ct.shape, ct.dtype), *[(mean.shape, dtype)] * 2],
     _cotangent_call,
     _cotangent_formula,
     is_elementwise=True,
@@ -135,22 +134,27 @@ for _op in (_normalize, _tangent, _cotangent):
 
 
 def _normalize_jvp(primals, tangents, *, epsilon, relu, implementation):
-    x, scale, shift, counts, *residual = primals
-    x_dot, scale_dot, shift_dot, _, *residual_dot = tangents
+    x, scale, bias, counts, *residual = primals
+    x_dot, scale_dot, bias_dot, _, *residual_dot = tangents
     run = {"implementation": implementation}
     out = _normalize(*primals, epsilon=epsilon, relu=relu, **run)
-    y, mean, _, inverse = out
+    y, mean, _, inverse, factor, shift = out
     dots = [zero_tangent(v) for v in out]
     if type(x_dot) is not ad.Zero:
         total, product = _moments(x, x_dot, lax.stop_gradient(mean), counts, **run)
         product = product + (lax.stop_gradient(mean) - mean) * total
         variance_dot = 2 * product / _rows(counts, x)
-        dots[1:] = total / _rows(counts, x), variance_dot, -0.5 * inverse**3 * variance_dot
-    own = (x_dot, x), (scale_dot, scale), (shift_dot, shift)
+        inverse_dot = -0.5 * inverse**3 * variance_dot
+        dots[1:5] = total / _rows(counts, x), variance_dot, inverse_dot, inverse_dot * scale.astype(mean.dtype)
+    if type(scale_dot) is not ad.Zero:
+        dots[4] = ad.add_tangents(dots[4], inverse * scale_dot.astype(mean.dtype))
+    if type(bias_dot) is not ad.Zero:
+        dots[5] = bias_dot.astype(mean.dtype)
+    own = (x_dot, x), (scale_dot, scale), (bias_dot, bias)
     if any(type(dot) is not ad.Zero for dot, _ in own):
         moving = [_instantiate(*pair) for pair in own]
         gated = relu and not residual
-        dots[:1] = _tangent(*moving, x, mean, inverse, scale, shift, counts, relu=gated, **run)
+        dots[:1] = _tangent(*moving, x, mean, inverse, factor, shift, counts, relu=gated, **run)
     if residual and type(residual_dot[0]) is not ad.Zero:
         dots[0] = ad.add_tangents(dots[0], residual_dot[0])
         if not relu:
@@ -182,22 +186,23 @@ def _jvp_of_linear(op, formula, number):
     return jvp
 
 
-def _tangent_transpose(cotangents, x_dot, scale_dot, shift_dot, *at, **params):
+def _tangent_transpose(cotangents, x_dot, scale_dot, bias_dot, *at, **params):
     (ct,) = cotangents
-    undefined = [ad.is_undefined_primal(o) for o in (x_dot, scale_dot, shift_dot)]
-    found = [ad.Zero(o.aval) for o in (x_dot, scale_dot, shift_dot) if ad.is_undefined_primal(o)]
-    if type(ct) is not ad.Zero:
-        found = [f for f, u in zip(_cotangent(ct, *at, **params), undefined, strict=True) if u]
-    found = iter(found)
-    return [next(found) if u else None for u in undefined] + [None] * len(at)
+    undefined = [ad.is_undefined_primal(o) for o in (x_dot, scale_dot, bias_dot)]
+    avals = [o.aval if u else o for o, u in zip((x_dot, scale_dot, bias_dot), undefined, strict=True)]
+    if type(ct) is ad.Zero:
+        found = [ad.Zero(aval) if u else None for aval, u in zip(avals, undefined, strict=True)]
+    else:
+        found = _cotangent(ct, *at, dtype=avals[1].dtype, **params)
+    return [f if u else None for f, u in zip(found, undefined, strict=True)] + [None] * len(at)
 
 
-def _cotangent_transpose(cotangents, ct, x, mean, inverse, scale, shift, counts, **params):
-    found = ad.Zero(ct.aval)
+def _cotangent_transpose(cotangents, ct, x, mean, *at, dtype, **params):
+    found, vector = ad.Zero(ct.aval), mean.astype(dtype)
     if any(type(c) is not ad.Zero for c in cotangents):
-        given = [_instantiate(c, v) for c, v in zip(cotangents, (x, scale, shift), strict=True)]
-        (found,) = _tangent(*given, x, mean, inverse, scale, shift, counts, **params)
-    return [found, *[None] * 6]
+        given = [_instantiate(c, v) for c, v in zip(cotangents, (x, vector, vector), strict=True)]
+        (found,) = _tangent(*given, x, mean, *at, **params)
+    return [found, *[None] * (2 + len(at))]
 
 
 _normalize.set_jvp(_normalize_jvp)
@@ -208,7 +213,7 @@ _cotangent.set_linear(_jvp_of_linear(_cotangent, _cotangent_formula, 1), _cotang
 def normalize(
     x: jax.Array,
     scale: jax.Array,
-    shift: jax.Array,
+    bias: jax.Array,
     counts: jax.Array,
     residual: jax.Array | None = None,
     *,
@@ -216,11 +221,11 @@ def normalize(
     relu: bool = False,
     implementation: str = "auto",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`(x - mean) / sqrt(variance + epsilon) * scale + shift + residual` over the real rows, 0 on the others.
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias + residual` over the real rows, 0 on the others.
 
     Args:
       x: `[N, C]`.
-      scale, shift: `[C]`, both of one dtype.
+      scale, bias: `[C]`, both of one dtype.
       counts: int32 `[1]`, real rows.
       residual: `[N, C]` in the dtype of `x`, or None.
       epsilon: added to the variance.
@@ -232,5 +237,5 @@ def normalize(
     """
     extra = () if residual is None else (residual,)
     options = {"epsilon": epsilon, "relu": relu, "implementation": implementation}
-    y, mean, variance, _ = _normalize(x, scale, shift, counts, *extra, **options)
+    y, mean, variance, *_ = _normalize(x, scale, bias, counts, *extra, **options)
     return y, mean, variance
