@@ -5,8 +5,8 @@
     normalize_cotangent(y)       factor (y - <y> - z <z y>), sum(z y), sum(y)
 
 Here < > is the mean over real rows, inverse = 1 / sqrt(variance + epsilon), factor = inverse s, and z = (x - mean)
-inverse where the first op was taken. On CUDA the first and the last are one kernel each, which reads its arrays once; all else is made of the
-sums and maps of `jaxsparse.ops.channels`.
+inverse where the first op was taken. On CUDA the first and the last are one kernel each, which reads its arrays once
+where they fit its shared memory; all else is made of the sums and maps of `jaxsparse.ops.channels`.
 
 The last two are each other's transposes, and what they are taken at is an operand like any other: their derivatives by
 it are those of the formulas below, so that every mode and order goes through. With `relu` the first is 0 where it is
