@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, get_opaque_trace_state
-from jax.interpreters import ad, batching, mlir, xla
+from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, Primitive, Var, get_opaque_trace_state
+from jax.interpreters import ad, batching, mlir, partial_eval, xla
 from jax.sharding import PartitionSpec
 
 __all__ = [
+    "DropVar",
     "Primitive",
     "ad",
     "apply_primitive",
@@ -20,6 +21,7 @@ __all__ = [
     "mlir",
     "out_aval",
     "promote",
+    "set_remat",
     "sub_jaxprs",
     "trace_state",
     "zero_tangent",
@@ -66,6 +68,36 @@ def out_aval(like, shape: Sequence[int], dtype):
 def zero_tangent(primal) -> ad.Zero:
     """The symbolic zero that stands for the tangent of a value."""
     return ad.Zero(jax.typeof(primal).to_tangent_aval())
+
+
+def set_remat(primitive: Primitive, again: Callable) -> None:
+    """Says how `jax.checkpoint` makes a primitive's results again where its policy does not keep them.
+
+    Args:
+      primitive: one that runs in the forward pass.
+      again: from its equation, an equation of the backward pass that makes some of its results, from its operands and
+        others of its results, which are kept; or None, and the primitive runs again.
+    """
+
+    def rule(saveable, unknown, at_hand, eqn):
+        given = {v for v, is_given in zip(eqn.invars, at_hand, strict=True) if is_given and isinstance(v, Var)}
+        nothing, all_results = [False] * len(eqn.outvars), [True] * len(eqn.outvars)
+
+        def kept_for(later):
+            return [v for v in later.invars if isinstance(v, Var) and v not in given]
+
+        if any(unknown):
+            return None, eqn, all_results, all_results, kept_for(eqn)
+        verdict = saveable(eqn.primitive, *[v.aval for v in eqn.invars], **eqn.params)
+        if verdict is not False and type(verdict).__name__ != "RecomputeType":
+            return eqn, None, nothing, nothing, []
+        later = again(eqn)
+        if later is None:
+            return eqn, eqn, nothing, all_results, kept_for(eqn)
+        here = {v for v in (*later.invars, *later.outvars) if isinstance(v, Var)}
+        return eqn, later, nothing, [v in here for v in eqn.outvars], kept_for(later)
+
+    partial_eval.partial_eval_jaxpr_custom_rules[primitive] = rule
 
 
 def sub_jaxprs(eqn) -> list[ClosedJaxpr]:

@@ -271,5 +271,28 @@ def test_saving_products_alone_saves_a_third_of_what_a_backward_pass_keeps():
     for a, b in zip(*(jax.tree.leaves(jax.grad(f)(params)) for f in (loss, lean)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jaxpr = str(jax.make_jaxpr(jax.grad(lean))(params))
-    assert jaxpr.count("sparse_conv_forward[") == str(jax.make_jaxpr(loss)(params)).count("sparse_conv_forward[")
+    forward = str(jax.make_jaxpr(loss)(params))
+    for op in ("sparse_conv_forward[", "normalize["):  # statistics are kept
+        assert jaxpr.count(op) == forward.count(op) > 0
+    assert jaxpr.count("normalize_again[") > 0
     assert jaxpr.count("kernel_map[") == 1
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("policy", [None, js.ops.save_products])
+def test_derivatives_go_through_what_is_computed_again(policy):
+    x, residual = draw(0, (12, 3), (12, 3))
+    scale, bias, weight = draw(1, (3,), (3,), (12, 3))
+    counts = jnp.array([10], jnp.int32)
+
+    def f(x, scale, bias, residual):
+        y, mean, variance = normalize(x, scale, bias, counts, epsilon=0.1, relu=True)
+        y, *_ = normalize(jnp.sin(y), scale, bias, counts, residual, epsilon=0.1, relu=True)
+        return (y * weight).sum() ** 2 + mean @ variance
+
+    operands, every = (x, scale, bias, residual), (0, 1, 2, 3)
+    lean = jax.checkpoint(f, policy=policy)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+    jax.tree.map(same, jax.grad(lean, every)(*operands), jax.grad(f, every)(*operands))
+    for outer in (jax.jacfwd, jax.jacrev):
+        jax.tree.map(same, *(jax.jit(outer(jax.grad(g, every), every))(*operands) for g in (lean, f)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,20 +83,22 @@ class BatchNorm(nnx.Module):
         """
         check_input(self, x, "num_features")
         scale, bias = self._affine()
-        is_in_one = residual is None or self.dtype in (None, x.dtype)  # else cast before the residual is added
-        options = {"epsilon": self.epsilon}
-        if is_in_one:
-            options |= {"residual": residual, "activation": activation}
+        # A cast comes between the norm and a residual; without one, all is one op.
+        casts = residual is not None and self.dtype not in (None, x.dtype)
+        added, last = (None, None) if casts else (residual, activation)
+        after: dict[str, Any] = {"epsilon": self.epsilon, "residual": added, "activation": last}
         if self.use_running_average if use_running_average is None else use_running_average:
-            y = ops.batch_norm(x, self.mean[...], self.var[...], scale, bias, **options)
+            y = ops.batch_norm(x, self.mean[...], self.var[...], scale, bias, **after)
         else:
-            y, mean, variance, count = ops.normalize_batch(x, scale, bias, axis_name=self.axis_name, **options)
+            y, mean, variance, count = ops.normalize_batch(x, scale, bias, axis_name=self.axis_name, **after)
             for running, batch in ((self.mean, mean), (self.var, variance)):
                 old, new = running[...].astype(batch.dtype), jax.lax.stop_gradient(batch)
                 updated = jnp.where(count > 0, self.momentum * old + (1 - self.momentum) * new, old)
                 running[...] = updated.astype(running.dtype)
         y = y if self.dtype is None else y.astype(self.dtype)
-        return y if is_in_one else ops.activate(ops.add(y, residual.astype(y.dtype)), activation)
+        if residual is None or not casts:
+            return y
+        return ops.activate(ops.add(y, residual.astype(y.dtype)), activation)
 
     def running(self) -> ops.ChannelNorm:
         """The normalisation by the running statistics, for a convolution to take in."""

@@ -122,8 +122,8 @@ def normalize_batch(
     check_per_channel("normalize_batch", x.num_features, "the features", {"scale": scale, "bias": bias})
     if axis_name is not None:
         mean, variance, count = batch_statistics(x, axis_name)
-        options = {"epsilon": epsilon, "residual": residual, "activation": activation}
-        return batch_norm(x, mean, variance, scale, bias, **options), mean, variance, count
+        y = batch_norm(x, mean, variance, scale, bias, epsilon=epsilon, residual=residual, activation=activation)
+        return y, mean, variance, count
     sites, others = x.sites, None
     if residual is not None:
         sites = common_sites("normalize_batch", (x, residual))
@@ -135,7 +135,7 @@ def normalize_batch(
     scale = jnp.ones(x.num_features, vectors) if scale is None else scale.astype(vectors)
     bias = jnp.zeros(x.num_features, vectors) if bias is None else bias.astype(vectors)
     is_relu, counts = activation == "relu", x.sites.counts
-    y, mean, variance = normalize(x.unmasked, scale, bias, counts, others, epsilon=epsilon, relu=is_relu)
-    y = on_sites(sites, y)
+    feats, mean, variance = normalize(x.unmasked, scale, bias, counts, others, epsilon=epsilon, relu=is_relu)
+    y = on_sites(sites, feats)
     count = jnp.clip(counts[0], 0, x.capacity).astype(dtype)
     return y if is_relu else activate(y, activation), mean, variance, count

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import _ffi
-from jaxsparse._compat import ad, zero_tangent
+from jaxsparse._compat import DropVar, ad, set_remat, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
@@ -39,12 +39,19 @@ def _normalize_formula(x, scale, bias, counts, *residual, epsilon, relu, impleme
     variance = squares / _rows(counts, x)
     inverse = lax.rsqrt(variance + epsilon)
     factor, shift = inverse * scale.astype(mean.dtype), bias.astype(mean.dtype)
-    (y,) = _affine(x, factor, shift, mean, counts, out_dtype=mean.dtype, implementation=implementation)
+    run = {"relu": relu, "implementation": implementation}
+    return [*_apply_formula(x, mean, factor, shift, counts, *residual, **run), mean, variance, inverse, factor, shift]
+
+
+def _apply_formula(x, mean, factor, shift, counts, *residual, relu, implementation="xla"):
+    center = lax.stop_gradient(mean)
+    out = {"out_dtype": mean.dtype, "implementation": implementation}
+    (y,) = _affine(x, factor, shift + (center - mean) * factor, center, counts, **out)
     if residual:
         y = jnp.where(real_rows(counts, x.shape[0])[:, None], y + residual[0].astype(y.dtype), 0)
     if relu:
         y = jnp.where(y <= 0, 0, y)
-    return [y.astype(x.dtype), mean, variance, inverse, factor, shift]
+    return [y.astype(x.dtype)]
 
 
 def _around(x, mean, factor, shift, relu):
@@ -129,7 +136,9 @@ _cotangent = Op(
     _cotangent_formula,
     is_elementwise=True,
 )
-for _op in (_normalize, _tangent, _cotangent):
+# The first result alone, where the statistics are known.
+_apply = Op("normalize_again", lambda x, *_, **__: [(x.shape, x.dtype)], None, _apply_formula, is_elementwise=True)
+for _op in (_normalize, _tangent, _cotangent, _apply):
     _op.batch_as_reference()
 
 
@@ -205,7 +214,20 @@ def _cotangent_transpose(cotangents, ct, x, mean, *at, dtype, **params):
     return [found, *[None] * (2 + len(at))]
 
 
+def _again(eqn):
+    """What a rematerialised backward pass has in place of the op: it keeps the statistics and leaves the sums out."""
+    x, _, _, counts, *residual = eqn.invars
+    y, mean, _, _, factor, shift = eqn.outvars
+    if any(isinstance(v, DropVar) for v in (mean, factor, shift)):
+        return None
+    params = {name: value for name, value in eqn.params.items() if name != "epsilon"}
+    operands = [x, mean, factor, shift, counts, *residual]
+    return eqn.replace(invars=operands, outvars=[y], primitive=_apply.primitive, params=params)
+
+
 _normalize.set_jvp(_normalize_jvp)
+set_remat(_normalize.primitive, _again)
+_apply.set_jvp(_jvp_of_linear(_apply, _apply_formula, 0))
 _tangent.set_linear(_jvp_of_linear(_tangent, _tangent_formula, 3), _tangent_transpose)
 _cotangent.set_linear(_jvp_of_linear(_cotangent, _cotangent_formula, 1), _cotangent_transpose)
 
