@@ -5,10 +5,26 @@
 // Statistics take one pass over x. A share sums differences from its first row, which is as near to the mean as any other;
 // shares are combined by Chan's formula around the mean of the first share. So a large mean causes no cancellation.
 //
-// For batch norm, every block sums all shares of its own channels and goes over its rows once more. What it has read is
-// still in shared memory, as much as fits.
+// For batch norm, every block sums all shares of its own channels and goes over its rows once more, backwards. Rows come
+// through shared memory (cp.async), which holds the last of them, for small arrays all, until the second pass.
 //
-// TABLE
+// Measured on an H200, float16, in us; in parentheses the steps: column sums by a kernel as here, a few numbers a channel and
+// a pass over the rows by XLA:
+//
+//     rows x channels        12,000 x 32   47,872 x 128   183,262 x 64   183,262 x 96   183,262 x 256
+//     forward                6.8 (7.4)     11.8 (16.7)    17.9 (26.3)    28.6 (40.5)    73 (94)
+//     with a residual        6.7 (6.5)     12.9 (17.0)    28.3 (28.7)    44.4 (41.8)    113 (101)
+//     backward, ReLU         7.2 (7.9)     13.7 (19.1)    28.8 (36)      46.0 (57)      114 (133)
+//
+// Forward and backward of SparseResNet21D on two PandaSet scans went from 3.82 ms and 326 kernels to 3.64 and 238. About 6 us
+// of each are the launch, the barrier and latencies; large arrays are bound by memory. Tried, of 183,262 x 64 and 96:
+//     rows through registers, kept in shared memory as they are summed: 37 and 61 backward. What is kept leaves L1 too little
+//         room for loads in flight; with nothing kept 32 and 56, and 47,872 x 128 took 22 in place of 15
+//     a block of 32 channels, 64 bytes, also where there are more than 64: 171 backward where 183,262 x 256 take 122
+//     places and slots computed for each row, not stepped: 10 to 30 % more instructions, 0.5 to 1 us
+//
+// With a gate, ct counts only where an affine map of x is positive. This gives the sums behind a ReLU without storing its
+// masked cotangents: forward and backward of SparseResUNet42 on two KITTI scans went from 9.11 ms to 8.91.
 //
 // Not built: statistics in the epilogue of the convolution. They would only save reading y, 0.5 to 5 us, since combining the
 // sums of its blocks needs another kernel. By the SASS, means and squares of a block's columns, by Chan's formula from pairs
