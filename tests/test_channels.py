@@ -214,6 +214,21 @@ def test_normalize_batch_is_statistics_and_a_norm(activation):
         js.ops.normalize_batch(x, residual=random_tensor(0, rows=40, capacity=50, features=3))
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_norm_layer_adds_residuals_in_its_dtype(dtype, running):
+    x = random_tensor(0, rows=40, capacity=50, features=8, dtype=jnp.float16)
+    residual = x.with_feats(x.feats * 2 + 1)
+    layer = js.nn.BatchNorm(8, dtype=dtype, use_running_average=running, rngs=quick_rngs())
+    y = layer(x, residual=residual, activation="relu")
+    apart = js.nn.BatchNorm(8, dtype=dtype, use_running_average=running, rngs=quick_rngs())
+    want = apart(x)
+    want = js.ops.relu(js.ops.add(want, residual.astype(want.dtype)))
+    assert y.dtype == want.dtype == (dtype or jnp.float16)
+    np.testing.assert_allclose(y.feats, want.feats, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(layer.var[...], apart.var[...], rtol=1e-6)
+
+
 def test_vmap_over_scenes_is_a_loop_over_scenes():
     a, b = draw(0, (4, 20, 3), (4, 20, 3), dtype=jnp.float32)
     s, t, c = draw(1, (3,), (3,), (3,), dtype=jnp.float32)
