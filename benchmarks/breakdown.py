@@ -17,7 +17,7 @@ PARTS = {
     "dgrad": (),  # the same kernels, in a backward pass
     "wgrad": ("wgrad_gemm", "conv_wgrad"),
     "1x1 products": ("linear_fused",),  # and XLA's, in every pass
-    "norms, elementwise": ("channel_moments",),  # and XLA's fusions
+    "norms, elementwise": ("channel_moments", "batch_norm", "batch_norm_grad"),  # and XLA's fusions
     "rest": (),
 }
 # Kernels inside a CUDA graph do not say which instruction they come from.
