@@ -33,17 +33,15 @@
 #include "cuda/channels/channels.h"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "cuda/channels/rows.cuh"
 #include "cuda/common/grid.cuh"
-#include "cuda/common/numbers.cuh"
-#include "cuda/conv/ptx.cuh"
 
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kThreads = kChannelThreads, kWarps = kThreads / kWarp;
 
 // Channels up to which a block has 32 of them, also where it could have 64.
 constexpr int64_t kNarrow = 64;
@@ -53,25 +51,6 @@ constexpr int64_t most_shares(int channels_of_block) {
 
 template <typename A>
 constexpr Dtype kDtypeOf = sizeof(A) == 8 ? Dtype::kF64 : Dtype::kF32;
-
-// V numbers of a row as raw words. Only extracting a number waits for the load.
-template <typename T, int V>
-struct Pack {
-  std::conditional_t<V == 1, T, uint4> words;
-
-  Pack() = default;
-  __device__ explicit Pack(const Accumulator<T>* from) {
-    T numbers[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) numbers[i] = narrow<T>(from[i]);
-    memcpy(&words, numbers, sizeof(numbers));
-  }
-  __device__ Accumulator<T> operator[](int i) const {
-    T numbers[V];
-    memcpy(numbers, &words, sizeof(numbers));
-    return widen(numbers[i]);
-  }
-};
 
 // The number of rows of each share. Rows are dealt out to the shares in turn, kDown at a time.
 template <int kDown>
@@ -158,94 +137,6 @@ constexpr bool is_gated(ChannelOp op) { return op == ChannelOp::kGatedMoments ||
 constexpr bool is_norm(ChannelOp op) { return op == ChannelOp::kNorm || op == ChannelOp::kNormAdd; }
 constexpr bool has_result(ChannelOp op) { return op >= ChannelOp::kNorm; }
 constexpr int arrays_of(ChannelOp op) { return op == ChannelOp::kStatistics || op == ChannelOp::kNorm ? 1 : 2; }
-
-// A thread's rows of one unit of work, `step` rows apart, and its pack in each. A block has kLeft * 32 channels.
-template <typename T, int V, int kLeft>
-struct Rows {
-  static constexpr int kAcross = kWarp * kLeft / V, kDown = kThreads / kAcross;  // packs per row, rows at a time
-  int32_t share, row, step, pack, packs;
-
-  __device__ Rows(const ChannelArgs& m, uint32_t unit, uint32_t shares, uint32_t tiles)
-      : share(static_cast<int32_t>(unit / tiles)),
-        row(share * kDown + static_cast<int32_t>(threadIdx.x) / kAcross),
-        step(static_cast<int32_t>(shares * kDown)),
-        pack(static_cast<int32_t>(unit % tiles * kAcross + threadIdx.x % kAcross)),
-        packs(m.channels / V) {}
-
-  // How many there are before row `end`.
-  __device__ int32_t number(int32_t end) const {
-    return pack >= packs || row >= end ? 0 : (static_cast<uint32_t>(end - row) - 1) / static_cast<uint32_t>(step) + 1;
-  }
-  __device__ int64_t place(int32_t i) const { return (row + int64_t{i} * step) * packs + pack; }
-  __device__ int64_t stride() const { return int64_t{step} * packs; }
-  // The pack in the first row of the share, if there is such a row.
-  template <typename P>
-  __device__ P first(const P* array, int32_t rows) const {
-    const int32_t first_row = share * kDown;
-    return pack < packs && first_row < rows ? array[int64_t{first_row} * packs + pack] : P{};
-  }
-};
-
-// A thread's rows on their way through shared memory, in slots that only it uses: row i in slot i modulo their number.
-template <typename P, int kArrays>
-class Ring {
- public:
-  static constexpr int64_t kSlotBytes = kThreads * sizeof(P) * kArrays;
-  static constexpr int kAhead = kArrays == 1 ? 8 : 4;  // rows in flight; there are at least as many slots
-
-  __device__ explicit Ring(int32_t slots)
-      : own_(reinterpret_cast<P*>(dynamic_shared()) + threadIdx.x), last_(own_ + (slots - 1) * kSlot) {}
-
-  // The next row to fetch and to get is one in this place of both arrays and in this slot. `stride`: to the row after it.
-  __device__ void start(const void* first, const void* second, int64_t place, int64_t stride, int32_t slot) {
-    from_[0] = static_cast<const P*>(first) + place;
-    if constexpr (kArrays == 2) from_[1] = static_cast<const P*>(second) + place;
-    stride_ = stride;
-    in_ = out_ = own_ + slot * kSlot;
-  }
-
-  // Begins to fetch the next row, unless it does not exist; then comes the one after it, or before it.
-  template <bool kForwards>
-  __device__ void fetch(bool exists) {
-    if (exists) {
-#pragma unroll
-      for (int a = 0; a < kArrays; ++a) {
-        if constexpr (sizeof(P) >= 4) {
-          copy_piece<sizeof(P)>(reinterpret_cast<char*>(in_ + a * kThreads), from_[a], true);
-        } else {
-          in_[a * kThreads] = *from_[a];  // too short for an asynchronous copy
-        }
-      }
-    }
-    commit_copies();
-#pragma unroll
-    for (int a = 0; a < kArrays; ++a) from_[a] += stride_;
-    in_ = next<kForwards>(in_);
-  }
-
-  // Waits for all rows but the kAhead - 1 that were fetched last, and gets the next one of each array.
-  template <bool kForwards>
-  __device__ void get(P* first, P* second) {
-    wait_for_copies<kAhead - 1>();
-    *first = out_[0];
-    if constexpr (kArrays == 2) *second = out_[kThreads];
-    out_ = next<kForwards>(out_);
-  }
-
- private:
-  static constexpr int kSlot = kThreads * kArrays;
-
-  template <bool kForwards>
-  __device__ P* next(P* slot) const {
-    if constexpr (kForwards) return slot == last_ ? own_ : slot + kSlot;
-    return slot == own_ ? last_ : slot - kSlot;
-  }
-
-  P *own_, *last_;  // the first and the last slot
-  P *in_, *out_;    // the next one to fetch a row into, and to get one from
-  const P* from_[kArrays];
-  int64_t stride_;
-};
 
 // Numbers of the channels of a block, for all of its threads.
 template <typename A, int kChannels>
@@ -462,7 +353,7 @@ cudaError_t run(const ChannelArgs& m, cudaStream_t stream) {
   using Ring = Ring<Pack<T, V>, arrays_of(kOp)>;
   const int64_t tiles = div_up(m.channels, kWarp * kLeft), shares = shares_of(tiles);
   const auto kernel = channel_kernel<T, V, kLeft, kOp>;
-  int64_t slots = Ring::kAhead;
+  int64_t slots = 0;
   JAXSPARSE_TRY(find_slots(kernel, Ring::kSlotBytes, &slots));
   if (!has_result(kOp)) slots = Ring::kAhead;
   return launch_grid_with_shared<kThreads>(kernel, shares * tiles, slots * Ring::kSlotBytes, stream, m, shares, tiles,

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/common/device.cuh"
-#include "cuda/conv/ptx.cuh"
+#include "cuda/common/ptx.cuh"
 #include "cuda/conv/schedule.h"
 
 namespace jaxsparse::cuda {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cuda/common/device.cuh"
-#include "cuda/conv/ptx.cuh"
+#include "cuda/common/ptx.cuh"
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #include "cuda/conv/wgmma.cuh"
 #endif

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/common/device.cuh"
-#include "cuda/conv/ptx.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace jaxsparse::cuda {
 

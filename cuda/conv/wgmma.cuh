@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "cuda/conv/ptx.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace jaxsparse::cuda {
 

@@ -78,10 +78,13 @@ def _statistics_call(platform, x, counts):
 
 
 def _sums(b, counts, *rest):
-    dtype, channels = accumulation_dtype(b.dtype), b.shape[1]
-    sums = jax.ShapeDtypeStruct((channels,), dtype)
-    workspace = _workspace.struct("cuda", _workspace.channels(channels, dtype.itemsize))
-    return _ffi.call("jaxsparse_channel_moments_v1", [sums, sums, workspace], b, counts, *rest)[:2]
+    sums = jax.ShapeDtypeStruct((b.shape[1],), accumulation_dtype(b.dtype))
+    return _ffi.call("jaxsparse_channel_moments_v1", [sums, sums, workspace_struct(b)], b, counts, *rest)[:2]
+
+
+def workspace_struct(x):
+    """The workspace of a call that sums the channels of `x`."""
+    return _workspace.struct("cuda", _workspace.channels(x.shape[1], accumulation_dtype(x.dtype).itemsize))
 
 
 def _two_sums(x, *_, implementation):
@@ -195,10 +198,19 @@ def _statistics_jvp(primals, tangents, **params):
     mean, squares = _statistics(x, counts, **params)
     if type(x_dot) is ad.Zero:
         return [mean, squares], [zero_tangent(mean), zero_tangent(squares)]
+    return [mean, squares], statistics_tangents(x, x_dot, mean, counts, **params)
+
+
+def rows_at_least_one(x, counts):
+    """The number of real rows, at least 1, as sums are divided by it."""
+    return jnp.clip(counts[0], 1, x.shape[0]).astype(accumulation_dtype(x.dtype))
+
+
+def statistics_tangents(x, x_dot, mean, counts, **params):
+    """Those of the mean of each channel and of the sum of squared differences from it."""
     center = jax.lax.stop_gradient(mean)
     total, product = _moments(x, x_dot, center, counts, **params)
-    rows = jnp.maximum(counts[0], 1).astype(mean.dtype)
-    return [mean, squares], [total / rows, 2 * (product - (mean - center) * total)]
+    return [total / rows_at_least_one(x, counts), 2 * (product - (mean - center) * total)]
 
 
 _statistics.set_jvp(_statistics_jvp)

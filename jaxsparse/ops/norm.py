@@ -17,6 +17,11 @@ from jaxsparse.ops.normalize import normalize
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
+def _count(x: SparseTensor) -> jax.Array:
+    """The number of real rows in the dtype of sums."""
+    return jnp.clip(x.sites.counts[0], 0, x.capacity).astype(accumulation_dtype(x.dtype))
+
+
 def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean and variance of each channel over the real rows, in float32 or wider.
 
@@ -30,7 +35,7 @@ def batch_statistics(x: SparseTensor, axis_name: Hashable | None = None) -> tupl
     """
     check_tensor("batch_statistics", x)
     mean, squares = statistics(x.feats, x.sites.counts)
-    count = jnp.clip(x.sites.counts[0], 0, x.capacity).astype(mean.dtype)
+    count = _count(x)
     rows = jnp.maximum(count, 1)
     if axis_name is not None:
         here = count
@@ -137,5 +142,4 @@ def normalize_batch(
     is_relu, counts = activation == "relu", x.sites.counts
     feats, mean, variance = normalize(x.unmasked, scale, bias, counts, others, epsilon=epsilon, relu=is_relu)
     y = on_sites(sites, feats)
-    count = jnp.clip(counts[0], 0, x.capacity).astype(dtype)
-    return y if is_relu else activate(y, activation), mean, variance, count
+    return y if is_relu else activate(y, activation), mean, variance, _count(x)

@@ -23,20 +23,23 @@ from jaxsparse import _ffi
 from jaxsparse._compat import DropVar, ad, set_remat, zero_tangent
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
-from jaxsparse.ops import _workspace
-from jaxsparse.ops.channels import _affine, _gated_moments, _instantiate, _moments, _statistics
+from jaxsparse.ops.channels import (
+    _affine,
+    _gated_moments,
+    _instantiate,
+    _moments,
+    _statistics,
+    rows_at_least_one,
+    statistics_tangents,
+    workspace_struct,
+)
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import _where_positive
 
 
-def _rows(counts, x):
-    """The number of real rows, at least 1, as sums are divided by it."""
-    return jnp.clip(counts[0], 1, x.shape[0]).astype(accumulation_dtype(x.dtype))
-
-
 def _normalize_formula(x, scale, bias, counts, *residual, epsilon, relu, implementation="xla"):
     mean, squares = _statistics(x, counts, implementation=implementation)
-    variance = squares / _rows(counts, x)
+    variance = squares / rows_at_least_one(x, counts)
     inverse = lax.rsqrt(variance + epsilon)
     factor, shift = inverse * scale.astype(mean.dtype), bias.astype(mean.dtype)
     run = {"relu": relu, "implementation": implementation}
@@ -67,7 +70,7 @@ def _tangent_formula(
     run = {"implementation": implementation}
     out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
     total, product = _moments(x, x_dot, center, counts, **run)
-    product, rows = product + gap * total, _rows(counts, x)
+    product, rows = product + gap * total, rows_at_least_one(x, counts)
     slope = inverse * scale_dot.astype(mean.dtype) - factor * inverse**2 * product / rows
     offset = bias_dot.astype(mean.dtype) - factor * total / rows + gap * slope
     (moved,) = _affine(x_dot, factor, zero, zero, counts, *gate, **out)
@@ -80,15 +83,11 @@ def _cotangent_formula(ct, x, mean, inverse, factor, shift, counts, *, relu, dty
     run = {"implementation": implementation}
     out, zero = {"out_dtype": mean.dtype, **run}, jnp.zeros_like(mean)
     total, product = _gated_moments(x, ct, center, counts, gate, **run)
-    product, rows = product + gap * total, _rows(counts, x)
+    product, rows = product + gap * total, rows_at_least_one(x, counts)
     slope = -factor * inverse**2 * product / rows
     (moved,) = _affine(ct, factor, zero, zero, counts, *gate, **out)
     (rest,) = _affine(x, slope, gap * slope - factor * total / rows, center, counts, **out)
     return [(moved + rest).astype(x.dtype), (inverse * product).astype(dtype), total.astype(dtype)]
-
-
-def _workspace_of(x):
-    return _workspace.struct("cuda", _workspace.channels(x.shape[1], accumulation_dtype(x.dtype).itemsize))
 
 
 def _struct(x, dtype=None):
@@ -98,7 +97,7 @@ def _struct(x, dtype=None):
 def _normalize_call(platform, x, scale, bias, counts, *residual, epsilon, relu):
     if platform != "cuda":
         return _normalize_formula(x, scale, bias, counts, *residual, epsilon=epsilon, relu=relu)
-    results = [_struct(x), *[_struct(scale, accumulation_dtype(x.dtype))] * 5, _workspace_of(x)]
+    results = [_struct(x), *[_struct(scale, accumulation_dtype(x.dtype))] * 5, workspace_struct(x)]
     options = {"epsilon": float(epsilon), "relu": int(relu)}
     return _ffi.call("jaxsparse_batch_norm_v1", results, x, counts, scale, bias, *residual, **options)[:6]
 
@@ -111,7 +110,7 @@ def _cotangent_call(platform, ct, x, mean, *rest, relu, dtype):
     operands = ct, x, mean, *rest
     if platform != "cuda":
         return _cotangent_formula(*operands, relu=relu, dtype=dtype)
-    results = [_struct(x), *[_struct(mean, dtype)] * 2, _workspace_of(x)]
+    results = [_struct(x), *[_struct(mean, dtype)] * 2, workspace_struct(x)]
     return _ffi.call("jaxsparse_batch_norm_grad_v1", results, *operands, relu=int(relu))[:3]
 
 
@@ -150,11 +149,10 @@ def _normalize_jvp(primals, tangents, *, epsilon, relu, implementation):
     y, mean, _, inverse, factor, shift = out
     dots = [zero_tangent(v) for v in out]
     if type(x_dot) is not ad.Zero:
-        total, product = _moments(x, x_dot, lax.stop_gradient(mean), counts, **run)
-        product = product + (lax.stop_gradient(mean) - mean) * total
-        variance_dot = 2 * product / _rows(counts, x)
+        mean_dot, squares_dot = statistics_tangents(x, x_dot, mean, counts, **run)
+        variance_dot = squares_dot / rows_at_least_one(x, counts)
         inverse_dot = -0.5 * inverse**3 * variance_dot
-        dots[1:5] = total / _rows(counts, x), variance_dot, inverse_dot, inverse_dot * scale.astype(mean.dtype)
+        dots[1:5] = mean_dot, variance_dot, inverse_dot, inverse_dot * scale.astype(mean.dtype)
     if type(scale_dot) is not ad.Zero:
         dots[4] = ad.add_tangents(dots[4], inverse * scale_dot.astype(mean.dtype))
     if type(bias_dot) is not ad.Zero:

@@ -1,4 +1,4 @@
-// cuda/conv/ptx.cuh on the host: the same functions, each instruction by what the PTX manual says of it.
+// cuda/common/ptx.cuh on the host: the same functions, each instruction by what the PTX manual says of it.
 #pragma once
 
 #include <cstring>
