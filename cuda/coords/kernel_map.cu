@@ -14,17 +14,15 @@
 // thread blocks as are resident at once, both together 3 % of the look-up from 1 million sites on. For other windows the warps
 // of a thread block share the taps of 32 outputs.
 //
-// On an H200, 3^3 map of a scan of 91,767 sites: 7.6 us to look up by blocks, 34 by hash; for 10,000 sites 5. What it takes to
+// On an H200, 3^3 map of a scan of 91,767 sites: 6.8 us to look up by blocks, 34 by hash; for 10,000 sites 4. What it takes to
 // make the index stands in site_index.cu. Tried, not better, on the same scan unless said otherwise, mostly with an index of
 // 32-byte slots that took 10 us to look up:
 //     one cooperative kernel that clears, enters and looks up, with barriers of the grid in between: 6 us more
 //     small windows treated like others, taps shared by four warps: 23 us to look up, five times the instructions
 //     kernel 2, stride 2 by binary search in the sorted sites, no index: 18 us, 9 for 5,925 sites; by blocks, with the
 //     index that the 3^3 map of the same sites needs anyway, 17 and 5
-//     later probes for one key after the other, not for all keys together: 10.8 us instead of 7.7 for 10,000 sites
 //     fewer thread blocks for small windows: 14 per multiprocessor 4 to 6 % more from 1 million sites on, 9 a fifth
-//     slots of the index with priority in L2 (evict_last): the same
-//     eight blocks of the window read at once, not four: the same
+//     eight blocks of the window looked up at once, not four: 7.1 us, and 2 % less for 4 million sites
 //     half of the taps looked up, the rest mirrored: not built; blocks look up only a third of a key per tap
 #include "cuda/coords/kernel_map.h"
 
@@ -222,9 +220,7 @@ template <int D, int kLast>
 __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallThreads)
     small_window_kernel(KernelMapArgs a, TapSizes<D> sizes, WindowShape<D> shape) {
   constexpr int kBlocks = 1 << D, kMostLines = 3;
-  constexpr int kMostAtOnce = kLast < 3 ? 4 : 8;  // windows of kLast < 3 seldom reach the last blocks
-  constexpr int kBlocksAtOnce = kBlocks < kMostAtOnce ? kBlocks : kMostAtOnce;
-  constexpr int kReadAtOnce = kBlocksAtOnce < 4 ? kBlocksAtOnce : 4;
+  constexpr int kBlocksAtOnce = kBlocks < 4 ? kBlocks : 4;
   constexpr BlockNumbers<D> numbers;
   __shared__ HalfBlock halves[kSmallThreads / kWarp][2 * kBlocks][kWarp];
   HalfBlock* const under = &halves[threadIdx.x / kWarp][0][threadIdx.x % kWarp];
@@ -239,8 +235,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
 #pragma unroll
     for (int first = 0; first < kBlocks; first += kBlocksAtOnce) {
       uint64_t keys[kBlocksAtOnce];
-      bool wanted[kBlocksAtOnce];
-      BlockIndex::Probe probes[kBlocksAtOnce];
+      bool wanted[kBlocksAtOnce], is_any = false;
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
         keys[j] = window.first_key;
@@ -252,15 +247,16 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
           exists &= window.exists[d] >> at;
         }
         wanted[j] = (exists & 1) != 0;
+        is_any |= wanted[j];
       }
-      index.probe(keys, wanted, probes);
-#pragma unroll
-      for (int i = 0; i < kBlocksAtOnce; i += kReadAtOnce) {
-        BlockIndex::Block found[kReadAtOnce];
-        index.read(keys + i, probes + i, found);
-#pragma unroll
-        for (int j = 0; j < kReadAtOnce; ++j) put_block(under, first + i + j, found[j].sites, index.row(probes[i + j]));
+      BlockIndex::Probe probes[kBlocksAtOnce] = {};
+      BlockIndex::Block found[kBlocksAtOnce] = {};
+      if (kLast == 3 || is_any) {  // windows of kLast < 3 seldom reach the last blocks
+        index.probe(keys, wanted, probes);
+        index.read(keys, probes, found);
       }
+#pragma unroll
+      for (int j = 0; j < kBlocksAtOnce; ++j) put_block(under, first + j, found[j].sites, index.row(probes[j]));
     }
     const auto share = [&](int d, int32_t tap) {
       return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, 1 << (kBlockBits + D - 1 - d));

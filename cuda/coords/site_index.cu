@@ -1,20 +1,28 @@
 // Builds an index of input sites, or of their blocks: one kernel clears its slots, another enters the sites. For sites made
 // by coarse_sites, that builds the index itself, which costs less.
 //
-// By blocks, on an H200, in microseconds for a scan of 91,767 sites, 1 million and 4 million: clearing 1.4, 4, 7, entering 4,
-// 18, 84, looking up a 3^3 map 7.6, 59, 262. Beyond a million sites what is looked up (24 MB of slots and 64 MB with blocks for
-// 4 million) no longer stays in L2. Tried instead, with slots for 1.25 times the sites up to the blocks of 32 bytes:
+// By blocks, on an H200, in microseconds for a scan of 91,767 sites, 1 million and 4 million: clearing 1.5, 3.4, 6.5, entering
+// 4.2, 17, 75, looking up a 3^3 map 6.8, 55, 245. From 1 to 4 million that is more than linear: the 84 MB of slots and blocks
+// no longer stay in L2, and of a smaller table a third still lies there when the kernel ends. Entering waits for reads of sites
+// and slots; with six thread blocks a multiprocessor, not eight, it takes 19 and 84.
+//
+// Tried, with buckets of four slots:
+//     buckets next to each other searched one after the other: entering 20, 90 for 1 and 4 million
+//     neighbouring blocks, 2^3 or 4^3, in 4 to 32 neighbouring buckets: all together 19 to 34 for the scan, 400 to 515 for 4
+//         million
+//     sites read past L2 (__ldcs), slots with priority there (evict_last): the same
+//     thread blocks with consecutive rows, not strided ones: looking up 67 for 1 million, entering 95 for 4
+//     what is needed a round later fetched before, to registers or to L2: the same, up to 2 % more
+//
+// Tried, when slots were read singly and a warp waited for the longest of its searches, clearing in 1.4, 4, 7, entering in 4,
+// 18, 84, looking up in 7.6, 59, 262:
 //     one array of hashed slots with key, mask and row, 32 bytes, parts of a block merged by atomics: 2, 10, 37; 6, 21, 109;
-//         10, 72, 295, and coarse sites of kernel 2, which make their index, 51 for 1 million where they take 32 now
+//         10, 72, 295, and coarse sites of kernel 2, which make their index, 51 for 1 million where they took 32
 //     such keys and such sites in arrays of their own: 1.9, 9, 32; 6, 18, 159; 9.7, 69, 291
-//     this index, slots next to each other probed one after the other: 1.6, 5, 8; 6.7, 21, 84; 10.3, 67, 273. Searches differ
-//         little in mean, but a warp waits for the longest of its 256
+//     slots next to each other searched one after the other: 1.6, 5, 8; 6.7, 21, 84; 10.3, 67, 273
 //     blocks of 32 bytes, so that whole sectors are written: entering 90 for 4 million where it took 78
 //     twice the slots from 1 million sites on: 6, 13 to clear, 19, 93 to enter, 62, 266 to look up
-//     blocks that are neighbours on the last two axes side by side in the slots: looking up 8.1, 63, 267
-//     sites read and blocks written past L2 (__ldcs, __stcs) when entering: 4, 18, 81
-//     slots with priority in L2 (evict_last): entering 4, 18, 71, but they would keep it from the kernels that follow
-//     a slot per thread cleared, 4 bytes at a time: 2.5, 6, 9, and 4 for 400,000 rows with 100,000 sites, now 1.5
+//     a slot per thread cleared, 4 bytes at a time: 2.5, 6, 9, and 4 for 400,000 rows with 100,000 sites, then 1.5
 #include "cuda/coords/site_index.cuh"
 
 #include "cuda/common/device.cuh"
@@ -23,7 +31,7 @@
 namespace jaxsparse::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kBlocksAtLeast = 8;  // a multiprocessor
 
 __global__ void clear_sites_kernel(SiteIndexArgs a, SiteSlot* index) {
   uint4* const words = reinterpret_cast<uint4*>(index);
@@ -49,7 +57,7 @@ __global__ void clear_blocks_kernel(SiteIndexArgs a) {
 }
 
 template <int D>
-__global__ void enter_blocks_kernel(SiteIndexArgs a) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtLeast) enter_blocks_kernel(SiteIndexArgs a) {
   const int32_t lane = threadIdx.x % kWarp, step = static_cast<int32_t>(all_threads());
   const auto site_at = [&](int32_t row) { return Site<D>(a.coords, max(min(row, a.rows - 1), 0)); };
   int32_t first = static_cast<int32_t>(global_thread()) - lane;  // of the warp's rows

@@ -18,24 +18,26 @@ struct alignas(16) SiteSlot {
 
 // An index of blocks. What a block holds lies at the row of its first site, so neighbours lie side by side. A hash table of
 // these rows leads there, with 4 bytes a slot. Beside the row a slot has as many bits of the block's hash as fit, so that
-// other blocks' slots are seldom followed. A block is entered once, by one thread.
+// other blocks' slots are seldom followed. Four slots are a bucket, read at once: few searches need a second one. A block is
+// entered once, by one thread.
 class BlockIndex {
  public:
   struct alignas(16) Block {
     uint64_t key, sites;  // see blocks.cuh; mask of its sites
   };
 
-  // Where a search stands. Each state of a generator of random numbers, the hash first, names the slot to look at.
+  // Where a search stands: at the bucket that a state of a generator of random numbers names, the hash first, and at a row
+  // whose block may be the right one, no row if none may.
   struct Probe {
-    uint32_t state, held;
+    uint32_t state, row;
   };
 
-  // An index for an array of `rows` sites, made with so many slots, a multiple of 4 and more than there will be blocks; or
+  // An index for an array of `rows` sites, made with so many slots, of whole buckets and more than there will be blocks; or
   // one that was made, which knows its number of slots.
   __device__ BlockIndex(void* index, int32_t rows, uint32_t slots)
       : blocks_(static_cast<Block*>(index) + 1),
-        held_(reinterpret_cast<uint32_t*>(blocks_ + rows)),
-        slots_(slots) {
+        buckets_(reinterpret_cast<uint4*>(blocks_ + rows)),
+        number_(slots / kSlots) {
     row_bits_ = 32 - __clz(rows);
   }
   __device__ BlockIndex(void* index, int32_t rows) : BlockIndex(index, rows, *static_cast<const uint32_t*>(index)) {}
@@ -43,16 +45,15 @@ class BlockIndex {
   // The number of slots for `rows` sites. There are usually far fewer blocks than sites, and searches are short; even if
   // each site has a block of its own, a fifth of the slots stays empty.
   static JAXSPARSE_HD uint32_t slots_for(int32_t rows) {
-    constexpr int32_t kCheap = 1 << 21;  // slots that take little time to clear
+    constexpr int32_t kCheap = 1 << 20;  // slots that take little time to clear
     const int32_t more = rows < kCheap / 3 ? 3 * rows : rows < 4 * kCheap ? kCheap : rows / 4;
-    return (static_cast<uint32_t>(rows) + more) / 4 * 4 + 4;
+    return (static_cast<uint32_t>(rows) + more) / kSlots * kSlots + kSlots;
   }
 
   // Empties all slots. All threads of the grid call it.
   __device__ void clear() const {
-    uint4* const fours = reinterpret_cast<uint4*>(held_);
-    for (int64_t i = global_thread(); i < slots_ / 4; i += all_threads()) fours[i] = make_uint4(kNone, kNone, kNone, kNone);
-    if (global_thread() == 0) *reinterpret_cast<uint32_t*>(blocks_ - 1) = slots_;
+    for (int64_t i = global_thread(); i < number_; i += all_threads()) buckets_[i] = make_uint4(kNone, kNone, kNone, kNone);
+    if (global_thread() == 0) *reinterpret_cast<uint32_t*>(blocks_ - 1) = number_ * kSlots;
   }
 
   // Enters a block. The slots must be empty before the first one.
@@ -60,29 +61,33 @@ class BlockIndex {
     blocks_[first_row] = {block, sites};
     uint32_t state = hash_block(block);
     const uint32_t held = state << row_bits_ | static_cast<uint32_t>(first_row);
-    while (atomicCAS(held_ + slot(state), kNone, held) != kNone) state = next(state);
+    while (true) {
+      uint32_t* const slots = reinterpret_cast<uint32_t*>(buckets_ + bucket(state));
+#pragma unroll
+      for (uint32_t i = 0; i < kSlots; ++i) {
+        if (atomicCAS(slots + (first_row + i) % kSlots, kNone, held) == kNone) return;
+      }
+      state = next(state);
+    }
   }
 
-  // Looks up the wanted blocks up to a slot whose bits of the hash are right, or an empty one. All are probed together, so
-  // that the first probes are in flight at once, then the second ones; in a warp some block nearly always needs one.
+  // Looks up the wanted blocks: up to a slot whose bits of the hash are right, or a bucket that is not full. The buckets of
+  // all are read together.
   template <int kBlocks>
   __device__ void probe(const uint64_t (&blocks)[kBlocks], const bool (&wanted)[kBlocks], Probe (&probes)[kBlocks]) const {
-    uint32_t hashes[kBlocks];
+    uint4 slots[kBlocks];
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      probes[i].state = hashes[i] = hash_block(blocks[i]);
-      probes[i].held = wanted[i] ? held_[slot(hashes[i])] : kNone;
+      probes[i].state = hash_block(blocks[i]);
+      slots[i] = wanted[i] ? buckets_[bucket(probes[i].state)] : make_uint4(kNone, kNone, kNone, kNone);
     }
-    bool goes_on;
-    do {
-      goes_on = false;
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if (probes[i].held == kNone || may_be(hashes[i], probes[i].held)) continue;
-        advance(&probes[i]);
-        goes_on = true;
-      }
-    } while (goes_on);
+    for (int i = 0; i < kBlocks; ++i) {
+      probes[i].row = first_row(slots[i], probes[i].state, 0);
+      if (has_row(probes[i]) || !is_full(slots[i])) continue;
+      probes[i].state = next(probes[i].state);
+      search(blocks[i], 0, &probes[i]);
+    }
   }
 
   // The blocks that were looked up, after their probes; without sites if there are none. A probe whose bits of the hash are
@@ -93,34 +98,53 @@ class BlockIndex {
     do {
       goes_on = false;
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) found[i] = probes[i].held != kNone ? blocks_[row(probes[i])] : Block{blocks[i], 0};
+      for (int i = 0; i < kBlocks; ++i) found[i] = has_row(probes[i]) ? blocks_[probes[i].row] : Block{blocks[i], 0};
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if (found[i].key == blocks[i]) continue;
-        advance(&probes[i]);
+        search(blocks[i], probes[i].row + 1, &probes[i]);
         goes_on = true;
       }
     } while (goes_on);
   }
 
   // The row of the first site of the block that a probe found.
-  __device__ int32_t row(Probe probe) const { return static_cast<int32_t>(probe.held & ((1u << row_bits_) - 1)); }
+  __device__ int32_t row(Probe probe) const { return static_cast<int32_t>(probe.row); }
 
  private:
+  static constexpr uint32_t kSlots = 4;   // of a bucket
   static constexpr uint32_t kNone = ~0u;  // no row has all bits set: 2^row_bits_ exceeds the number of rows
 
-  __device__ uint32_t slot(uint32_t state) const { return __umulhi(state, slots_); }
-  // A linear congruential generator (constants of Numerical Recipes): it takes all 2^32 states, so no slot is left out.
+  __device__ uint32_t bucket(uint32_t state) const { return __umulhi(state, number_); }
+  // A linear congruential generator (constants of Numerical Recipes): it takes all 2^32 states, so no bucket is left out.
   static __device__ uint32_t next(uint32_t state) { return state * 1664525 + 1013904223; }
-  __device__ bool may_be(uint32_t hash, uint32_t held) const { return (hash << row_bits_ ^ held) < 1u << row_bits_; }
-  __device__ void advance(Probe* probe) const {
-    probe->state = next(probe->state);
-    probe->held = held_[slot(probe->state)];
+  static __device__ bool is_full(uint4 slots) { return max(max(slots.x, slots.y), max(slots.z, slots.w)) != kNone; }
+  __device__ bool has_row(Probe probe) const { return probe.row < (1u << row_bits_) - 1; }
+
+  // The lowest row, from `from` on, in slots with the hash's bits; no row if there is none. Empty slots have no row.
+  __device__ uint32_t first_row(uint4 slots, uint32_t hash, uint32_t from) const {
+    const auto row = [&](uint32_t slot) {
+      const uint32_t found = slot ^ hash << row_bits_;  // above all rows if the hash's bits differ
+      return found < from ? kNone : found;
+    };
+    return min(min(row(slots.x), row(slots.y)), min(row(slots.z), row(slots.w)));
+  }
+
+  // Goes on from the probe's bucket, in which rows below `from` were seen.
+  __device__ void search(uint64_t block, uint32_t from, Probe* probe) const {
+    const uint32_t hash = hash_block(block);
+    while (true) {
+      const uint4 slots = buckets_[bucket(probe->state)];
+      probe->row = first_row(slots, hash, from);
+      if (has_row(*probe) || !is_full(slots)) return;
+      probe->state = next(probe->state);
+      from = 0;
+    }
   }
 
   Block* blocks_;   // [rows], one before them is for the number of slots
-  uint32_t* held_;  // [slots], aligned to 16 bytes
-  uint32_t slots_;
+  uint4* buckets_;  // [number_]
+  uint32_t number_;
   int row_bits_;
 };
 
