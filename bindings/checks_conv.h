@@ -94,7 +94,7 @@ struct Gemm {
   ffi::DataType dtype = ffi::DataType::INVALID;      // of x and w, or of x and g
   ffi::DataType out_dtype = ffi::DataType::INVALID;  // of y, or of dw
   int64_t taps = kUnbound, in_rows = kUnbound, out_rows = kUnbound, in_channels = kUnbound, out_channels = kUnbound;
-  int64_t mask_words = kUnbound, workspace = kUnbound;
+  int64_t mask_words = kUnbound, listed = kUnbound, workspace = kUnbound;
 };
 
 inline void check_gemm(Checks& checks, const Gemm& s) {
@@ -200,8 +200,14 @@ inline ffi::Error check_linear_fused(In x, In w, In counts, Out y, ffi::Remainin
 }
 
 struct ConvPairs {
-  int64_t taps = kUnbound, out_rows = kUnbound, segments = kUnbound, mask_words = kUnbound, workspace = kUnbound;
+  int64_t taps = kUnbound, out_rows = kUnbound, segments = kUnbound, mask_words = kUnbound;
+  int64_t listed = kUnbound, workspace = kUnbound;
 };
+
+inline void check_listed(Checks& checks, int64_t listed, int64_t taps) {
+  checks.require(listed == taps || 2 * listed == taps + 1,
+                 "pairs must have a list for each tap or, with an odd number of taps, for those up to the middle one");
+}
 
 inline ffi::Error check_conv_pairs(In table, In masks, In out_counts, Out pairs, Out tap_pairs, Out workspace,
                                    ConvPairs* s) {
@@ -211,9 +217,10 @@ inline ffi::Error check_conv_pairs(In table, In masks, In out_counts, Out pairs,
   if (checks.ok()) s->mask_words = (s->taps + 31) / 32;
   checks.operand("masks", masks, ffi::U32, {&s->out_rows, &s->mask_words});
   checks.operand("out_counts", out_counts, ffi::S32, {&s->segments});
-  checks.operand("pairs", pairs, ffi::S32, {&s->taps, &s->out_rows, &two});
+  checks.operand("pairs", pairs, ffi::S32, {&s->listed, &s->out_rows, &two});
   checks.operand("tap_pairs", tap_pairs, ffi::S32, {&s->taps});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
+  check_listed(checks, s->listed, s->taps);
   checks.require(s->taps >= 1 && s->taps <= kMaxTaps, "the kernel must have 1 to 65536 taps");
   check_segments(checks, s->out_rows, s->segments);
   return checks.error();
@@ -226,11 +233,12 @@ inline ffi::Error check_wgrad_gemm(In x, In g, In pairs, In tap_pairs, Out dw, O
   s->out_dtype = dw->element_type();
   checks.operand("x", x, s->dtype, {&s->in_rows, &s->in_channels});
   checks.operand("g", g, s->dtype, {&s->out_rows, &s->out_channels});
-  checks.operand("pairs", pairs, ffi::S32, {&s->taps, &s->out_rows, &two});
+  checks.operand("pairs", pairs, ffi::S32, {&s->listed, &s->out_rows, &two});
   checks.operand("tap_pairs", tap_pairs, ffi::S32, {&s->taps});
   checks.operand("dw", dw, s->out_dtype, {&s->taps, &s->in_channels, &s->out_channels});
   checks.operand("workspace", workspace, ffi::U8, {&s->workspace});
   check_gemm(checks, *s);
+  check_listed(checks, s->listed, s->taps);
   checks.require(slots >= 2 * s->taps && slots <= kMaxSize, "slots must be at least twice the taps");
   return checks.error();
 }

@@ -319,13 +319,14 @@ ffi::Error conv_pairs(cudaStream_t stream, In table, In masks, In out_counts, Ou
   ConvPairs s;
   ffi::Error error = check_conv_pairs(table, masks, out_counts, pairs, tap_pairs, workspace, &s);
   if (error.failure()) return error;
-  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.taps, s.out_rows));
+  error = check_workspace(call, s.workspace, cuda::pairs_workspace(s.listed, s.out_rows));
   if (error.failure()) return error;
   const cuda::PairsArgs args{ints(table),
                              masks.typed_data<uint32_t>(),
                              {ints(out_counts), narrow(s.segments), narrow(s.out_rows)},
                              narrow(s.taps),
                              narrow(s.mask_words),
+                             narrow(s.listed),
                              reinterpret_cast<cuda::Pair*>(ints(pairs)),
                              ints(tap_pairs),
                              workspace->untyped_data()};
@@ -350,6 +351,7 @@ ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, O
   args.g = g.untyped_data();
   args.pairs = reinterpret_cast<const cuda::Pair*>(ints(pairs));
   args.tap_pairs = ints(tap_pairs);
+  args.listed = narrow(s.listed);
   args.out_rows = narrow(s.out_rows);
   args.taps = narrow(s.taps);
   args.in_channels = narrow(s.in_channels);

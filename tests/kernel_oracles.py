@@ -82,3 +82,15 @@ def random_table(rng, volume, in_rows, out_rows, density, centre=False):
         there = rng.random(len(rows)) < (1 if centre and k == volume // 2 else density)
         table[k, : len(rows)] = np.where(there, rows, -1)
     return table
+
+
+def symmetric_table(rng, volume, rows, counts, density):
+    """The same over the real rows, but as in a submanifold convolution: opposite taps are each other's reverse."""
+    real = np.array(real_rows(rows, counts), int)
+    table = np.full((volume, rows), -1, I32)
+    table[volume // 2, real] = real
+    for k in range(volume // 2):
+        there = rng.random(len(real)) < density
+        to, from_ = real[there], rng.permutation(real)[there]
+        table[k, to], table[volume - 1 - k, from_] = from_, to
+    return table

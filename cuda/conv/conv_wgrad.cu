@@ -97,7 +97,7 @@ cudaError_t conv_wgrad(const ConvWgradArgs& a, cudaStream_t stream) {
   plan.pairs = workspace.take<Pair>(static_cast<int64_t>(a.taps) * a.out_rows.rows);
   plan.tap_pairs = workspace.take<int32_t>(a.taps);
   void* const of_pairs = workspace.take<char>(pairs_workspace(a.taps, a.out_rows.rows));
-  const PairsArgs list{a.table, a.masks, a.out_rows, a.taps, a.mask_words, plan.pairs, plan.tap_pairs, of_pairs};
+  const PairsArgs list{a.table, a.masks, a.out_rows, a.taps, a.mask_words, a.taps, plan.pairs, plan.tap_pairs, of_pairs};
   plan.partials = workspace.take<double>(0);
 
   const int64_t pieces = div_up(a.in_channels, kTileCols) * div_up(a.out_channels, kTileCols);

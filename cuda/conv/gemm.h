@@ -62,6 +62,7 @@ struct WgradGemmArgs {
   const void* g;             // [out_rows, out_channels]; out_channels is a multiple of 8
   const Pair* pairs;         // these two: from list_pairs
   const int32_t* tap_pairs;
+  int32_t listed;            // taps that have a list, see pairs.h
   int32_t out_rows, taps, in_channels, out_channels;
   void* dw;         // [taps, in_channels, out_channels]
   void* workspace;  // wgrad_gemm_workspace(...)

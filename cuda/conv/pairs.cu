@@ -15,6 +15,9 @@ constexpr int kCountThreads = 1024;
 constexpr int kTileRows = 2 * kWarp;
 static_assert(kCountThreads / kWarp == kTapsOfWord && kTapsOfWord == kWarp, "a warp adds up a tap, a lane has one");
 
+// Words of a mask with taps that are listed.
+__host__ __device__ int32_t words_of(const PairsArgs& a) { return (a.listed + kTapsOfWord - 1) / kTapsOfWord; }
+
 // Transposes a 32 x 32 bit matrix over a warp: bit i of lane k in the result is bit k of lane i.
 __device__ uint32_t transposed(uint32_t bits) {
   const int lane = threadIdx.x % kWarp;
@@ -34,7 +37,7 @@ __global__ void __launch_bounds__(kCountThreads) count_pairs_kernel(PairsArgs a,
   const int t = threadIdx.x, lane = t % kWarp, warp = t / kWarp, share = blockIdx.x;
   const Range own = rows_of_shares<kPairShares>(end_of_real_rows(a.out_rows), share, share + 1);
   const int64_t groups = div_up(a.out_rows.rows, kWarp);
-  for (int32_t word = 0; word < a.mask_words; ++word) {
+  for (int32_t word = 0; word < words_of(a); ++word) {
     if (t < kTapsOfWord) next[t] = 0;
     for (int32_t begin = own.begin; begin < own.end; begin += kCountThreads) {
       const int32_t m = begin + t;
@@ -62,14 +65,15 @@ __global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
   const int32_t first = static_cast<int32_t>(blockIdx.x) * kTileRows, n = end_of_real_rows(a.out_rows);
   const int share = first < n ? static_cast<int>(first / share_size(n, kTileRows, kPairShares)) : 0;
   const int64_t groups = div_up(a.out_rows.rows, kWarp);
-  for (int32_t word = 0; word < a.mask_words; ++word) {
+  for (int32_t word = 0; word < words_of(a); ++word) {
+    const int32_t unlisted = max((word + 1) * kTapsOfWord - a.listed, 0);
     int32_t row[2], place[2];  // place: pairs of tap `lane` in the share before these 32 rows
     uint32_t mask[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       row[r] = first + r * kWarp + lane;
       const uint32_t of_row = row[r] < a.out_rows.rows ? a.masks[int64_t{row[r]} * a.mask_words + word] : 0;
-      mask[r] = row_is_real(a.out_rows, row[r]) ? of_row : 0;  // of_row is loaded before this is known
+      mask[r] = row_is_real(a.out_rows, row[r]) ? of_row & ~0u >> unlisted : 0;  // loaded before this is known
       place[r] = row[r] - lane < n ? starts[(word * groups + row[r] / kWarp) * kTapsOfWord + lane] : 0;
     }
     int32_t sum = 0;
@@ -94,7 +98,10 @@ __global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) sum += sums[i][lane];
     if (first == 0) {  // this block has summed over all shares
-      if (const int32_t tap = word * kTapsOfWord + lane; slice == 0 && tap < a.taps) a.tap_pairs[tap] = sum;
+      if (const int32_t tap = word * kTapsOfWord + lane; slice == 0 && tap < a.listed) {
+        a.tap_pairs[tap] = sum;
+        if (a.listed < a.taps) a.tap_pairs[a.taps - 1 - tap] = sum;
+      }
       sum = 0;
     }
     Pair* const to = a.pairs + int64_t{word} * kTapsOfWord * a.out_rows.rows;
@@ -113,8 +120,8 @@ __global__ void __launch_bounds__(kSlices* kWarp, 36 / kSlices)
 
 cudaError_t list_pairs(const PairsArgs& a, cudaStream_t stream) {
   Workspace workspace(a.workspace);
-  int32_t* const counts = workspace.take<int32_t>(int64_t{a.mask_words} * kTapsOfWord * kPairShares);
-  int32_t* const starts = workspace.take<int32_t>(a.mask_words * kTapsOfWord * div_up(a.out_rows.rows, kWarp));
+  int32_t* const counts = workspace.take<int32_t>(int64_t{words_of(a)} * kTapsOfWord * kPairShares);
+  int32_t* const starts = workspace.take<int32_t>(words_of(a) * kTapsOfWord * div_up(a.out_rows.rows, kWarp));
   JAXSPARSE_TRY(launch(count_pairs_kernel, kPairShares, {kCountThreads}, stream, a, counts, starts));
   const int64_t tiles = div_up(a.out_rows.rows, kTileRows);
   if (tiles <= kFewTiles) return launch(write_pairs_kernel<8>, tiles, {8 * kWarp}, stream, a, counts, starts);

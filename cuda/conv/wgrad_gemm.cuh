@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   const Slot slot = find_slot(a.tap_pairs, a.taps, a.slots, slot_number);
   if (slot.tap < 0) return;
   const int32_t count = slot.end - slot.begin, steps = (count + kDepth - 1) / kDepth;
-  const Pair* pairs = a.pairs + int64_t{slot.tap} * a.out_rows + slot.begin;
+  const bool reversed = slot.tap >= a.listed;  // the pairs are those of the opposite tap, reversed
+  const Pair* pairs = a.pairs + int64_t{reversed ? a.taps - 1 - slot.tap : slot.tap} * a.out_rows + slot.begin;
   // Eight threads copy 128 bytes (a block of channels) of a row, then its other blocks, then further rows.
   constexpr int kInBlock = 8 * kInPiece, kBlocksA = P::kRows / kInBlock, kBlocksB = (kCols + kInBlock - 1) / kInBlock;
   constexpr int kRowsAtOnce = kThreads / 8, kRowsA = kRowsAtOnce * 128, kRowsB = kRowsAtOnce * Product::kRowBytesB;
@@ -83,8 +84,16 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
     const int32_t at = step * kDepth + t * 2;
     if (t < kDepth / 2 && step < steps) {
       char* to = reinterpret_cast<char*>(ring + step % P::kPairSteps * kDepth + t * 2);
-      copy_piece<8>(to, pairs + at, at < count);
-      copy_piece<8>(to + 8, pairs + at + 1, at + 1 < count);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Pair* const from = pairs + at + i;
+        if (reversed) {
+          copy_piece<4>(to + 8 * i, &from->out_row, at + i < count);
+          copy_piece<4>(to + 8 * i + 4, &from->in_row, at + i < count);
+        } else {
+          copy_piece<8>(to + 8 * i, from, at + i < count);
+        }
+      }
     }
   };
   const auto copy_rows = [&](int32_t step, int stage, auto whole_pieces) {

@@ -63,9 +63,9 @@ def conv_schedule(rows: int) -> int:
     return _padded(4 * 16 * 513) + _padded(2 * rows)
 
 
-def conv_pairs(volume: int, out_rows: int) -> int:
+def conv_pairs(listed: int, out_rows: int) -> int:
     """`pairs_workspace` in cuda/conv/pairs.h."""
-    counts = 4 * 32 * -(-volume // 32)
+    counts = 4 * 32 * -(-listed // 32)
     return _padded(counts * 64) + _padded(counts * -(-out_rows // 32))
 
 

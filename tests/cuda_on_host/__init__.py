@@ -80,8 +80,8 @@ def _taps_of(masks, volume):
 
 
 def _listed(pairs, number):
-    """Whether each place of a tap has a pair, [volume, rows, 1]."""
-    return (np.arange(pairs.shape[1]) < number[:, None])[:, :, None]
+    """Whether each place of a listed tap has a pair, [listed, rows, 1]."""
+    return (np.arange(pairs.shape[1]) < number[: len(pairs), None])[:, :, None]
 
 
 def call(target: str, results, *operands, **attrs) -> list[np.ndarray]:

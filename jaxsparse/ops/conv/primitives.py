@@ -198,10 +198,11 @@ def _wgrad_call(platform, x, g, table, masks, in_counts, out_counts, *, spec, ou
 def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     taps, c_in, c_out = struct.shape
     rows = table.shape[1]
+    listed = (taps + 1) // 2 if spec.is_symmetric else taps  # the pairs of the others are those of their opposites
     structs = [
-        jax.ShapeDtypeStruct((taps, rows, 2), jnp.int32),
+        jax.ShapeDtypeStruct((listed, rows, 2), jnp.int32),
         jax.ShapeDtypeStruct((taps,), jnp.int32),
-        _workspace.struct("cuda", _workspace.conv_pairs(taps, rows)),
+        _workspace.struct("cuda", _workspace.conv_pairs(listed, rows)),
     ]
     pairs, tap_pairs, _ = _ffi.call("jaxsparse_conv_pairs_v1", structs, table, masks, out_counts)
     slots = cost.wgrad_slots(taps, c_in, c_out)
