@@ -341,9 +341,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename... Params>
 cudaError_t find_slots(void (*kernel)(Params...), int64_t slot_bytes, int64_t* slots) {
   constexpr int kStatic = 20 << 10;  // other shared memory
-  int device = 0, most = 0;
-  JAXSPARSE_TRY(cudaGetDevice(&device));
-  JAXSPARSE_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int most = 0;
+  JAXSPARSE_TRY(most_shared_memory(&most));
   *slots = (most - kStatic) / slot_bytes;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kStatic);
 }

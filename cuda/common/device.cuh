@@ -81,6 +81,13 @@ __device__ inline char* dynamic_shared() {
 #endif
 }
 
+// *bytes: the shared memory that a block may have on this device.
+inline cudaError_t most_shared_memory(int* bytes) {
+  int device = 0;
+  JAXSPARSE_TRY(cudaGetDevice(&device));
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 // *at_once: the smaller of `blocks` and the number of blocks resident at once, at least 1.
 template <typename... Params>
 cudaError_t blocks_at_once(void (*kernel)(Params...), Block block, int64_t blocks, int* at_once) {

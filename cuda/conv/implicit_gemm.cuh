@@ -429,9 +429,8 @@ cudaError_t launch_implicit_gemm(const Args& a, cudaStream_t stream) {
     if (!has) return cudaErrorNotSupported;
   }
   // The limit is the kernel's, for all layers and threads of the host: as much as any layer needs, or as the device has.
-  int device = 0, most = 0;
-  JAXSPARSE_TRY(cudaGetDevice(&device));
-  JAXSPARSE_TRY(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int most = 0;
+  JAXSPARSE_TRY(most_shared_memory(&most));
   most = std::min(most, P::shared_bytes(kTapsOfWord, kHasEpilogue<Args>));
   JAXSPARSE_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   return launch(kernel, tiles * P::kSplits, {P::kThreads, shared_bytes, P::kSplits}, stream, a);
