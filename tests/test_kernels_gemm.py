@@ -132,6 +132,13 @@ def test_pairs_are_those_of_real_rows_in_order(volume, rows, counts):
         list_pairs(symmetric_table(rng, volume, rows, counts, 0.1), counts, (volume + 1) // 2)
 
 
+@pytest.mark.parametrize(("volume", "listed"), [(27, 13), (8, 4), (8, 5)])
+def test_pairs_of_other_taps_than_all_or_half_are_refused(volume, listed):
+    table = np.full((volume, 64), -1, I32)
+    with pytest.raises(Exception, match="conv_pairs_v1: pairs must have a list for each tap"):
+        list_pairs(table, [64], listed)
+
+
 def wgrad_gemm(x, g, table, counts, out_dtype, tile, slots, exact=0, listed=None):
     pairs, tap_pairs = list_pairs(table, counts, listed)
     volume = len(table)
