@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kSmallThreads, (D < 4 ? 1152 : 640) / kSmallTh
         index.read(keys, probes, found);
       }
 #pragma unroll
-      for (int j = 0; j < kBlocksAtOnce; ++j) put_block(under, first + j, found[j].sites, index.row(probes[j]));
+      for (int j = 0; j < kBlocksAtOnce; ++j) put_block(under, first + j, found[j].sites, probes[j].row);
     }
     const auto share = [&](int d, int32_t tap) {
       return place_share<D>(d, window.offset[d] + shape.dilation[d] * tap, 1 << (kBlockBits + D - 1 - d));
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kTileThreads, 1152 / kTileThreads)
       index.read(keys, probes, found);
 #pragma unroll
       for (int j = 0; j < kBlocksAtOnce; ++j) {
-        if (first + j < blocks.number) put_block(under, first + j, found[j].sites, index.row(probes[j]));
+        if (first + j < blocks.number) put_block(under, first + j, found[j].sites, probes[j].row);
       }
     }
     __syncthreads();

@@ -26,8 +26,8 @@ class BlockIndex {
     uint64_t key, sites;  // see blocks.cuh; mask of its sites
   };
 
-  // Where a search stands: at the bucket that a state of a generator of random numbers names, the hash first, and at a row
-  // whose block may be the right one, no row if none may.
+  // Where a search stands: at the bucket that a state of a generator of random numbers names, the hash first, and at the row
+  // of the first site of a block that may be the right one, no row if none may.
   struct Probe {
     uint32_t state, row;
   };
@@ -107,9 +107,6 @@ class BlockIndex {
       }
     } while (goes_on);
   }
-
-  // The row of the first site of the block that a probe found.
-  __device__ int32_t row(Probe probe) const { return static_cast<int32_t>(probe.row); }
 
  private:
   static constexpr uint32_t kSlots = 4;   // of a bucket
