@@ -65,6 +65,8 @@ class SparseTensor:
     # are, or what `ops.concatenate` joined. Where layers read these in place of `feats`, the compiler drops the zeros
     # of padding and the concatenation. They are no leaves of the pytree: only `feats` crosses the boundary of a `jit`.
     parts: tuple[jax.Array, ...]
+    # Whether `feats` surely is zero on padding rows: not where they come as a leaf of a pytree.
+    is_masked: bool
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class SparseTensor:
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "feats", jnp.where(sites.is_real[:, None], feats, 0))
         object.__setattr__(self, "parts", (self.feats,))
+        object.__setattr__(self, "is_masked", True)
 
     def tree_flatten(self):
         """Sites and features; nothing is static here."""
@@ -115,6 +118,7 @@ class SparseTensor:
         object.__setattr__(x, "sites", children[0])
         object.__setattr__(x, "feats", children[1])
         object.__setattr__(x, "parts", (x.feats,))
+        object.__setattr__(x, "is_masked", False)
         return x
 
     def __reduce__(self):
@@ -231,6 +235,7 @@ class SparseTensor:
 def on_sites(sites: Sites, feats: jax.Array, parts: tuple[jax.Array, ...] | None = None) -> SparseTensor:
     """A tensor from features that are zero on padding rows already, and its parts; checks and masks nothing."""
     x = SparseTensor.tree_unflatten(None, (sites, feats))
+    object.__setattr__(x, "is_masked", True)
     if parts is not None:
         object.__setattr__(x, "parts", parts)
     return x

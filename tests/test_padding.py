@@ -91,6 +91,20 @@ def test_nan_in_padding_of_inputs_and_cotangents_changes_nothing(name):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_linear_map_masks_what_may_hold_anything_and_nothing_else():
+    layer = js.nn.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0))
+    x = tensor(FEATS, CAPACITIES[1])
+
+    def unmasked(x):
+        loss = jax.grad(lambda kernel: jnp.square(js.ops.linear(x, kernel).feats).sum())
+        return str(jax.make_jaxpr(loss)(layer.kernel[...])).count("zero_padded=True")
+
+    assert unmasked(x) == 0
+    for masked in (x.with_feats(x.feats), js.ops.relu(x), js.ops.add(x, x)):
+        assert unmasked(masked) == 2  # the product, and its derivative by the kernel
+    assert not jax.tree.map(lambda a: a, masked).is_masked
+
+
 def leave_padding(monkeypatch, left):
     """Has the fused ops leave a number on padding rows, as a kernel may that does not write them."""
 

@@ -1,13 +1,19 @@
 """Linear maps of rows: a 1x1 convolution, by XLA's own products.
 
-    rows(x, w)[m] = x[m] @ w                    [N, C_out], 0 for padding
+    rows(x, w)[m] = x[m] @ w                    [N, C_out], anything for padding
     outer(x, g) = sum_m outer(x[m], g[m])       [C_in, C_out], over the real rows
 
 The transposes of each are the other (`rows` with w transposed too). Ops of their own, because the derivative of a plain
 16-bit product with float32 sums multiplies in float32, and a masked input would be kept beside the input.
+
+XLA masks in kernels of its own, so masks are few: one behind `rows`, which makes cotangents 0 for padding too, as
+`outer` takes for granted of g. It masks x, unless `zero_padded` says that x is 0 there: what is not a number would stay
+so times 0.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +33,17 @@ def _dot(a, b, contract, dtype, out_dtype, precision):
     return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, **options).astype(out_dtype)
 
 
-def linear_rows_reference(x, w, counts, *, transposed, dtype, out_dtype, precision):
+def _real_alone(x, counts):
+    return jnp.where(real_rows(counts, x.shape[0])[:, None], x, 0)
+
+
+def linear_rows_reference(x, w, counts, *, transposed, dtype, out_dtype, precision, zero_padded=False):
     """`linear_rows` in plain JAX."""
-    y = _dot(x, w, (1, 1 if transposed else 0), dtype, out_dtype, precision)
-    return [jnp.where(real_rows(counts, x.shape[0])[:, None], y, 0)]
+    return [_dot(x, w, (1, 1 if transposed else 0), dtype, out_dtype, precision)]
 
 
-def _outer_reference(x, g, counts, *, dtype, out_dtype, precision):
-    real = real_rows(counts, x.shape[0])[:, None]
-    return [_dot(jnp.where(real, x, 0), jnp.where(real, g, 0), (0, 0), dtype, out_dtype, precision)]
+def _outer_reference(x, g, counts, *, dtype, out_dtype, precision, zero_padded):
+    return [_dot(x if zero_padded else _real_alone(x, counts), g, (0, 0), dtype, out_dtype, precision)]
 
 
 linear_rows = Op(
@@ -52,17 +60,23 @@ _outer = Op(
 )
 
 
-def _weights_cotangent(ct, x, counts, *, transposed, **params):
-    return _outer(*((ct, x) if transposed else (x, ct)), counts, **params)[0]
+def _input_cotangent(ct, w, counts, *, transposed, zero_padded, **params):
+    return linear_rows(ct, w, counts, transposed=not transposed, zero_padded=not transposed, **params)[0]
 
 
-linear_rows.set_bilinear(
-    lambda ct, w, counts, *, transposed, **params: linear_rows(ct, w, counts, transposed=not transposed, **params)[0],
-    _weights_cotangent,
-)
+def _weights_cotangent(ct, x, counts, *, transposed, zero_padded, **params):
+    if transposed:  # x is a cotangent itself, and ct that of another
+        return _outer(ct, x, counts, zero_padded=False, **params)[0]
+    return _outer(x, ct, counts, zero_padded=zero_padded, **params)[0]
+
+
+def _rows_of_outer(ct, rows, counts, *, transposed, **params):
+    return _real_alone(linear_rows(rows, ct, counts, transposed=transposed, **params)[0], counts)
+
+
+linear_rows.set_bilinear(_input_cotangent, _weights_cotangent)
 _outer.set_bilinear(
-    lambda ct, g, counts, **params: linear_rows(g, ct, counts, transposed=True, **params)[0],
-    lambda ct, x, counts, **params: linear_rows(x, ct, counts, transposed=False, **params)[0],
+    functools.partial(_rows_of_outer, transposed=True), functools.partial(_rows_of_outer, transposed=False)
 )
 linear_rows.batch_as_reference()
 _outer.batch_as_reference()
@@ -91,7 +105,8 @@ def linear(
         )
     check_per_channel("linear", kernel.shape[1], "the output features", {"bias": bias})
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
-    (y,) = linear_rows(x.unmasked, kernel, x.sites.counts, transposed=False, **options)
+    options |= {"transposed": False, "zero_padded": x.is_masked and x.unmasked is x.feats}
+    (y,) = linear_rows(x.unmasked, kernel, x.sites.counts, **options)
     if bias is not None:
-        y = jnp.where(x.sites.is_real[:, None], y + bias.astype(x.dtype)[None], 0)
-    return on_sites(x.sites, y)
+        y = y + bias.astype(x.dtype)[None]
+    return on_sites(x.sites, jnp.where(x.sites.is_real[:, None], y, 0))

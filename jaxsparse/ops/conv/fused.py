@@ -192,7 +192,7 @@ def _steps(params, inputs, w, rows, operands):
     x = _beside(first, others)
     if product == "linear":
         del rest["tile"]
-        (sums,) = linear_rows(x, w, *rows, transposed=False, **rest)
+        (sums,) = linear_rows(x, w, *rows, transposed=False, zero_padded=False, **rest)
     else:
         (sums,) = primitives.PRODUCTS[product](x, w, *rows, **rest)
     return ending(sums, _counts(rows, product), operands, rest["out_dtype"])
