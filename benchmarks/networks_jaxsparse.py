@@ -10,6 +10,7 @@ import measure
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from workloads import IN_FEATURES, LEARNING_RATE, LOSS_SCALE, error, error_limit, first_scan, wall_figures
 
 import jaxsparse as js
@@ -57,19 +58,31 @@ def last_output(model, x):
 
 
 def one_array(tree):
-    """All leaves in one array, and the function that cuts it up again.
+    """All leaves in one array, and the function that cuts it up again; then vectors are float32.
 
-    Each begins at a multiple of 256 bytes: then XLA passes custom calls the place in the array, and copies nothing.
+    XLA passes custom calls the place in the array of leaves that fill multiples of 256 bytes, which come first. The
+    others, the vectors of norms, it would copy with a kernel each: those of 16 bits are widened in one loop for all of
+    a length, since barriers keep their conversions and slices together. It fuses up to about 90 operands, so longer
+    concatenations, and what is computed on the way into them, would be a kernel each as well.
     """
     leaves, structure = jax.tree.flatten(tree)
-    step = 256 // leaves[0].dtype.itemsize
-    cuts = np.cumsum([n for a in leaves for n in (a.size, -a.size % step)])[:-1]
+    dtype = leaves[0].dtype
+    is_whole = np.array([a.ndim > 1 and a.nbytes % 256 == 0 for a in leaves])
+    order = np.argsort(~is_whole, kind="stable")
+    place, whole = np.argsort(order), int(is_whole.sum())
+    start = sum(leaves[i].size for i in order[:whole])
+    cuts = np.cumsum([leaves[i].size for i in order])[:-1]
 
     def leaves_of(array):
-        pieces = jnp.split(array, cuts)[::2]
-        return structure.unflatten([piece.reshape(a.shape) for piece, a in zip(pieces, leaves, strict=True)])
+        pieces = jnp.split(array, cuts)
+        if dtype != jnp.float32:
+            vectors = jnp.split(lax.optimization_barrier(array[start:]), cuts[whole:] - start)
+            pieces[whole:] = lax.optimization_barrier([v.astype(jnp.float32) for v in vectors])
+        return structure.unflatten([pieces[i].reshape(a.shape) for i, a in zip(place, leaves, strict=True)])
 
-    return jnp.concatenate([jnp.pad(a.ravel(), (0, -a.size % step)) for a in leaves]), leaves_of
+    flat = [leaves[i].ravel() for i in order]
+    vectors = [flat[i : i + 64] for i in range(whole, len(flat), 64)]
+    return jnp.concatenate(flat[:whole] + [lax.optimization_barrier(jnp.concatenate(v)) for v in vectors]), leaves_of
 
 
 def tensors(ring, model, dtype, factor):
