@@ -23,6 +23,7 @@ using Out = ffi::Result<ffi::AnyBuffer>;
 
 constexpr int64_t kUnbound = -1;
 constexpr int64_t kMaxTaps = 65536;
+constexpr uintptr_t kAlignment = 16;  // bytes that a kernel moves at once
 constexpr int64_t kMaxSize = int64_t{1} << 30;  // of any axis, except of uint8 buffers: rows are numbered in int32
 constexpr int64_t kMaxAxisAttr = int64_t{1} << 30;  // its product with a 32-bit coordinate cannot overflow int64
 
@@ -53,6 +54,10 @@ class Checks {
   void operand(const char* name, In buffer, ffi::DataType dtype, std::initializer_list<int64_t*> sizes) {
     operands_.emplace_back(name, buffer);
     if (!ok()) return;
+    if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % kAlignment != 0) {
+      return fail(std::string(name) + " must begin at a multiple of 16 bytes (on GPUs XLA passes a slice of an array as it "
+                  "lies; slice at such a multiple, or take jax.lax.optimization_barrier of the slice, which copies it)");
+    }
     if (buffer.element_type() != dtype) {
       return fail(std::string(name) + " must be " + dtype_name(dtype));
     }

@@ -1,9 +1,13 @@
-"""What a GPU has to show: equal bits under load, and arrays of more than 2^31 elements. Small twins run anywhere."""
+"""What a GPU has to show: equal bits under load, slices read where they lie, and arrays of more than 2^31 elements.
+
+Small twins run anywhere.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import glob
 import site
 import threading
@@ -12,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scenes import random_tensor
 
 import jaxsparse as js
 
@@ -117,6 +122,33 @@ def test_kernels_that_run_side_by_side_give_the_same_bits(dtype):
     many = {"points": 120_000, "capacity": 98304, "runs": 100}
     few = {"points": 3000, "capacity": 4096, "runs": 1}
     check_repeats(dtype, **(many if jax.default_backend() == "gpu" else few), options=js.COMPILER_OPTIONS)
+
+
+# --- slices ---
+
+
+def test_a_slice_as_weights_is_read_where_it_lies_or_refused():
+    x = random_tensor(0, rows=300, features=16, dtype=jnp.float16)
+    kernel = jax.random.normal(jax.random.key(0), (27, 16, 32), jnp.float16)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def layer(begin, is_copied, buffer, x):
+        piece = buffer[begin : begin + kernel.size]
+        piece = jax.lax.optimization_barrier(piece) if is_copied else piece
+        return js.ops.conv(x, piece.reshape(kernel.shape), kernel_size=3, sites="submanifold").feats
+
+    def run(begin, is_copied=False):
+        return layer(begin, is_copied, jnp.pad(kernel.ravel(), (begin, 3)), x)
+
+    want = js.ops.conv(x, kernel, kernel_size=3, sites="submanifold").feats
+    for begin, is_copied in ((8, False), (128, False), (5, True)):
+        np.testing.assert_array_equal(run(begin, is_copied), want)
+    refused = ""
+    try:
+        np.testing.assert_array_equal(run(5), want)  # 10 bytes from the beginning
+    except jax.errors.JaxRuntimeError as error:
+        refused = str(error)
+    assert not refused or "w must begin at a multiple of 16 bytes" in refused
 
 
 # --- more than 2^31 elements ---
