@@ -380,9 +380,12 @@ def test_every_wgrad_tile_sums_the_outer_products_of_the_map(tile):
         (400, 8, 8, 3, [400], 6),
         (700, tile.rows + 8, tile.cols, 2, [690], 5),
         (300, 4, tile.cols + 8, 9, [100, 0, 7], 18),
+        (300, 4, min(tile.cols, 48), 3, [300], 7),
+        (300, 12, min(tile.cols, 32), 3, [290], 7),
+        (300, 28, 8, 2, [300], 5),
     ]
     for case, (out_rows, c_in, c_out, volume, counts, slots) in enumerate(cases):
-        dtype, out_dtype = [(F16, F32), (BF16, BF16), (F16, F16)][case]
+        dtype, out_dtype = [(F16, F32), (BF16, BF16), (F16, F16)][case % 3]
         x, g = small_integers(rng, (800, c_in), dtype), small_integers(rng, (out_rows, c_out), dtype)
         real = np.array(real_rows(out_rows, counts), int)
         for symmetric in (False, True) if volume % 2 else (False,):

@@ -9,8 +9,8 @@
 // more blocks share a multiprocessor there: with 2, 3 and 4, partial and reduce took 66, 57 and 54 us (2.4 million pairs of
 // 32 and 32 channels), 87, 80 and 115 (of 48 and 48), 89, 86 and 115 (of 64 and 64); 19.1 and 19.8 (363,123 of 64 and 64).
 // All in float16; in float32 the numbers of blocks are the same. Rows that are short together, copied as one: 346,221 pairs
-// of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7 to 15.7. Copies that skip absent channels, for all
-// widths, cost 3 to 11 % at 64 and 256.
+// of 32 and 32 channels 20.5 us to 18.5, 375,575 of 16 and 32 17.7 to 15.7; the first layer of SparseResNet21D, 172,663 rows
+// of 4 and 16 channels, 36.5 to 30.6. Copies that skip absent channels, for all widths, cost 3 to 11 % at 64 and 256.
 #pragma once
 
 #include "cuda/conv/gemm.h"
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   // If a row of x and a row of g together fit 128 bytes, the eight threads divide both: each copies a piece of x or of g.
   // The other channels of the stage hold stale data, which affects only sums that are not stored.
   constexpr bool kMayBeShort = kGroups == 1 && kCols < kInBlock;
-  const bool are_short = kMayBeShort && x_has_whole_pieces && a.in_channels + a.out_channels <= kInBlock && pieces == 1;
-  const int32_t x_pieces = a.in_channels / kInPiece;
+  const int32_t x_pieces = (a.in_channels + kInPiece - 1) / kInPiece;
+  const bool are_short = kMayBeShort && x_pieces * kInPiece + a.out_channels <= kInBlock && pieces == 1;
   const bool copies_x = part < x_pieces;
 
   const auto copy_pairs = [&](int32_t step) {  // two pairs per thread; past the end of the slot zeros
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
       }
     }
   };
-  const auto copy_short_rows = [&](int32_t step, int stage) {
+  const auto copy_short_rows = [&](int32_t step, int stage, auto whole_pieces) {
     const int piece = copies_x ? part : part - x_pieces;
     if (!copies_x && piece * kInPiece >= a.out_channels) return;
     const uint32_t place = copies_x ? Product::place_in_a(first_depth, piece)
@@ -137,15 +137,23 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
     const int32_t rows_there = count - step * kDepth - first_depth;
 #pragma unroll
     for (int i = 0; i < kDepth / kRowsAtOnce; ++i) {
-      const int32_t row = rows[i * kRowsAtOnce * 2];
-      copy_piece<16>(to + i * (copies_x ? kRowsA : kRowsB), from + wide(row, copies_x ? x_row_bytes : g_row_bytes),
-                     rows_there > i * kRowsAtOnce);
+      const bool exists = rows_there > i * kRowsAtOnce;
+      char* const to_row = to + i * (copies_x ? kRowsA : kRowsB);
+      const char* const row = from + wide(rows[i * kRowsAtOnce * 2], copies_x ? x_row_bytes : g_row_bytes);
+      if (whole_pieces || !copies_x) {
+        copy_piece<16>(to_row, row, exists);
+      } else {
+        copy_piece<8>(to_row, row, exists);
+        if (x_there > kInPiece / 2) copy_piece<8>(to_row + 8, row + 8, exists);
+      }
     }
   };
   const auto copy_step = [&](int32_t step, int stage) {
     if (step >= steps) return;
-    if (are_short) {
-      copy_short_rows(step, stage);
+    if (are_short && x_has_whole_pieces) {
+      copy_short_rows(step, stage, std::true_type());
+    } else if (are_short) {
+      copy_short_rows(step, stage, std::false_type());
     } else if (x_has_whole_pieces) {
       copy_rows(step, stage, std::true_type());
     } else {
