@@ -8,6 +8,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from jaxsparse.ops.conv import Tile
+
 PADDING = np.iinfo(np.int32).min
 BITS = {1: 31, 2: 24, 3: 18, 4: 14}
 I32, U32, U8 = np.int32, np.uint32, np.uint8
@@ -94,3 +96,36 @@ def symmetric_table(rng, volume, rows, counts, density):
         to, from_ = real[there], rng.permutation(real)[there]
         table[k, to], table[volume - 1 - k, from_] = from_, to
     return table
+
+
+def tile_attributes(tile):
+    rows, cols, stages, splits = Tile(*tile)
+    return {"tile_rows": rows, "tile_cols": cols, "stages": stages, "splits": splits}
+
+
+HARD = ["normal", "cancelling", "spread"]
+
+
+def adversarial(rng, shape, kind):
+    """Float32 whose sums are hard: large and cancelling, or of every magnitude. (Denormals XLA's CPU threads flush.)"""
+    x = rng.normal(size=shape)
+    if kind == "cancelling":
+        x = np.where(rng.random(shape) < 0.5, 1e4, -1e4) * (1 + 1e-4 * x)
+    elif kind == "spread":
+        x = x * 10.0 ** rng.integers(-12, 5, shape)
+    return x.astype(F32)
+
+
+def truncated(x):
+    """What tensor cores read of a float32."""
+    return (x.view(U32) & U32(0xFFFFE000)).view(F32)
+
+
+def assert_within_rounding(got, truth, magnitude, terms):
+    """Each of `terms` fused multiply-adds rounds once, by at most 2^-24 of sum |x| |w|."""
+    assert (np.abs(got.astype(F64) - truth) <= 1.001 * terms * 2.0**-24 * magnitude).all()
+
+
+def rows_under_taps(x, table):
+    """Float64 [taps, outputs, channels], 0 where a tap is absent."""
+    return np.where(table[:, :, None] >= 0, x.astype(F64)[table], 0)
