@@ -1,4 +1,4 @@
-// Checks of dtypes, shapes and attributes that every handler runs before it reads a buffer, shared by CPU and CUDA.
+// Checks of dtypes, shapes, alignment and attributes that every handler runs before it reads a buffer, shared by CPU and CUDA.
 //
 // Each custom call has a struct for its sizes and decoded attributes. `check_<call>` fills it, or returns an error with the
 // call, what is wrong, and the shapes of all operands. Sizes bind by name: the first operand with a size sets it, all later

@@ -7,6 +7,7 @@ import cuda_on_host
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 
 from jaxsparse.ops.conv import Tile
 
@@ -16,6 +17,10 @@ I32, U32, U8 = np.int32, np.uint32, np.uint8
 F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 
 call = cuda_on_host.call
+ON_HOST = [
+    pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.usefixtures("cuda_library"),
+]
 
 
 def key(site):
@@ -64,6 +69,11 @@ def masks_of(table):
     for k, m in zip(*np.nonzero(table >= 0), strict=True):
         masks[m, k // 32] |= U32(1 << (k % 32))
     return masks
+
+
+def as_operands(table, counts):
+    """Table, masks and counts as the calls take a map: where the masks have no tap, the table holds anything."""
+    return np.where(table >= 0, table, 7), masks_of(table), np.array(counts, I32)
 
 
 def wide(dtype):

@@ -2,17 +2,13 @@
 
 import itertools
 
-import cuda_on_host
 import numpy as np
 import pytest
-from kernel_oracles import F32, F64, I32, U8, call, masks_of, random_table, real_rows, small_integers, wide
+from kernel_oracles import F32, F64, I32, ON_HOST, U8, call, masks_of, random_table, real_rows, small_integers, wide
 
 from jaxsparse.ops import _workspace
 
-pytestmark = [
-    pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
-    pytest.mark.usefixtures("cuda_library"),
-]
+pytestmark = ON_HOST
 
 
 def forward(x, w, table, counts):

@@ -2,12 +2,12 @@
 
 import itertools
 
-import cuda_on_host
 import numpy as np
 import pytest
 from kernel_oracles import (
     BITS,
     I32,
+    ON_HOST,
     PADDING,
     U8,
     U32,
@@ -26,10 +26,7 @@ from scenes import regular_scenes
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops import _coords, _workspace
 
-pytestmark = [
-    pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
-    pytest.mark.usefixtures("cuda_library"),
-]
+pytestmark = ON_HOST
 
 
 def random_coords(rng, rows, dims, spread):

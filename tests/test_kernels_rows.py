@@ -1,16 +1,12 @@
 """The CUDA sums over rows, run on the host, and what every handler refuses."""
 
-import cuda_on_host
 import numpy as np
 import pytest
-from kernel_oracles import BF16, F16, F32, F64, I32, U8, call, small_integers, wide
+from kernel_oracles import BF16, F16, F32, F64, I32, ON_HOST, U8, call, small_integers, wide
 
 from jaxsparse.ops import _workspace
 
-pytestmark = [
-    pytest.mark.skipif(cuda_on_host.compiler() is None, reason="needs a C++ compiler"),
-    pytest.mark.usefixtures("cuda_library"),
-]
+pytestmark = ON_HOST
 
 
 @pytest.mark.parametrize(("positions", "values"), [(1, 1), (500, 60), (300, 1000), (4097, 8)])
