@@ -19,6 +19,7 @@ seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its las
 - Here the step is compiled ahead of time, for inference with the weights as constants, for training with its state as
   a list of arrays: `compiled` counts that program and any that XLA compiled while the steps ran. Compile seconds go
   from Python to the program, without and with a filled cache on disk.
+- spconv knows no bfloat16: beside this library's bfloat16 it computes in float16.
 - On a CPU spconv gets one thread: with more, its scatter adds race and its results are wrong.
 - error: of outputs (of the first scan) or gradients against float64 on the first batch, |difference| / |float64| in the
   2-norm; a result beyond the limit for its dtype gets no time.
