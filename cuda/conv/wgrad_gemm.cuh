@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   // If a row of x and a row of g together fit 128 bytes, the eight threads divide both: each copies a piece of x or of g.
   // The other channels of the stage hold stale data, which affects only sums that are not stored.
   constexpr bool kMayBeShort = kGroups == 1 && kCols < kInBlock;
-  const int32_t x_pieces = (a.in_channels + kInPiece - 1) / kInPiece;
+  const int32_t x_pieces = static_cast<int32_t>(div_up(a.in_channels, kInPiece));
   const bool are_short = kMayBeShort && x_pieces * kInPiece + a.out_channels <= kInBlock && pieces == 1;
   const bool copies_x = part < x_pieces;
 
@@ -150,14 +150,17 @@ __global__ void __launch_bounds__(P::kThreads, P::kBlocksAtLeast) wgrad_partial_
   };
   const auto copy_step = [&](int32_t step, int stage) {
     if (step >= steps) return;
-    if (are_short && x_has_whole_pieces) {
-      copy_short_rows(step, stage, std::true_type());
-    } else if (are_short) {
-      copy_short_rows(step, stage, std::false_type());
-    } else if (x_has_whole_pieces) {
-      copy_rows(step, stage, std::true_type());
+    const auto copy = [&](auto whole_pieces) {
+      if (are_short) {
+        copy_short_rows(step, stage, whole_pieces);
+      } else {
+        copy_rows(step, stage, whole_pieces);
+      }
+    };
+    if (x_has_whole_pieces) {
+      copy(std::true_type());
     } else {
-      copy_rows(step, stage, std::false_type());
+      copy(std::false_type());
     }
   };
 
