@@ -189,6 +189,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
     const int32_t rows = real_rows(m.count, m.rows), number = at.number(rows);
+    // The last rows stay until the second pass. L2 keeps those before them, and of a small array, which stays whole, all.
+    const int32_t first_to_stay = has_result(kOp) && number > slots ? number - slots : number;
 #pragma unroll 2
     for (int32_t i = 0; i < number; ++i) {
       P x, other;
@@ -202,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         first[c] += summed;
         second[c] += difference * summed;
       }
-      ring.template fetch<true>(i + Ring::kAhead < number);
+      ring.template fetch<true>(i + Ring::kAhead < number, i + Ring::kAhead >= first_to_stay);
     }
     wait_for_copies<0>();
 

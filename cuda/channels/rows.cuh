@@ -78,13 +78,16 @@ class Ring {
     in_ = out_ = own_ + slot * kSlot;
   }
 
-  // Begins to fetch the next row, unless it does not exist; then comes the one after it, or before it.
+  // Begins to fetch the next row, unless it does not exist; then comes the one after it, or before it. L2 need not keep rows
+  // that stay in their slot.
   template <bool kForwards>
-  __device__ void fetch(bool exists) {
+  __device__ void fetch(bool exists, bool stays = false) {
     if (exists) {
 #pragma unroll
       for (int a = 0; a < kArrays; ++a) {
-        if constexpr (sizeof(P) >= 4) {
+        if (sizeof(P) == 16 && stays) {
+          copy_last_use(reinterpret_cast<char*>(in_ + a * kChannelThreads), from_[a]);
+        } else if constexpr (sizeof(P) >= 4) {
           copy_piece<sizeof(P)>(reinterpret_cast<char*>(in_ + a * kChannelThreads), from_[a], true);
         } else {
           in_[a * kChannelThreads] = *from_[a];  // too short for an asynchronous copy
