@@ -203,6 +203,24 @@ def test_batch_norm_has_equal_bits_at_every_capacity(channels):
         np.testing.assert_array_equal(small, large[: len(small)])
 
 
+def test_batch_norm_of_more_rows_than_shared_memory_holds():
+    rows, channels = 1700, 4256  # so many channels that a block has all rows of its own
+    (x, ct), (scale, shift, mean, inverse) = norm_operands(rows, rows, channels, F16)
+    y, found, variance, *_ = batch_norm(x, rows, scale, shift)
+    added, *_ = batch_norm(x, rows, scale, shift, ct)
+    x_ct, scale_ct, shift_ct = batch_norm_grad(ct, x, mean, inverse, scale, shift, rows, False)
+    x, ct = x.astype(F64), ct.astype(F64)
+    np.testing.assert_allclose(found, x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, x.var(0), rtol=1e-5)
+    want = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-3) * scale + shift
+    np.testing.assert_allclose(y, want, rtol=2.0**-10, atol=1e-4)
+    np.testing.assert_allclose(added, want + ct, rtol=2.0**-10, atol=1e-4)
+    z = (x - mean) * inverse
+    np.testing.assert_allclose(shift_ct, ct.sum(0), rtol=1e-4)
+    np.testing.assert_allclose(scale_ct, (z * ct).sum(0), rtol=1e-4, atol=0.1)
+    np.testing.assert_allclose(x_ct, scale * (ct - ct.mean(0) - z * (z * ct).mean(0)), rtol=2.0**-10, atol=1e-3)
+
+
 def test_batch_norm_hides_nothing_that_is_not_finite():
     x = np.random.default_rng(0).normal(size=(300, 8)).astype(F32)
     x[7, 0], x[7, 1] = np.nan, np.inf
