@@ -10,7 +10,8 @@ namespace jaxsparse {
 
 using Handlers = std::vector<std::pair<const char*, XLA_FFI_Handler*>>;
 
-const Handlers& cpu_handlers();   // bindings/cpu_handlers.cc
-const Handlers& cuda_handlers();  // bindings/cuda_handlers.cc, in builds with CUDA
+const Handlers& cpu_handlers();        // bindings/cpu_handlers.cc
+const Handlers& cuda_handlers();       // bindings/cuda_handlers.cc, in builds with CUDA: all of them
+const Handlers& cuda_only_handlers();  // bindings/cuda_only_handlers.cc: those that the CPU has not
 
 }  // namespace jaxsparse

@@ -1,6 +1,6 @@
 """Runs the CUDA kernels' own source on the CPU, behind the same handlers; where there is a GPU, the kernels themselves.
 
-`load` compiles `cuda/**/*.cu` and `bindings/cuda_handlers.cc` with the C++ compiler and the headers in `include/`, and
+`load` compiles `cuda/**/*.cu` and `bindings/cuda_*handlers.cc` with the C++ compiler and the headers in `include/`, and
 registers each handler as a CPU target named `<target>_on_host`.
 """
 

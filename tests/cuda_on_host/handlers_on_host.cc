@@ -12,6 +12,7 @@ struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
 };
 
 #include "bindings/cuda_handlers.cc"
+#include "bindings/cuda_only_handlers.cc"
 
 extern "C" {
 
