@@ -28,7 +28,7 @@
 //
 // Rows that stay in shared memory leave L2 first (copy_last_use), so that it keeps those that the second pass reads again.
 // Between kernels that write the inputs and read the result, forward, with a residual, backward: 183,262 x 96 29.6, 48.4, 49.6
-// to 27.8, 46.9, 47.4; 119,808 x 96 17.8, 29.8, 32.2 to 17.8, 27.9, 30.2; SparseResUNet42 8.36 ms to 8.26. Not better, or worse
+// to 27.8, 46.9, 47.4; 119,808 x 96 17.8, 29.8, 32.2 to 17.8, 27.9, 30.2; SparseResUNet42 8.36 ms to 8.29. Not better, or worse
 // for the network: the other rows with evict_last, rows of the second pass or results with evict_first.
 //
 // With a gate, ct counts only where an affine map of x is positive. This gives the sums behind a ReLU without storing its
