@@ -1,6 +1,6 @@
 // The custom calls on CUDA that the CPU has too. Each checks its operands, passes pointers to the kernels and returns the
-// launch's status. Nothing here, nor in cuda_only_handlers.cc, allocates, synchronises or reads device memory, so XLA may record
-// every call into a CUDA graph.
+// launch's status. Nothing here, nor in cuda_only_handlers.cc, allocates, synchronises or reads device memory, so XLA may
+// record every call into a CUDA graph.
 #include "bindings/bind.h"
 #include "bindings/checks_conv.h"
 #include "bindings/checks_coords.h"

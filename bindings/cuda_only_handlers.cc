@@ -56,19 +56,26 @@ ffi::Error gemm_error(const char* call, cudaError_t status, const cuda::Tile& ti
                                      " and these channels; compile, or export, the program anew with this version");
 }
 
-// Without the arrays of a schedule.
-cuda::ConvGemmArgs conv_gemm_args(const Gemm& s, In x, In w, Out y, const cuda::Tile& tile) {
-  cuda::ConvGemmArgs args{};
+// What the arguments of forward and of wgrad have in common.
+template <typename Args>
+Args gemm_args(const Gemm& s, In x, const cuda::Tile& tile) {
+  Args args{};
   args.dtype = kernel_dtype(s.dtype);
   args.out_dtype = kernel_dtype(s.out_dtype);
   args.tile = tile;
   args.x = x.untyped_data();
-  args.w = w.untyped_data();
   args.out_rows = narrow(s.out_rows);
   args.taps = narrow(s.taps);
-  args.mask_words = narrow(s.mask_words);
   args.in_channels = narrow(s.in_channels);
   args.out_channels = narrow(s.out_channels);
+  return args;
+}
+
+// Without the arrays of a schedule.
+cuda::ConvGemmArgs conv_gemm_args(const Gemm& s, In x, In w, Out y, const cuda::Tile& tile) {
+  auto args = gemm_args<cuda::ConvGemmArgs>(s, x, tile);
+  args.w = w.untyped_data();
+  args.mask_words = narrow(s.mask_words);
   args.y = y->untyped_data();
   return args;
 }
@@ -158,21 +165,13 @@ ffi::Error wgrad_gemm(cudaStream_t stream, In x, In g, In pairs, In tap_pairs, O
   if (error.failure()) return error;
   error = check_workspace(call, s.workspace, cuda::wgrad_gemm_workspace(slots, s.in_channels, s.out_channels));
   if (error.failure()) return error;
-  cuda::WgradGemmArgs args{};
-  args.dtype = kernel_dtype(s.dtype);
-  args.out_dtype = kernel_dtype(s.out_dtype);
+  auto args = gemm_args<cuda::WgradGemmArgs>(s, x, tile_of(tile_rows, tile_cols, stages, splits));
   args.exact = exact != 0;
-  args.tile = tile_of(tile_rows, tile_cols, stages, splits);
   args.slots = narrow(slots);
-  args.x = x.untyped_data();
   args.g = g.untyped_data();
   args.pairs = reinterpret_cast<const cuda::Pair*>(ints(pairs));
   args.tap_pairs = ints(tap_pairs);
   args.listed = narrow(s.listed);
-  args.out_rows = narrow(s.out_rows);
-  args.taps = narrow(s.taps);
-  args.in_channels = narrow(s.in_channels);
-  args.out_channels = narrow(s.out_channels);
   args.dw = dw->untyped_data();
   args.workspace = workspace->untyped_data();
   return gemm_error(call, cuda::wgrad_gemm(args, stream), args.tile);

@@ -29,6 +29,13 @@ __device__ void copy_piece(char* to, const void* from, bool exists) {
   JAXSPARSE_COPY("setp.eq.u32", static_cast<uint32_t>(exists));
 }
 
+// The same with index >= 0 as the condition. Passed as a bool, it would cost a conversion and a second comparison.
+template <int kBytes>
+__device__ void copy_if_not_negative(char* to, const void* from, int32_t index) {
+  JAXSPARSE_COPY("setp.lt.s32", index);
+}
+#undef JAXSPARSE_COPY
+
 // Begins to copy 16 bytes that are not read again soon: L2 gives them up before others.
 __device__ inline void copy_last_use(char* to, const void* from) {
   uint64_t policy;
@@ -37,13 +44,6 @@ __device__ inline void copy_last_use(char* to, const void* from) {
                "l"(policy)
                : "memory");
 }
-
-// The same as copy_piece with index >= 0 as the condition. Passed as a bool, it would cost a conversion and a second comparison.
-template <int kBytes>
-__device__ void copy_if_not_negative(char* to, const void* from, int32_t index) {
-  JAXSPARSE_COPY("setp.lt.s32", index);
-}
-#undef JAXSPARSE_COPY
 
 // The copies since the last commit are one group. wait_for_copies waits until at most kPending groups of the thread remain.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
