@@ -5,7 +5,9 @@ step, as a deployment drops them: XLA's CUDA graphs are captured again when outp
 """
 
 import glob
+import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +33,21 @@ def choose_device(name):
         jax.devices()
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f"error: --device {name}: JAX finds none here {error}".rstrip()) from error
+
+
+@contextmanager
+def awake_cores(are_wanted):
+    """Keeps the processor's cores awake meanwhile, if that is wanted, as docs/deployment.md advises."""
+    if not are_wanted:
+        yield
+        return
+    program = pathlib.Path(__file__).parents[1] / "examples" / "awake.py"
+    spinning = subprocess.Popen([sys.executable, str(program)])
+    try:
+        yield
+    finally:
+        spinning.terminate()
+        spinning.wait()
 
 
 def wall_ms(step, inputs, sync, steps):

@@ -4,7 +4,7 @@
     python benchmarks/networks.py --data SCANS --workload seg-nuscenes --dtype float32 --steps 3 --share 0.25   # a CPU
     python benchmarks/networks.py --data SCANS --workload seg-kitti --scans 1 2 4 8 16        # how time grows
     python benchmarks/networks.py --data SCANS --workload seg-kitti --capacity 1 1.25 4       # what padding costs
-    python benchmarks/networks.py --data SCANS --concurrent     # kernels side by side, in more memory
+    python benchmarks/networks.py --data SCANS --concurrent --awake    # as docs/deployment.md advises
 
 Where torch and spconv are installed, spconv runs the same network with the same weights on the same voxels beside it.
 seg is SparseResUNet42, det SparseResNet21D; figures of det are those of its last stage's output.
@@ -188,13 +188,15 @@ def main():
     parser.add_argument("--steps", type=int, default=50, help="timed steps; published figures take at least 30")
     parser.add_argument("--calls", type=int, default=0, help="further steps for p50 and p99; published: 1,000")
     parser.add_argument("--concurrent", action="store_true", help="compile with jaxsparse.COMPILER_OPTIONS")
+    parser.add_argument("--awake", action="store_true", help="keep cores awake, for both libraries (examples/awake.py)")
     parser.add_argument("--breakdown", action="store_true", help="where the GPU time goes (compiles once more)")
     parser.add_argument("--share", type=float, default=1.0, help="share of each scan to keep, for a quick look")
     parser.add_argument("--cache", default=None, help="folder that keeps the float64 results from run to run")
     parser.add_argument("--out", default=None, help="folder for networks.json and .md (default: only print)")
     args = parser.parse_args()
     measure.choose_device(args.device)
-    run(args)
+    with measure.awake_cores(args.awake):
+        run(args)
 
 
 if __name__ == "__main__":
