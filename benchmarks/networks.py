@@ -186,7 +186,7 @@ def main():
     parser.add_argument("--scans", type=int, nargs="+", default=[None], help="scans a batch (default: the workload's)")
     parser.add_argument("--capacity", type=float, nargs="+", default=[1.1], help="rows for each voxel of the largest")
     parser.add_argument("--steps", type=int, default=50, help="timed steps; published figures take at least 30")
-    parser.add_argument("--calls", type=int, default=0, help="further steps for p50 and p99; published: 1,000")
+    parser.add_argument("--calls", type=int, default=0, help="further steps here, for p50 and p99; published: 1,000")
     parser.add_argument("--concurrent", action="store_true", help="compile with jaxsparse.COMPILER_OPTIONS")
     parser.add_argument("--awake", action="store_true", help="keep cores awake, for both libraries (examples/awake.py)")
     parser.add_argument("--breakdown", action="store_true", help="where the GPU time goes (compiles once more)")

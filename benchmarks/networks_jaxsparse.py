@@ -233,7 +233,7 @@ def row_of(program, batches, args, expected):
 
     step = stepper(compiled)
     with measure.count_compilations() as compilations:
-        row |= wall_figures(step, batches, jax.block_until_ready, args)
+        row |= wall_figures(step, batches, jax.block_until_ready, args.steps, args.calls)
         row["compiled"] = 1 + len(compilations)
     if jax.default_backend() == "gpu":
         steps = min(args.steps, len(batches))

@@ -30,7 +30,7 @@ def rows(workload, weights, ring, args, expected):
             if row["error"] > error_limit(dtype, workload.training):
                 return row
         sync = (lambda _: torch.cuda.synchronize()) if device == "cuda" else (lambda _: None)
-        row |= wall_figures(step, inputs, sync, args)
+        row |= wall_figures(step, inputs, sync, args.steps)
         if device == "cuda":
             steps = min(args.steps, len(inputs))
             row |= measure.kernel_figures(measure.torch_kernels(step, inputs, steps), steps)

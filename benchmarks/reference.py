@@ -211,7 +211,7 @@ def forward(stages, weights, tables, feats, training):
         weights: As `random_weights` makes them.
         tables: For each stage those of its convolution and of its blocks.
         feats: [N, in_features].
-        training: Normalise by the batch's statistics rather than the stored ones.
+        training: Normalise by the batch's statistics rather than the stored ones; may be traced, to compile once.
     """
     left = iter(weights)
     statistics = []
@@ -220,8 +220,7 @@ def forward(stages, weights, tables, feats, training):
         scale, bias, mean, var = next(left)
         batch_mean, batch_var = x.mean(0), x.var(0)
         statistics.append((batch_mean, batch_var))
-        if training:
-            mean, var = batch_mean, batch_var
+        mean, var = jnp.where(training, batch_mean, mean), jnp.where(training, batch_var, var)
         return (x - mean) * jax.lax.rsqrt(var + EPSILON) * scale + bias
 
     def conv_norm(x, rows):
@@ -265,7 +264,7 @@ def output(stages, weights, voxels, training=False):
     """Sites of the output, its features and the norms' statistics, in float64, as numpy arrays."""
     sites, rows = tables(stages, voxels.coords)
     with jax.enable_x64(True):
-        out = jax.jit(forward, static_argnums=(0, 4), compiler_options=COMPILER)(
+        out = jax.jit(forward, static_argnums=0, compiler_options=COMPILER)(
             stages, in_float64(weights), rows, np.asarray(voxels.feats, np.float64), training
         )
         return sites, *jax.tree.map(np.asarray, out)

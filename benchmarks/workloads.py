@@ -87,13 +87,13 @@ def first_scan(sites, feats):
     return feats[np.argsort(reference.keys(sites))]
 
 
-def wall_figures(step, ring, sync, args):
+def wall_figures(step, ring, sync, steps, calls=0):
     """Wall times of one program: step by step, launched one after another, and the tail of many steps."""
     found = {
-        "wall_ms": measure.summary(measure.wall_ms(step, ring, sync, args.steps)),
-        "pipelined_ms": measure.pipelined_ms(step, ring, sync, args.steps),
+        "wall_ms": measure.summary(measure.wall_ms(step, ring, sync, steps)),
+        "pipelined_ms": measure.pipelined_ms(step, ring, sync, steps),
     }
-    if args.calls:
-        times = measure.wall_ms(step, ring, sync, args.calls)
+    if calls:
+        times = measure.wall_ms(step, ring, sync, calls)
         found |= {"p50_ms": float(np.percentile(times, 50)), "p99_ms": float(np.percentile(times, 99))}
     return found
