@@ -9,8 +9,8 @@
 - growth: 10 thousand to 4 million voxels, a scan cut down or set beside itself; and capacity 4 times the count.
 
 Every step gets another input, a ring of turned and mirrored scans. GPU time is the sum of kernel times from a profiler
-trace; wall is synchronised before and after. On a CPU only wall times are taken. Every map is checked against a binary
-search in numpy on the host before it gets a time; a wrong one gets none.
+trace; wall is synchronised before and after. On a CPU only wall times are taken. Every map of this
+library is checked against a binary search in numpy on the host before it gets a time; a wrong one gets none.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+import inputs
 import jax
 import jax.numpy as jnp
 import measure
@@ -57,16 +58,11 @@ def voxelizer(voxel_size, capacity):
     return lambda points: js.voxelize(*points, voxel_size, capacity=capacity)
 
 
-def capacity_for(count, factor=1.1):
-    """Rows for so many sites, with some to spare."""
-    return -(-int(factor * count) // 256) * 256
-
-
 def sites_ring(folder, name):
     """Sites of a ring of scans, in the least capacity that holds them all with a tenth to spare."""
     ring = points_ring(folder, name)
     most = max(int(jax.jit(voxelizer(SCANS[name], len(p[0])))(p)[0].count) for p in ring)
-    voxelize = jax.jit(voxelizer(SCANS[name], capacity_for(most)))
+    voxelize = jax.jit(voxelizer(SCANS[name], inputs.capacity_for(most)))
     return [voxelize(p)[0].check().sites for p in ring]
 
 
@@ -153,11 +149,6 @@ def row(what, scan, sites, build, ring, check, args):
     }
 
 
-def real(sites):
-    """The real coordinates on the host."""
-    return np.asarray(sites.coords)[: int(sites.count)]
-
-
 # --- parts ---
 
 
@@ -167,11 +158,11 @@ def voxel_rows(name, args):
     sizes = np.float32(1) / np.float32(SCANS[name])
     cells = [np.unique(np.floor(np.asarray(p[0]) * sizes).astype(np.int32), axis=0) for p in ring]
     count, first = max(map(len, cells)), cells[0]
-    build = voxelizer(SCANS[name], capacity_for(count))
+    build = voxelizer(SCANS[name], inputs.capacity_for(count))
 
     def check(result):
         x, index = result
-        found = real(x.check().sites)
+        found = inputs.real(x.check().sites)
         if not np.array_equal(np.unique(found[:, 1:], axis=0), first):
             return False
         sums = np.zeros((len(found), 4))
@@ -187,12 +178,12 @@ def network_row(name, what, convs, last_is_submanifold, args):
     ring = sites_ring(args.data, name)
     probe = jax.jit(network_maps(convs, last_is_submanifold, [3 * ring[0].capacity] * len(convs)))
     counts = np.max([[int(c) for c in probe(s)[1]] for s in ring], axis=0)
-    build = network_maps(convs, last_is_submanifold, [capacity_for(c) for c in counts])
+    build = network_maps(convs, last_is_submanifold, [inputs.capacity_for(c) for c in counts])
 
     def check(result):
         maps, counts, coords, status = result
         js.status.check(status)
-        levels = [real(ring[0]), *(np.asarray(c)[: int(n)] for c, n in zip(coords, counts, strict=True))]
+        levels = [inputs.real(ring[0]), *(np.asarray(c)[: int(n)] for c, n in zip(coords, counts, strict=True))]
         strided = [(f, c, *conv) for f, c, conv in zip(levels[:-1], levels[1:], convs, strict=True)]
         cases = strided + [(s, s, 3, 1) for s in levels[: len(maps) - len(convs)]]
         return all(is_right(np.asarray(m[0]), *case) for m, case in zip(maps, cases, strict=True))
@@ -204,7 +195,7 @@ def scans_part(args):
     """Rows of the first part, with spconv beside each."""
     rows = [voxel_rows(name, args) for name in ("semkitti_00_000000", "nusc_10sweep")]
     sites = sites_ring(args.data, "semkitti_00_000000")
-    first = real(sites[0])
+    first = inputs.real(sites[0])
     check = lambda m: is_right(np.asarray(m[0]), first, first, 3)  # noqa: E731
     rows.append(row("3^3 submanifold map", "semkitti_00_000000", len(first), layer_map(3), sites, check, args))
     rows.append(network_row("semkitti_00_000000", "9 maps of SparseResUNet42", SEG, True, args))
@@ -219,7 +210,7 @@ def builders_part(args):
         if scans.missing(args.data, [name]):
             continue
         ring = sites_ring(args.data, name)
-        first = real(ring[0])
+        first = inputs.real(ring[0])
         for kernel in KERNELS:
             check = lambda m, kernel=kernel: is_right(np.asarray(m[0]), first, first, kernel)  # noqa: B023, E731
             for builder in Geometry.create(3, kernel).builders:
@@ -238,23 +229,23 @@ def tiled(coords, count):
 
 def growth_part(args):
     """Voxels, coarse sites and the 3^3 map from 10 thousand to 4 million sites."""
-    base = real(sites_ring(args.data, "semkitti_00_000000")[0])
+    base = inputs.real(sites_ring(args.data, "semkitti_00_000000")[0])
     rows = []
     for count, factor in ((10_000, 1), (100_000, 1), (100_000, 4), (1_000_000, 1), (4_000_000, 1)):
-        coords, capacity = tiled(base, count), capacity_for(count, factor)
+        coords, capacity = tiled(base, count), inputs.capacity_for(count, factor)
         points = np.pad(coords[:, 1:] + np.float32(0.5), [(0, capacity - count), (0, 0)])
-        inputs = [(jnp.asarray(points), jnp.asarray(points[:, :1]), jnp.int32(count))]
+        ring = [(jnp.asarray(points), jnp.asarray(points[:, :1]), jnp.int32(count))]
         voxelize = lambda p, capacity=capacity: js.voxelize(p[0], p[1], 1.0, capacity=capacity, count=p[2])  # noqa: E731
-        sites = [jax.jit(voxelize)(inputs[0])[0].check().sites]
-        first = real(sites[0])
+        sites = [jax.jit(voxelize)(ring[0])[0].check().sites]
+        first = inputs.real(sites[0])
         scan = f"tiled, capacity {capacity:,}"
-        same = lambda r, first=first: np.array_equal(real(r[0].sites), first)  # noqa: E731
-        rows.append(row("voxels", scan, count, voxelize, inputs, same, args))
+        same = lambda r, first=first: np.array_equal(inputs.real(r[0].sites), first)  # noqa: E731
+        rows.append(row("voxels", scan, count, voxelize, ring, same, args))
         check = lambda m, first=first: is_right(np.asarray(m[0]), first, first, 3)  # noqa: E731
         rows.append(row("3^3 submanifold map", scan, count, layer_map(3), sites, check, args))
         for kernel in (2, 3):
             coarse = lambda s, kernel=kernel: s.coarse(Geometry.create(3, kernel, 2), "reachable")  # noqa: E731
-            right = lambda c, kernel=kernel, first=first: reaches(real(c), first, kernel)  # noqa: E731
+            right = lambda c, kernel=kernel, first=first: reaches(inputs.real(c), first, kernel)  # noqa: E731
             rows.append(row(f"coarse sites, kernel {kernel}, stride 2", scan, count, coarse, sites, right, args))
     return rows
 
@@ -283,7 +274,7 @@ def spconv_rows(args):
         return []
 
     def box_and_coords(sites):
-        coords = real(sites).copy()
+        coords = inputs.real(sites).copy()
         coords[:, 1:] -= coords[:, 1:].min(0) - 1
         box = [int(-(-(m + 2) // 16) * 16) for m in coords[:, 1:].max(0)]
         return torch.tensor(coords, device="cuda"), box

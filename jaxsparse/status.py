@@ -62,11 +62,6 @@ _MESSAGES = {
 }
 
 
-def ok() -> jax.Array:
-    """The status of a computation in which nothing is wrong."""
-    return jnp.zeros(7, jnp.int32)
-
-
 def report(problem: Problem, wrong: jax.Array, value: jax.Array, limit: jax.Array | int, stride: Sequence[int] = ()):
     """The status that says `problem` where the scalar `wrong` is true."""
     fields = [int(problem), value, limit, *stride, *[0] * (4 - len(stride))]

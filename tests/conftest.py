@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True)
 settings.load_profile("default")
 
-SCANS = pathlib.Path(os.environ.get("JAXSPARSE_SCANS", pathlib.Path(__file__).parents[2] / "shared" / "data"))
+SCANS = pathlib.Path(os.environ.get("JAXSPARSE_SCANS", pathlib.Path(__file__).parents[1] / "scans"))
 
 
 @pytest.fixture

@@ -203,8 +203,17 @@ def test_options_that_are_none(options, parts):
 def test_config_out_of_range():
     with raises(ValueError, "`tile_rows` (=48)", "32, 64 or 128"):
         js.ops.ConvConfig(tile_rows=48)
+    with raises(ValueError, "`tile_rows` (=32.0)", "32, 64 or 128"):
+        js.ops.ConvConfig(tile_rows=32.0)
     with raises(ValueError, "`sort` (='yes')", "True, False or None"):
         js.ops.ConvConfig(sort="yes")
+    with raises(ValueError, "`forward` (=(8, 8, 8, 8))", "(64, 64, 4, 1)"):
+        js.ops.ConvConfig(forward=(8, 8, 8, 8))
+
+
+def test_a_tile_may_be_given_as_a_plain_tuple():
+    tile = js.ops.ConvConfig(forward=(64, 64, 4, 1)).forward
+    assert (tile.rows, tile.cols, tile.stages, tile.splits) == (64, 64, 4, 1)
 
 
 def test_layer_options_are_refused_when_the_layer_is_made():

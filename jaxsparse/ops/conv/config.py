@@ -39,12 +39,14 @@ class ConvConfig:
 
     The scheduled kernels of CUDA serve float16, bfloat16 and float32, with channels padded by zeros to multiples of 8
     (input channels: of 4 in float32, and in 16 bits up to 28); float64 has one kernel. What is None is chosen by
-    `jaxsparse.tuning`: a tuning result, the cache, the table of the device, or the cost model.
+    `jaxsparse.tuning`: a tuning result, the cache, the table of the device, or the cost model. A 1x1 convolution is
+    XLA's own product, with no kernel to choose, unless a norm, a residual or an activation follows in eval mode.
 
     Attributes:
       tile_rows: output rows that one task on the CPU computes: 32, 64 or 128.
-      forward, dgrad, wgrad: tiles of the scheduled kernels, from `FORWARD_TILES` (`NARROW_TILES` where padded input
-        channels are no multiple of 8) and `WGRAD_TILES`, in float32 `FLOAT_TILES` and `FLOAT_WGRAD_TILES`.
+      forward, dgrad, wgrad: tiles of the scheduled kernels, `(rows, cols, stages, splits)`, from `FORWARD_TILES`
+        (`NARROW_TILES` where padded input channels are no multiple of 8) and `WGRAD_TILES`, in float32 `FLOAT_TILES`
+        and `FLOAT_WGRAD_TILES`.
       sort: whether the scheduled kernels compute rows with like taps together.
     """
 
@@ -62,14 +64,17 @@ class ConvConfig:
         return config or ConvConfig()
 
     def __post_init__(self):
-        if self.tile_rows not in (None, *PLAIN_TILE_ROWS):
+        if self.tile_rows is not None and (type(self.tile_rows) is not int or self.tile_rows not in PLAIN_TILE_ROWS):
             raise ValueError(f"ConvConfig: `tile_rows` (={self.tile_rows}) must be 32, 64 or 128.")
         if self.sort not in (None, False, True):
             raise ValueError(f"ConvConfig: `sort` (={self.sort!r}) must be True, False or None.")
         rows = FORWARD_TILES + NARROW_TILES + FLOAT_TILES
         for name, tiles in {"forward": rows, "dgrad": rows, "wgrad": WGRAD_TILES + FLOAT_WGRAD_TILES}.items():
             tile = getattr(self, name)
-            if tile is not None and tile not in tiles:
+            if tile is None:
+                continue
+            if tile not in tiles:
                 raise ValueError(
                     f"ConvConfig: `{name}` (={tile!r}) is not built; take one of {list(map(tuple, tiles))}."
                 )
+            object.__setattr__(self, name, Tile(*tile))  # from a plain tuple too
