@@ -41,7 +41,7 @@ def context(peers=()):
         commit += " with local changes"
     names = ["jaxsparse", "jax", "jaxlib", "flax", *peers]
     # Where folders lie on this machine says nothing about the figure: names only.
-    arguments = [pathlib.Path(a).name if pathlib.Path(a).is_absolute() else a for a in sys.argv[1:]]
+    arguments = [pathlib.Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv[1:]]
     command = " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *arguments])
     return {
         "device": jax.devices()[0].device_kind if jax.default_backend() != "cpu" else f"CPU, {_cpu_name()}",

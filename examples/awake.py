@@ -13,31 +13,41 @@ Without a command the cores are kept awake until the program is stopped. Linux o
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 
 
 def spin(core: int, owner: int) -> None:
-    """Keeps one core busy with what nobody else wants of it, while the process that started this one lives."""
+    """Keeps one core busy with what nobody else wants of it, until the process of the file descriptor `owner` ends."""
     os.sched_setaffinity(0, {core})
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    while os.getppid() == owner:
+    while not select.select([owner], [], [], 0)[0]:
         pass
+
+
+def start(core: int, owner: int) -> None:
+    """Starts a process that spins, as no child of this one: the command may wait for all its children."""
+    child = os.fork()
+    if child != 0:
+        os.waitpid(child, 0)
+        return
+    if os.fork() == 0:
+        try:
+            spin(core, owner)
+        except OSError as error:
+            print(f"awake.py: core {core} may sleep: {error.strerror}", file=sys.stderr)
+    os._exit(0)
 
 
 def main(command: list[str]) -> None:
     """Starts a spinning process a core, then becomes the command."""
-    if not hasattr(os, "sched_setaffinity"):
-        sys.exit("error: awake.py places processes on cores, which this system does not know; it runs on Linux")
+    if not hasattr(os, "pidfd_open"):
+        sys.exit("error: awake.py needs Linux and its process file descriptors (5.3 or newer)")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all quietly
-    owner = os.getpid()
+    owner = os.pidfd_open(os.getpid())
     for core in os.sched_getaffinity(0):
-        if os.fork() == 0:
-            try:
-                spin(core, owner)
-            except OSError as error:
-                print(f"awake.py: core {core} may sleep: {error.strerror}", file=sys.stderr)
-            os._exit(0)
+        start(core, owner)
     if not command:
         signal.pause()
     try:

@@ -48,7 +48,7 @@ COMPILER_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 """Pass as `jax.jit(..., compiler_options=jaxsparse.COMPILER_OPTIONS)`.
 
 In a CUDA graph, kernels that do not wait for each other's results then run side by side, such as the maps of coarse
-sites and the first convolutions: 6 to 17 % less time on an H200. Results keep their bits. It costs 1.2 to
+sites and the first convolutions: 6 to 16 % less GPU time on an H200. Results keep their bits. It costs 1.2 to
 2.5 times the memory, since what runs side by side cannot share buffers. Other platforms ignore it. `flax.nnx.jit` takes
 no options: set `XLA_FLAGS=--xla_gpu_command_buffer_scheduling_mode=CONCURRENT` for it.
 """

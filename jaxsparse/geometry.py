@@ -8,6 +8,7 @@ Taps are numbered row-major over the axes, the last axis fastest.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -32,6 +33,21 @@ def per_axis(name: str, value: AxisInts, dims: int, least: int = 1) -> tuple[int
     if min(entries) < least:
         raise ValueError(f"`{name}` (={value!r}) must be at least {least} on every axis.")
     return entries
+
+
+def check_bounds(bounds: Sequence[int] | None, dims: int) -> tuple[int, ...] | None:
+    """The sizes of the grid, one an axis."""
+    if bounds is None:
+        return None
+    sizes = per_axis("bounds", bounds, dims)
+    check_within_int32("bounds", sizes)
+    return sizes
+
+
+def check_within_int32(name: str, entries: tuple[int, ...]) -> None:
+    """Refuses what leaves no room for sums of two in int32."""
+    if max(entries) > 2**30:
+        raise ValueError(f"`{name}` (={entries}) must be at most 2^30 on every axis.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +129,7 @@ class Geometry:
         axes = zip(self.kernel, self.padding, self.dilation, strict=True)
         return set(self.stride) == {1} and all(2 * p == d * (k - 1) for k, p, d in axes)
 
-    @property
+    @functools.cached_property
     def tap_groups(self) -> tuple[tuple[int, ...], ...]:
         """At most nine groups of taps to sort rows by: rows with taps in the same groups have much the same taps.
 
@@ -163,11 +179,24 @@ class Geometry:
         return math.prod(-(-k // p) for k, p in zip(self.kernel, periods, strict=True))
 
     def coarse_bounds(self, bounds: Sequence[int]) -> tuple[int, ...]:
-        """Sizes of the coarse grid whose windows lie over a fine grid of sizes `bounds`, as in a dense convolution."""
-        return tuple(
-            max((b + 2 * p - d * (k - 1) - 1) // s + 1, 1)
+        """Sizes of the coarse grid whose windows lie over a fine grid of sizes `bounds`, as in a dense convolution.
+
+        No coordinate lies beyond 2^30, so neither do the sizes.
+
+        Raises:
+          ValueError: where the window does not fit between the bounds.
+        """
+        sizes = tuple(
+            min((b + 2 * p - d * (k - 1) - 1) // s + 1, 2**30)
             for b, k, s, p, d in zip(bounds, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         )
+        if min(sizes) < 1:
+            raise ValueError(
+                f"`bounds` (={tuple(bounds)}) of the grid are too small for the window of `kernel_size` "
+                f"(={self.kernel}) with `padding` (={self.padding}) and `dilation` (={self.dilation}): enlarge bounds "
+                "or padding."
+            )
+        return sizes
 
     def attributes(self) -> dict[str, tuple[int, ...]]:
         """The geometry as custom-call attributes."""

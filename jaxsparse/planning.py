@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from flax import nnx
 
-from jaxsparse.sites import Capacities
+from jaxsparse.sites import Capacities, check_capacity
 from jaxsparse.tensor import SparseTensor, check_tensor
 
 
@@ -60,12 +60,14 @@ def capacities(
     Raises:
       SiteError: where a sample itself reports a problem.
     """
-    if isinstance(samples, SparseTensor):
-        raise TypeError("capacities: `samples` must be a sequence of SparseTensors, got a single one; pass [x].")
+    if not isinstance(samples, Sequence):
+        kind = type(samples).__name__
+        raise TypeError(f"capacities: `samples` must be a sequence of SparseTensors, got a single {kind}; pass [x].")
     if not samples:
         raise ValueError("capacities: `samples` is empty; pass at least one scene.")
-    if slack < 1 or multiple < 1:
-        raise ValueError(f"capacities: `slack` (={slack}) and `multiple` (={multiple}) must be at least 1.")
+    if not 1 <= slack < math.inf:
+        raise ValueError(f"capacities: `slack` (={slack}) must be a number, at least 1.")
+    check_capacity(multiple, "capacities: `multiple`")
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else (None, None)
 
     @jax.jit

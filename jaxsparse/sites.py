@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from jaxsparse import _keys, status
 from jaxsparse._compat import trace_state
-from jaxsparse.geometry import AxisInts, Geometry, per_axis
+from jaxsparse.geometry import AxisInts, Geometry, check_bounds, check_within_int32, per_axis
 from jaxsparse.ops import _coords
 from jaxsparse.status import Problem
 
@@ -210,6 +210,7 @@ class Sites:
         if capacity is None:
             capacity = self.capacities.get(stride, self.capacity * min(window.coarse_per_site(), 2))
         check_capacity(capacity)
+        check_within_int32("strides", stride)
         bounds = None
         if self.bounds is not None and mode == "floor":
             bounds = tuple(-(-b // s) for b, s in zip(self.bounds, geometry.stride, strict=True))
@@ -279,8 +280,11 @@ def check_count(count: jax.Array | int | None, rows: int) -> tuple[jax.Array, ja
     count = as_int32("count", rows if count is None else count)
     if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
         raise ValueError(f"`count` must be an integer scalar, got {count.dtype}{list(count.shape)}.")
-    count = count.astype(jnp.int32)
-    return jnp.clip(count, 0, rows), status.report(Problem.COUNT, (count < 0) | (count > rows), count, rows)
+    if count.dtype.itemsize < 4:
+        count = count.astype(jnp.int32)
+    wrong = (count < 0) | (count > rows)  # before it becomes int32, which would wrap wider integers
+    value = jnp.clip(count, max(jnp.iinfo(count.dtype).min, -(2**31)), 2**31 - 1).astype(jnp.int32)
+    return jnp.clip(value, 0, rows), status.report(Problem.COUNT, wrong, value, rows)
 
 
 def check_single(what: str, coords: jax.Array) -> None:
@@ -309,9 +313,10 @@ def _check_static(
             "cast integer coordinates with .astype(jnp.int32)."
         )
     dims = coords.shape[1] - 1
-    size = None if bounds is None else per_axis("bounds", bounds, dims)
     check_batch_size(batch_size, dims)
-    return coords, per_axis("stride", stride, dims), size
+    grid = per_axis("stride", stride, dims)
+    check_within_int32("stride", grid)
+    return coords, grid, check_bounds(bounds, dims)
 
 
 def _check_values(coords, count, batch_size, bounds) -> jax.Array:

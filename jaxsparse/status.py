@@ -47,8 +47,8 @@ _MESSAGES = {
     "least {value}.",
     Problem.DUPLICATE_SITES: "SparseTensor: `coords` holds {value} rows whose site another row has already; sites must "
     "be distinct. Merge equal sites first, with jaxsparse.voxelize for points.",
-    Problem.BATCH_INDEX: "SparseTensor: {value} rows of `coords` have a batch index (column 0) outside [0, {limit}); "
-    "pass a larger `batch_size` or mend the indices.",
+    Problem.BATCH_INDEX: "{value} rows have a batch index (column 0 of `coords`, or `batch` of voxelize) outside [0, "
+    "{limit}); pass a larger `batch_size` or mend the indices.",
     Problem.COORDINATE_RANGE: "{value} rows have a coordinate outside [-{limit}, {limit}), the range that a 64-bit "
     "site key holds for this number of dimensions; move the origin or use a coarser voxel size.",
     Problem.OUT_OF_BOUNDS: "SparseTensor: {value} rows of `coords` lie outside `bounds`; drop them or enlarge bounds.",
@@ -96,6 +96,9 @@ def check(status: jax.Array) -> None:
       SiteError: names the operation, the value and the remedy.
       TypeError: inside a traced function, which has no values yet.
     """
+    if not hasattr(status, "shape") or status.shape[-1:] != (7,):
+        kind = type(status).__name__
+        raise TypeError(f"check: `status` must be int32 [..., 7], got {kind}; pass x.status, or call x.check().")
     if isinstance(status, jax.core.Tracer):
         raise TypeError(
             "check reads values, which a function does not have while it is traced: return `y.status` from the jitted "

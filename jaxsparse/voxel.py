@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse import _keys, status
 from jaxsparse._primitive import check_implementation
-from jaxsparse.geometry import per_axis
+from jaxsparse.geometry import check_bounds
 from jaxsparse.ops import _coords
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.rows import gather_rows, sum_rows
@@ -48,7 +48,9 @@ def voxelize(
     """Gathers points into voxels.
 
     The voxel of a point is `floor((point - origin) * (1 / voxel_size))`, in float32, the reciprocal rounded to float32:
-    one subtraction and one product, so that compiled and eager code agree.
+    one subtraction and one product, so that compiled and eager code agree. float64 points are taken from the origin in
+    float64: far from zero, as UTM coordinates are, float32 would move them by more than a voxel. Without
+    `jax_enable_x64` that takes numpy arrays, outside of `jit`.
 
     Args:
       points: `[P, D]` in metres (any unit, the voxel size's), D = 1 to 4.
@@ -69,7 +71,7 @@ def voxelize(
       The voxels, sorted by (batch, Morton code), and `point_to_voxel`, int32 `[P]`: the row of each point's voxel, -1
       for padding and for points left out.
     """
-    points, feats = jnp.asarray(points), jnp.asarray(feats)
+    given, points, feats = points, jnp.asarray(points), jnp.asarray(feats)
     check_implementation(implementation)
     check_float("points", points)
     check_float("feats", feats)
@@ -89,10 +91,14 @@ def voxelize(
             f"`voxel_size` (={voxel_size!r}) must be positive, a number or one for each of the {dims} axes."
         )
     scale = np.broadcast_to(1 / sizes.astype(np.float64), dims).astype(np.float32)
-    origin = jnp.zeros(dims, jnp.float32) if origin is None else jnp.asarray(origin, jnp.float32)
-    if origin.shape != (dims,):
-        raise ValueError(f"`origin` must be [{dims}], a number for each axis, got shape {origin.shape}.")
-    grid = None if bounds is None else per_axis("bounds", bounds, dims)
+    if origin is not None and np.shape(origin) != (dims,):
+        raise ValueError(f"`origin` must be [{dims}], a number for each axis, got shape {np.shape(origin)}.")
+    is_wide = isinstance(given, np.ndarray) and given.dtype == np.float64
+    if is_wide and origin is not None and not isinstance(origin, jax.Array):
+        points, origin = jnp.asarray((given - np.asarray(origin, np.float64)).astype(np.float32)), None
+    precise = points.dtype if points.dtype == np.float64 else np.dtype(np.float32)
+    origin = jnp.zeros(dims, precise) if origin is None else jnp.asarray(origin, precise)
+    grid = check_bounds(bounds, dims)
     check_batch_size(batch_size, dims)
     if batch is None:
         batch, batch_size = jnp.zeros(rows, jnp.int32), batch_size or 1
@@ -109,7 +115,8 @@ def voxelize(
 
     # Axis by axis: XLA on GPUs computes a reduction over three columns in a kernel of its own.
     columns = [points[:, d] for d in range(dims)]
-    cells = [jnp.floor((columns[d].astype(jnp.float32) - origin[d]) * scale[d]) for d in range(dims)]
+    offsets = [(columns[d].astype(precise) - origin[d]).astype(jnp.float32) for d in range(dims)]
+    cells = [jnp.floor(offsets[d] * scale[d]) for d in range(dims)]
     limit, batches = float(_keys.axis_limit(dims)), batch_size or _keys.batch_limit(dims)
     is_finite = _all(jnp.isfinite(column) for column in columns)
     wanted = is_finite  # points outside bounds are left out, not wrong
@@ -205,6 +212,8 @@ def devoxelize(
       ValueError: where the tensor lies on a coarser grid.
     """
     check_implementation(implementation)
+    if isinstance(voxels, SparseTensor):
+        check_tensor("devoxelize", voxels)
     if isinstance(voxels, SparseTensor) and set(voxels.stride) != {1}:
         raise ValueError(
             f"devoxelize: `voxels` lies on the grid with stride {voxels.stride}, whose rows `point_to_voxel` does not "

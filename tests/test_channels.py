@@ -214,6 +214,16 @@ def test_normalize_batch_is_statistics_and_a_norm(activation):
         js.ops.normalize_batch(x, residual=random_tensor(0, rows=40, capacity=50, features=3))
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_residual_is_added_before_rounding(activation):
+    x = js.SparseTensor(jnp.zeros((2, 4), jnp.int32).at[1, 1].set(1), jnp.array([[1], [-1]], jnp.float16))
+    residual = x.with_feats(x.feats * -60000)
+    y = js.ops.batch_norm(
+        x, jnp.zeros(1), jnp.ones(1), jnp.full(1, 7e4), epsilon=0, residual=residual, activation=activation
+    )
+    np.testing.assert_allclose(y.feats[:, 0], [1e4, 0 if activation else -1e4], rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [None, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("running", [False, True])
 def test_a_norm_layer_adds_residuals_in_its_dtype(dtype, running):

@@ -63,6 +63,16 @@ def test_several_tensors_in_one():
     for op in (js.nn.SubMConv(3, 8, 3, rngs=RNGS), js.ops.relu, js.SparseTensor.rows, lambda x: x + x):
         with raises(ValueError, "leading axes (2,)", "jax.vmap"):
             op(x)
+    one, conv, up = (
+        random_tensor(0),
+        js.nn.SparseConv(3, 8, 2, rngs=RNGS),
+        js.nn.SparseConvTranspose(3, 8, 2, rngs=RNGS),
+    )
+    for layer in (conv, up):
+        with raises(ValueError, "leading axes (2,)", "jax.vmap"):
+            layer(one, like=x)
+    with raises(ValueError, "devoxelize", "leading axes (2,)", "jax.vmap"):
+        js.devoxelize(x, jnp.zeros(3, jnp.int32))
 
 
 def test_float_coordinates():
@@ -117,6 +127,18 @@ def test_batch_size_that_keys_do_not_hold(batch_size):
     scene = js.SparseTensor(jnp.zeros((1, 5), jnp.int32), jnp.ones((1, 1)))
     with raises(ValueError, "`batch_size` (=256)", "255", "4 dimensions"):
         js.collate([scene] * 256)
+
+
+@pytest.mark.parametrize("size", [2**30 + 1, 2**31])
+def test_bounds_that_coordinates_do_not_reach(size):
+    message = f"`bounds` (=({size}, 8, 8)) must be at most 2^30"
+    with raises(ValueError, message):
+        js.SparseTensor(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 2)), bounds=(size, 8, 8))
+    with raises(ValueError, message):
+        js.voxelize(POINTS, POINTS, 0.5, capacity=8, bounds=(size, 8, 8))
+    x = js.SparseTensor(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 2)), bounds=(2**30, 8, 8))
+    y = js.nn.SparseConv(2, 2, 3, padding=2**30, rngs=RNGS)(x)
+    assert y.bounds[0] == 2**30
 
 
 @pytest.mark.parametrize("capacity", [0, -1, 2.5])
@@ -200,6 +222,36 @@ def test_options_that_are_none(options, parts):
         js.ops.conv(x, jnp.ones((27, 3, 4)), **{"kernel_size": 3, **options})
 
 
+def test_weights_that_are_none():
+    x = random_tensor(0)
+    for shape in ((27, 3, 0), (27, 0, 4)):
+        with raises(ValueError, f"conv: `kernel` of shape {shape} is empty"):
+            js.ops.conv(x, jnp.ones(shape), kernel_size=3)
+    with raises(TypeError, "linear: `kernel` has dtype complex64"):
+        js.ops.linear(x, jnp.full((3, 1), 1j))
+    with raises(ValueError, "linear: `kernel` of shape (3, 0) is empty"):
+        js.ops.linear(x, jnp.ones((3, 0)))
+
+
+def test_window_that_bounds_do_not_hold():
+    x = js.SparseTensor(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 3)), bounds=(2,))
+    with raises(ValueError, "`bounds` (=(2,))", "`kernel_size` (=(5,))", "`padding` (=(0,))"):
+        js.nn.SparseConv(3, 4, 5, padding=0, dims=1, rngs=RNGS)(x)
+
+
+def test_strides_beyond_int32():
+    with raises(ValueError, "`stride` (=(2147483647, 2147483647, 2147483647))", "2^30"):
+        js.SparseTensor(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 3)), stride=2**31 - 1)
+    x = js.SparseTensor(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 3)), stride=2**30)
+    with raises(ValueError, "`strides`", "2^30"):
+        js.nn.SparseConv(3, 4, 2, strides=2, rngs=RNGS)(x)
+
+
+def test_status_of_something_else():
+    with raises(TypeError, "check: `status`", "got SparseTensor", "x.check()"):
+        js.status.check(random_tensor(0))
+
+
 def test_config_out_of_range():
     with raises(ValueError, "`tile_rows` (=48)", "32, 64 or 128"):
         js.ops.ConvConfig(tile_rows=48)
@@ -226,10 +278,16 @@ def test_layer_options_are_refused_when_the_layer_is_made():
         js.nn.Linear(4, 8, precision="exact", rngs=RNGS)
     with raises(ValueError, "SubMConv", "`strides` (=(2, 2, 2))", "SparseConv"):
         js.nn.SubMConv(4, 8, 3, strides=2, rngs=RNGS)
+    with raises(TypeError, "`config` (='fast')", "ConvConfig"):
+        js.nn.SubMConv(4, 8, 3, config="fast", rngs=RNGS)
+    with raises(ValueError, "`width` (=nan)"):
+        js.models.SparseResUNet42(4, width=float("nan"), rngs=RNGS)
     with raises(ValueError, "SparseConv", "`sites` (='same')"):
         js.nn.SparseConv(4, 8, 3, sites="same", rngs=RNGS)
     with raises(ValueError, "`momentum` (=1.5)"):
         js.nn.BatchNorm(4, momentum=1.5, rngs=RNGS)
+    with raises(ValueError, "`num_features` (=2.5) must be an integer"):
+        js.nn.BatchNorm(2.5, rngs=RNGS)
     with raises(TypeError, "colour"):
         js.nn.SubMConv(4, 8, 3, colour="red", rngs=RNGS)
 
@@ -242,7 +300,9 @@ def test_what_follows_a_layer_is_honoured_or_refused(is_training):
         conv(x, activtion="relu")
     with raises(ValueError, "`activation` (='relu6')", "leaky_relu"):
         conv(x, norm=norm, activation="relu6")
-    with raises(TypeError, "SubMConv: `norm` must be a jaxsparse.nn.BatchNorm, got ChannelNorm"):
+    with raises(
+        TypeError, "SubMConv: `norm` must be a jaxsparse.nn.BatchNorm, got jaxsparse.ops.channel_norm.ChannelNorm"
+    ):
         conv(x, norm=js.ops.ChannelNorm())
     with raises(ValueError, "5", "4"):
         conv(x, norm=js.nn.BatchNorm(5, use_running_average=not is_training, rngs=RNGS))
@@ -260,6 +320,24 @@ def test_transposed_layer_without_like():
     for layer in (js.nn.SparseConvTranspose, js.nn.SparseInverseConv):
         with raises(ValueError, layer.__name__, "`like` is missing", "up(x, like=skip)"):
             layer(3, 4, 2, strides=2, rngs=RNGS)(x)
+
+
+def test_capacity_of_sites_that_are_given():
+    x = random_tensor(0)
+    with raises(ValueError, "`capacity` (=9) is for sites that are made"):
+        js.nn.SparseConv(3, 4, 3, capacity=9, rngs=RNGS)(x, like=x)
+
+
+def test_vectors_of_channels():
+    x, ones = random_tensor(0), [1.0, 1.0, 1.0]
+    y = js.ops.batch_norm(x, ones, ones, ones, ones)
+    np.testing.assert_array_equal(y.feats, js.ops.batch_norm(x, *[jnp.ones(3)] * 4).feats)
+    kernel, norm = jnp.ones((27, 3, 3)), js.ops.ChannelNorm(scale=ones)
+    js.ops.conv(x, kernel, ones, kernel_size=3, norm=norm)
+    with raises(TypeError, "`norm.mean` has dtype int32", "floats"):
+        js.ops.conv(x, kernel, kernel_size=3, norm=js.ops.ChannelNorm(mean=jnp.ones(3, jnp.int32)))
+    with raises(ValueError, "`scale` of shape (2,) must be [3]"):
+        js.ops.batch_norm(x, ones, ones, [1.0, 1.0])
 
 
 def test_grids_that_do_not_fit():
@@ -280,7 +358,7 @@ def test_something_else_in_place_of_a_tensor_or_sites():
     x = random_tensor(0)
     with raises(TypeError, "`in_sites` must be a Sites, got SparseTensor", "x.sites"):
         js.kernel_map(x, x, 3)
-    with raises(ValueError, "`like` (=3)", "SparseTensor or Sites"):
+    with raises(ValueError, "`like` must be the SparseTensor or Sites", "got int"):
         js.nn.SparseConvTranspose(3, 4, 3, rngs=RNGS)(x, like=3)
     with raises(TypeError, "unsupported operand", "'SparseTensor' and 'float'"):
         x + 1.0
@@ -293,6 +371,8 @@ def test_rows_and_indices_that_do_not_fit():
     index = jnp.zeros(3, jnp.int32)
     with raises(ValueError, "`index` must be int32 [P]", "float32[3]"):
         js.devoxelize(jnp.ones((3, 2)), jnp.zeros(3))
+    with raises(ValueError, "`index` holds integers", "do not fit int32"):
+        js.devoxelize(jnp.ones((3, 2)), np.array([2**32 + 2]))
     with raises(ValueError, "`index` must be int32 [P]", "int32[3, 1]"):
         js.ops.gather_rows(jnp.ones((3, 2)), index[:, None])
     with raises(ValueError, "`x` must be [rows, C]", "(3,)"):
@@ -364,8 +444,15 @@ def test_collate_and_capacities_arguments():
         js.capacities(lambda x: x, [])
     with raises(TypeError, "capacities: `samples`", "pass [x]"):
         js.capacities(lambda x: x, random_tensor(0))
-    with raises(ValueError, "`slack` (=0.5)"):
-        js.capacities(lambda x: x, [random_tensor(0)], slack=0.5)
+    with raises(TypeError, "got a single ArrayImpl", "pass [x]"):
+        js.capacities(lambda x: x, jnp.ones(3))
+    for slack in (0.5, float("nan")):
+        with raises(ValueError, f"`slack` (={slack})"):
+            js.capacities(lambda x: x, [random_tensor(0)], slack=slack)
+    with raises(ValueError, "`multiple` (=1.5)"):
+        js.capacities(lambda x: x, [random_tensor(0)], multiple=1.5)
+    with raises(TypeError, "autotune: `samples`", "samples=[x]"):
+        js.autotune(lambda x: x, random_tensor(0), samples=random_tensor(0))
     with raises(js.SiteError, "another row has already"):
         js.capacities(lambda x: x, [js.SparseTensor(jnp.zeros((2, 2), jnp.int32), jnp.ones((2, 1)))])
     with raises(TypeError, "grid strides", "2"):

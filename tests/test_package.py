@@ -72,11 +72,14 @@ def test_python_in_the_docs_runs_as_shown(page):
         assert out.returncode == 0, out.stderr
 
 
-def test_files_that_the_page_of_internals_names_exist():
-    text = (ROOT / "docs/internals.md").read_text()
-    named = set(re.findall(r"\b(?:jaxsparse|bindings|cuda|tests)/[\w./*]*[\w*]", text))
-    assert len(named) > 20
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    named = set(re.findall(r"\b(?:jaxsparse|bindings|cuda|tests|examples|benchmarks|docs)/[\w./*]*[\w*]", text))
+    assert len(named) > (20 if page.name == "internals.md" else 0)
     assert [name for name in named if not list(ROOT.glob(name))] == []
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_public_names_have_docstrings():

@@ -38,7 +38,7 @@ def test_duplicate_sites():
 @pytest.mark.parametrize(("batch", "batch_size"), [(-1, None), (-1, 2), (2, 2), (1023, None)])
 def test_batch_index_out_of_range(batch, batch_size):
     x = tensor([[0, 0, 0, 0], [batch, 0, 0, 0]], batch_size=batch_size)
-    with raises(js.SiteError, "1 rows of `coords` have a batch index", f"[0, {batch_size or 1023})", "`batch_size`"):
+    with raises(js.SiteError, "1 rows have a batch index", f"[0, {batch_size or 1023})", "`batch_size`"):
         x.check()
 
 
@@ -50,6 +50,10 @@ def test_sites_outside_bounds():
 def test_count_out_of_range():
     with raises(js.SiteError, "`count` (=5)", "[0, 2]"):
         tensor([[0, 0, 0, 0], [0, 1, 0, 0]], count=5).check()
+    with raises(js.SiteError, "`count` (=2147483647)", "[0, 2]"):
+        tensor([[0, 0, 0, 0], [0, 1, 0, 0]], count=jnp.uint32(2**32 - 1)).check()
+    with jax.enable_x64(True), raises(js.SiteError, "`count` (=2147483647)", "[0, 2]"):
+        tensor([[0, 0, 0, 0], [0, 1, 0, 0]], count=jnp.int64(2**32 + 1)).check()
 
 
 def test_voxelize_overflow():
@@ -135,7 +139,7 @@ def test_coarse_sites_without_a_key_are_reported():
 
 def test_scenes_of_a_batch_that_are_none():
     good, bad = tensor([[0, 0, 0, 0]]), tensor([[0, 1, 0, 0], [1, 1, 0, 0]])
-    with raises(js.SiteError, "1 rows of `coords` have a batch index", "[0, 1)"):
+    with raises(js.SiteError, "1 rows have a batch index", "[0, 1)"):
         js.collate([good, bad]).check()
     with raises(js.SiteError, "another row has already"):
         js.collate([good, tensor([[0, 0, 0, 0]] * 2)]).check()

@@ -88,6 +88,16 @@ def test_anisotropic_voxels():
     check_voxels(x, index, *voxels_of(points, feats, (0.5, 1.0, 2.0), "mean"))
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["numpy", "x64"])
+def test_float64_points_far_from_zero(wide):
+    origin = np.array([5.4e6, -3e6, 100.0])
+    points = origin + np.array([[0.12, 0.02, 0.0], [0.32, 0.07, 0.01]])
+    with jax.enable_x64(wide):
+        points = jnp.asarray(points) if wide else points
+        x, _ = js.voxelize(points, np.ones((2, 1), np.float32), 0.05, capacity=4, origin=origin)
+        assert x.check().coords[:2].tolist() == [[0, 2, 0, 0], [0, 6, 1, 0]]
+
+
 def test_points_outside_bounds_are_left_out():
     points, feats, _ = points_of(2)
     x, index = js.voxelize(points, feats, 0.5, capacity=120, bounds=(4, 5, 6))

@@ -20,7 +20,7 @@
 // channels, for all taps; then they exchange sums through shared memory, and each finishes kCols / kSplits columns.
 // Splitting channels rather than taps or steps balances the blocks and keeps the property above.
 //
-// With many tiles and channels no unit bounds it alone: L2 sends 5.7 to 6.2 TB/s, it and shared memory are used for 52 to 61 %
+// With many tiles and channels no unit bounds it alone: L2 sends 5.7 to 6.7 TB/s, it and shared memory are used for 52 to 63 %
 // of the time, tensor cores for half. The bytes are a row of x per pair and column tile, the weights of a tap per row tile
 // that has it, and y. At deep levels, with fewer than two blocks per multiprocessor, the tile with the most taps decides: 27
 // of them where the mean is 15. Splits are for those. Also tried there, with correct results:

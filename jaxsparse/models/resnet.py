@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -53,7 +54,7 @@ class SparseResNet21D(nnx.Module):
         axis_name: Hashable | None = None,
         rngs: nnx.Rngs,
     ):
-        if width <= 0:
+        if not 0 < width < math.inf:
             raise ValueError(f"SparseResNet21D: `width` (={width}) must be positive.")
         norm: dict[str, Any] = {"axis_name": axis_name, "rngs": rngs}
         self.stages: nnx.List[nnx.Sequential] = nnx.List()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -47,7 +48,7 @@ class SparseResUNet42(nnx.Module):
         axis_name: Hashable | None = None,
         rngs: nnx.Rngs,
     ):
-        if width <= 0:
+        if not 0 < width < math.inf:
             raise ValueError(f"SparseResUNet42: `width` (={width}) must be positive.")
 
         def wide(features: int) -> int:

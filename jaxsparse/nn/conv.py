@@ -15,15 +15,13 @@ from jax.typing import DTypeLike
 from jaxsparse import ops
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap
-from jaxsparse.nn.linear import check_features, check_input, compute_dtype
+from jaxsparse.nn.linear import Initializer, check_features, check_input, compute_dtype
 from jaxsparse.nn.norm import BatchNorm
 from jaxsparse.ops import ConvConfig
 from jaxsparse.ops.conv.reference import canonical_precision
 from jaxsparse.ops.elementwise import check_activation
 from jaxsparse.sites import Sites, check_capacity
 from jaxsparse.tensor import SparseTensor
-
-Initializer = jax.nn.initializers.Initializer
 
 
 class ConvOptions(TypedDict, total=False):
@@ -69,6 +67,10 @@ class After(TypedDict, total=False):
     activation: str | None
 
 
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 class _Conv(nnx.Module):
     """The parameters and options of all convolution layers."""
 
@@ -96,7 +98,8 @@ class _Conv(nnx.Module):
             shapes = [np.shape(s) for s in (kernel_size, strides, padding, dilation) if s is not None]
             dims = next((shape[0] for shape in shapes if shape), 3)
         geometry = Geometry.create(dims, kernel_size, strides, padding, dilation)
-        canonical_precision(precision)  # refuses what is none
+        canonical_precision(precision)  # refuses what is none, and so does the next
+        ConvConfig.of(config)
         self.in_features, self.out_features = in_features, out_features
         self.kernel_size, self.strides = geometry.kernel, geometry.stride
         self.padding, self.dilation = geometry.padding, geometry.dilation
@@ -121,7 +124,7 @@ class _Conv(nnx.Module):
         if x.dims != dims:
             raise ValueError(f"{name}: made for {dims} spatial axes, but x has {x.dims}; set dims={x.dims}.")
         if norm is not None and not isinstance(norm, BatchNorm):
-            raise TypeError(f"{name}: `norm` must be a jaxsparse.nn.BatchNorm, got {type(norm).__name__}.")
+            raise TypeError(f"{name}: `norm` must be a jaxsparse.nn.BatchNorm, got {_full_name(type(norm))}.")
         check_activation(name, activation)
         kernel = self.kernel[...]
         options |= {
@@ -218,15 +221,12 @@ class SparseConv(_Conv):
 
         Args:
           x: the input.
-          like: tensor or sites to compute, in place of those that `sites` makes.
+          like: tensor or sites to compute, in place of those that `sites` makes; for a layer without `capacity`.
           kernel_map: the map to use, with `like`; see `jaxsparse.ops.conv`.
           **after: norm, residual and activation that follow, see `After`.
         """
-        options: dict = {"kernel_map": kernel_map}
-        if like is None:
-            options |= {"sites": self.sites, "capacity": self.capacity}
-        else:
-            options["sites"] = like.sites if isinstance(like, SparseTensor) else like
+        sites = self.sites if like is None else like.sites if isinstance(like, SparseTensor) else like
+        options = {"sites": sites, "capacity": self.capacity, "kernel_map": kernel_map}
         return self._run(ops.conv, x, options, **after)
 
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxsparse import ops
-from jaxsparse.nn.linear import check_input
+from jaxsparse.nn.linear import Initializer, check_input
 from jaxsparse.tensor import SparseTensor
-
-Initializer = jax.nn.initializers.Initializer
 
 
 class BatchNorm(nnx.Module):
@@ -26,7 +25,7 @@ class BatchNorm(nnx.Module):
     Args:
       num_features: channels, C.
       use_running_average: normalise with the running statistics and leave them alone.
-      momentum: weight of the old running statistics in an update.
+      momentum: weight of the old running statistics in an update: 0.9 is PyTorch's default (0.1 there), Flax's is 0.99.
       epsilon: added to the variance.
       dtype: of the result; that of the input by default. Statistics are float32 or wider.
       param_dtype: of scale, bias and running statistics.
@@ -57,8 +56,8 @@ class BatchNorm(nnx.Module):
         axis_name: Hashable | None = None,
         rngs: nnx.Rngs,
     ):
-        if num_features < 1:
-            raise ValueError(f"BatchNorm: `num_features` (={num_features}) must be at least 1.")
+        if not isinstance(num_features, int | np.integer) or num_features < 1:
+            raise ValueError(f"BatchNorm: `num_features` (={num_features}) must be an integer, at least 1.")
         if not 0 <= momentum <= 1:
             raise ValueError(f"BatchNorm: `momentum` (={momentum}) must lie between 0 and 1.")
         self.num_features, self.use_running_average = num_features, use_running_average

@@ -1,7 +1,7 @@
 """Coordinate primitives: distinct sites, coarse sites, kernel maps.
 
-Each has custom calls for CPU and CUDA and a plain JAX reference that gives the same integers. The reference sorts where
-the custom calls hash, so that neither can hide the other's mistakes.
+Each has custom calls for CPU and CUDA and a plain JAX reference that gives the same integers by another way: its kernel
+maps come from sorted keys where the custom calls hash, so that neither can hide the other's mistakes.
 """
 
 from __future__ import annotations

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 
-def check_per_channel(op: str, width: int, whose: str, vectors: Mapping[str, jax.Array | None]) -> None:
-    """Refuses a vector that is not `[width]`; `whose` says in the message what has that width."""
+def per_channel(op: str, width: int, whose: str, vectors: Mapping[str, ArrayLike | None]) -> tuple[Any, ...]:
+    """The vectors as arrays of floats; refuses one that is not `[width]`. `whose` says what has that width."""
+    found = []
     for name, numbers in vectors.items():
-        if numbers is not None and numbers.shape != (width,):
-            raise ValueError(f"{op}: `{name}` of shape {numbers.shape} must be [{width}], {whose}.")
+        array = None if numbers is None else jnp.asarray(numbers)
+        if array is not None and array.shape != (width,):
+            raise ValueError(f"{op}: `{name}` of shape {array.shape} must be [{width}], {whose}.")
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{op}: `{name}` has dtype {array.dtype}; it must be one of floats.")
+        found.append(array)
+    return tuple(found)
 
 
 @jax.tree_util.register_dataclass

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxsparse import _ffi
 from jaxsparse._compat import ad, zero_tangent
@@ -217,9 +218,16 @@ _statistics.set_jvp(_statistics_jvp)
 
 
 def affine(
-    x: jax.Array, scale: jax.Array, shift: jax.Array, center: jax.Array, counts: jax.Array, *, relu: bool = False
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    center: jax.Array,
+    counts: jax.Array,
+    *,
+    relu: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """`(x - center) * scale + shift` on real rows, 0 on the others, in the dtype of `x`.
+    """`(x - center) * scale + shift` on real rows, 0 on the others.
 
     Args:
       x: `[N, C]`.
@@ -227,7 +235,8 @@ def affine(
       center: `[C]`, the same dtype; taken as constant.
       counts: int32 `[1]`, real rows.
       relu: whether negative results become 0.
+      dtype: of the result; that of `x` by default.
     """
     center = jax.lax.stop_gradient(center)
     gate = (x, scale, shift, center) if relu else ()
-    return _affine(x, scale, shift, center, counts, *gate, out_dtype=x.dtype)[0]
+    return _affine(x, scale, shift, center, counts, *gate, out_dtype=jnp.dtype(dtype or x.dtype))[0]

@@ -22,12 +22,13 @@ def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> Spars
       ValueError, TypeError: where `fn` returns no floats `[N, C']`.
     """
     check_tensor("map_features", x)
-    first = jax.lax.stop_gradient(x.feats[:1])  # zeros if that is padding
-    y = fn(jnp.where(x.sites.is_real[:, None], x.feats, first))
+    real = x.sites.is_real[:, None]
+    first = jax.lax.stop_gradient(jnp.where(real[:1], x.feats[:1], 0))
+    y = fn(jnp.where(real, x.feats, first))
     if y.ndim != 2 or y.shape[0] != x.capacity:
         raise ValueError(f"map_features: `fn` returned shape {y.shape}, but it must return [{x.capacity}, C'].")
     check_float("map_features: result of `fn`", y)
-    return on_sites(x.sites, jnp.where(x.sites.is_real[:, None], y, 0))
+    return on_sites(x.sites, jnp.where(real, y, 0))
 
 
 def _each(op: str, fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> SparseTensor:

@@ -12,12 +12,13 @@ from jaxsparse.status import Problem
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 
-def common_sites(op: str, tensors: Sequence[SparseTensor]) -> Sites:
-    """The sites of the first tensor, with a report where another's differ."""
+def common_sites(op: str, tensors: Sequence[SparseTensor | Sites]) -> Sites:
+    """The sites of the first tensor, or the first sites, with a report where another's differ."""
     for t in tensors:
-        check_tensor(op, t)
-    sites = tensors[0].sites
-    for other in (t.sites for t in tensors[1:]):
+        if not isinstance(t, Sites):
+            check_tensor(op, t)
+    sites, *others = (t if isinstance(t, Sites) else t.sites for t in tensors)
+    for other in others:
         if (sites.coords.shape, sites.stride) != (other.coords.shape, other.stride):
             raise ValueError(
                 f"{op}: tensors must have equal sites, got capacity and columns {sites.coords.shape} on the grid with "

@@ -21,7 +21,7 @@ from jax import lax
 
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
-from jaxsparse.ops.channel_norm import check_per_channel
+from jaxsparse.ops.channel_norm import per_channel
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
@@ -82,6 +82,14 @@ linear_rows.batch_as_reference()
 _outer.batch_as_reference()
 
 
+def check_weights(op: str, kernel: jax.Array) -> None:
+    """Refuses weights that are no floats, or of no channels."""
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(f"{op}: `kernel` has dtype {kernel.dtype}; it must be one of floats.")
+    if 0 in kernel.shape:
+        raise ValueError(f"{op}: `kernel` of shape {kernel.shape} is empty; it needs at least one channel in and out.")
+
+
 def linear(
     x: SparseTensor, kernel: jax.Array, bias: jax.Array | None = None, *, precision: lax.PrecisionLike = None
 ) -> SparseTensor:
@@ -97,13 +105,14 @@ def linear(
       ValueError: where kernel, bias and features do not fit each other.
     """
     check_tensor("linear", x)
-    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
+    kernel = jnp.asarray(kernel)
+    check_weights("linear", kernel)
     if kernel.ndim != 2 or kernel.shape[0] != x.num_features:
         raise ValueError(
             f"linear: kernel of shape {kernel.shape} does not fit x.feats with {x.num_features} features (shape "
             f"{x.feats.shape}); it must be [{x.num_features}, C_out]."
         )
-    check_per_channel("linear", kernel.shape[1], "the output features", {"bias": bias})
+    (bias,) = per_channel("linear", kernel.shape[1], "the output features", {"bias": bias})
     options = {"dtype": x.dtype, "out_dtype": x.dtype, "precision": canonical_precision(precision)}
     options |= {"transposed": False, "zero_padded": x.is_masked and x.unmasked is x.feats}
     (y,) = linear_rows(x.unmasked, kernel, x.sites.counts, **options)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse.ops.channel_norm import check_per_channel
+from jaxsparse.ops.channel_norm import per_channel
 from jaxsparse.ops.channels import affine, statistics
 from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import activate, check_activation
-from jaxsparse.ops.join import add, check_features, common_sites
+from jaxsparse.ops.join import check_features, common_sites
 from jaxsparse.ops.normalize import normalize
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
@@ -58,7 +58,9 @@ def batch_norm(
     residual: SparseTensor | None = None,
     activation: str | None = None,
 ) -> SparseTensor:
-    """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias + residual)` on real rows, in float32 or wider.
+    """`activation((x - mean) / sqrt(variance + epsilon) * scale + bias + residual)` on real rows.
+
+    The sum is taken in float32 or wider and rounded once, the activation is that of the rounded sum.
 
     Args:
       x: features `[N, C]`; the result has its dtype.
@@ -73,12 +75,12 @@ def batch_norm(
     """
     check_tensor("batch_norm", x)
     check_activation("batch_norm", activation)
-    if residual is not None:
-        y = batch_norm(x, mean, variance, scale, bias, epsilon=epsilon)
-        return activate(add(y, residual.astype(x.dtype)), activation)
     vectors = {"mean": mean, "variance": variance, "scale": scale, "bias": bias}
-    check_per_channel("batch_norm", x.num_features, "the features", vectors)
-    dtype = accumulation_dtype(x.dtype)
+    mean, variance, scale, bias = per_channel("batch_norm", x.num_features, "the features", vectors)
+    sites, dtype = x.sites, accumulation_dtype(x.dtype)
+    if residual is not None:
+        sites = common_sites("batch_norm", (x, residual))
+        check_features("batch_norm", x, residual)
     factor = lax.rsqrt(variance.astype(dtype) + epsilon)
     if scale is not None:
         factor = factor * scale.astype(dtype)
@@ -89,9 +91,13 @@ def batch_norm(
     shift = (center - mean) * factor
     if bias is not None:
         shift = shift + bias.astype(dtype)
-    is_relu = activation == "relu"
-    y = on_sites(x.sites, affine(x.feats, factor, shift, center, x.sites.counts, relu=is_relu))
-    return y if is_relu else activate(y, activation)
+    counts = x.sites.counts
+    if residual is None:
+        is_relu = activation == "relu"
+        y = on_sites(sites, affine(x.feats, factor, shift, center, counts, relu=is_relu))
+        return y if is_relu else activate(y, activation)
+    wide = affine(x.feats, factor, shift, center, counts, dtype=dtype) + residual.feats.astype(x.dtype).astype(dtype)
+    return activate(on_sites(sites, jnp.where(sites.is_real[:, None], wide, 0).astype(x.dtype)), activation)
 
 
 def normalize_batch(
@@ -104,7 +110,7 @@ def normalize_batch(
     activation: str | None = None,
     axis_name: Hashable | None = None,
 ) -> tuple[SparseTensor, jax.Array, jax.Array, jax.Array]:
-    """`activation(batch_norm(x, *batch_statistics(x)[:2]) + residual)`, rounded once, with the statistics.
+    """`activation(batch_norm(x, *batch_statistics(x)[:2]) + residual)`, the sum rounded once, with the statistics.
 
     On GPUs this is one kernel, and its gradient is another, unless `axis_name` is given.
 
@@ -124,7 +130,8 @@ def normalize_batch(
     """
     check_tensor("normalize_batch", x)
     check_activation("normalize_batch", activation)
-    check_per_channel("normalize_batch", x.num_features, "the features", {"scale": scale, "bias": bias})
+    vectors = {"scale": scale, "bias": bias}
+    scale, bias = per_channel("normalize_batch", x.num_features, "the features", vectors)
     if axis_name is not None:
         mean, variance, count = batch_statistics(x, axis_name)
         y = batch_norm(x, mean, variance, scale, bias, epsilon=epsilon, residual=residual, activation=activation)
@@ -136,9 +143,9 @@ def normalize_batch(
         others = residual.astype(x.dtype).unmasked
     dtype = accumulation_dtype(x.dtype)
     given = [v.dtype for v in (scale, bias) if v is not None]
-    vectors = given[0] if given and given[0] == given[-1] else dtype  # the kernel takes both in one dtype
-    scale = jnp.ones(x.num_features, vectors) if scale is None else scale.astype(vectors)
-    bias = jnp.zeros(x.num_features, vectors) if bias is None else bias.astype(vectors)
+    shared = given[0] if given and given[0] == given[-1] else dtype  # the kernel takes both in one dtype
+    scale = jnp.ones(x.num_features, shared) if scale is None else scale.astype(shared)
+    bias = jnp.zeros(x.num_features, shared) if bias is None else bias.astype(shared)
     is_relu, counts = activation == "relu", x.sites.counts
     feats, mean, variance = normalize(x.unmasked, scale, bias, counts, others, epsilon=epsilon, relu=is_relu)
     y = on_sites(sites, feats)

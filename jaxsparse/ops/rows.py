@@ -14,6 +14,7 @@ from jaxsparse import _ffi
 from jaxsparse._primitive import Op
 from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv.reference import accumulation_dtype
+from jaxsparse.sites import as_int32
 from jaxsparse.tensor import check_float
 
 
@@ -96,7 +97,7 @@ def gather_rows(x: jax.Array, index: jax.Array, *, implementation: str = "auto")
     Returns:
       `[P, C]`.
     """
-    x, index = jnp.asarray(x), jnp.asarray(index)
+    x, index = jnp.asarray(x), as_int32("index", index)
     _check_rows("gather_rows", x, index)
     return _gather(x, index, groups=x.shape[0], implementation=implementation)[0]
 
@@ -122,7 +123,7 @@ def sum_rows(
     Returns:
       `[groups, C]`, bitwise equal from run to run with "auto".
     """
-    x, index = jnp.asarray(x), jnp.asarray(index)
+    x, index = jnp.asarray(x), as_int32("index", index)
     _check_rows("sum_rows", x, index)
     check_float("sum_rows: x", x)
     if not isinstance(groups, int | np.integer) or groups < 0:

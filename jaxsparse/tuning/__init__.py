@@ -6,7 +6,7 @@
     choice   who decides, in which order               work      what there is to decide, in groups
                                                        result    `TuningResult`; explanation: `explain`
 
-`ops` ask `choice`; `record` and `search` call `ops`, and are imported when they are first asked for.
+`ops` ask `choice`; `record` and `search` call `ops`, so they are imported late: when first asked for.
 """
 
 from typing import Any

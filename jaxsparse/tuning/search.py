@@ -67,6 +67,9 @@ def autotune(
             f"autotune takes no times in a program of {jax.process_count()} processes, which would choose differently; "
             "run it in one process alone, save the result, load it in all and enter it."
         )
+    if not isinstance(samples, Sequence):
+        kind = type(samples).__name__
+        raise TypeError(f"autotune: `samples` must be a sequence of inputs, got a single {kind}; pass samples=[x].")
     platform = this_platform()
     every = [tuple(args), *[s if isinstance(s, tuple) else (*args[:-1], s) for s in samples]]
     recorded = record(fn, every)

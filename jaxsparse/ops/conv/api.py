@@ -12,14 +12,14 @@ from jaxsparse import status
 from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap, map_between
-from jaxsparse.ops.channel_norm import ChannelNorm, check_per_channel
+from jaxsparse.ops.channel_norm import ChannelNorm, per_channel
 from jaxsparse.ops.conv import fused, primitives
 from jaxsparse.ops.conv.config import ConvConfig
 from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
 from jaxsparse.ops.elementwise import check_activation
 from jaxsparse.ops.join import common_sites
-from jaxsparse.ops.linear import linear
-from jaxsparse.sites import Sites
+from jaxsparse.ops.linear import check_weights, linear
+from jaxsparse.sites import Sites, check_single
 from jaxsparse.status import Problem
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
@@ -77,9 +77,8 @@ def conv(
     """
     check_implementation(implementation)
     check_tensor("conv", x)
-    kernel, bias = jnp.asarray(kernel), None if bias is None else jnp.asarray(bias)
     geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
-    _check_kernel("conv", x, kernel, bias, geometry)
+    kernel, bias = _parameters("conv", x, kernel, bias, geometry)
     if not isinstance(sites, str | Sites):
         raise TypeError(
             f"conv: `sites` must be a Sites or the name of a rule, got {type(sites).__name__}; pass y.sites."
@@ -87,6 +86,7 @@ def conv(
     if capacity is not None and sites not in ("reachable", "floor"):
         raise ValueError(f"conv: `capacity` (={capacity}) is for sites that are made; the given ones have theirs.")
     if isinstance(sites, Sites):
+        check_single("conv: `sites`", sites.coords)
         out_sites = sites
     elif sites == "submanifold":
         if set(geometry.stride) != {1}:
@@ -156,11 +156,12 @@ def conv_transpose(
     fine = like.sites if isinstance(like, SparseTensor) else like
     if not isinstance(fine, Sites):
         raise ValueError(
-            f"conv_transpose: `like` (={like!r}) must be the SparseTensor or Sites whose sites to compute, usually the "
-            "input of the strided layer."
+            "conv_transpose: `like` must be the SparseTensor or Sites whose sites to compute, usually the input of the "
+            f"strided layer, got {type(like).__name__}."
         )
+    check_single("conv_transpose: `like`", fine.coords)
     geometry = Geometry.create(x.dims, kernel_size, strides, padding, dilation)
-    _check_kernel("conv_transpose", x, kernel, bias, geometry)
+    kernel, bias = _parameters("conv_transpose", x, kernel, bias, geometry)
     kernel_map, problems = _checked_map("conv_transpose", kernel_map, geometry, fine, x.sites, implementation)
     out_sites = fine.with_status(x.sites.status, *problems)
     out_sites, end = _ending("conv_transpose", x, kernel, out_sites, bias, norm, residual, activation)
@@ -217,23 +218,26 @@ def _ending(op, x, kernel, sites, bias, norm, residual, activation) -> tuple[Sit
     if norm is None:
         norm = ChannelNorm(bias=bias)
     else:
-        vectors = {f"norm.{name}": getattr(norm, name) for name in fused.Ending.NAMES[:4]}
-        check_per_channel(op, width, "the output features", vectors)
+        names = fused.Ending.NAMES[:4]
+        vectors = {f"norm.{name}": getattr(norm, name) for name in names}
+        arrays = per_channel(op, width, "the output features", vectors)
+        norm = dataclasses.replace(norm, **dict(zip(names, arrays, strict=True)))
         if bias is not None:
             wide = accumulation_dtype(x.dtype)
             mean = 0 if norm.mean is None else norm.mean.astype(wide)
             norm = dataclasses.replace(norm, mean=mean - bias.astype(wide))
     if residual is None:
         return sites, fused.Ending.of(norm, None, activation)
-    sites = common_sites(op, (on_sites(sites, x.feats), residual))
+    sites = common_sites(op, (sites, residual))
     if residual.num_features != width:
         raise ValueError(f"{op}: `residual` has {residual.num_features} features, but the result has {width}.")
     return sites, fused.Ending.of(norm, residual.unmasked.astype(x.dtype), activation)
 
 
-def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> None:
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise TypeError(f"{op}: `kernel` has dtype {kernel.dtype}; it must be one of floats.")
+def _parameters(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) -> tuple[jax.Array, jax.Array | None]:
+    """Kernel and bias as arrays that fit the input and the geometry."""
+    kernel = jnp.asarray(kernel)
+    check_weights(op, kernel)
     if kernel.ndim != 3 or kernel.shape[0] != geometry.volume:
         raise ValueError(
             f"{op}: `kernel` of shape {kernel.shape} must be [K, C_in, C_out] with K = {geometry.volume}, the taps of "
@@ -244,7 +248,7 @@ def _check_kernel(op: str, x: SparseTensor, kernel, bias, geometry: Geometry) ->
             f"{op}: `kernel` of shape {kernel.shape} has {kernel.shape[1]} input features, but x has {x.num_features} "
             f"(shape {x.feats.shape})."
         )
-    check_per_channel(op, kernel.shape[2], "the output features", {"bias": bias})
+    return kernel, *per_channel(op, kernel.shape[2], "the output features", {"bias": bias})
 
 
 def _checked_map(
