@@ -15,7 +15,7 @@ from jaxsparse.tensor import SparseTensor, check_float, check_tensor, on_sites
 def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> SparseTensor:
     """Applies `fn` `[N, C] -> [N, C']`, which must treat rows alike, to the real rows; padding becomes zero.
 
-    Padding rows show `fn` the first real row (zeros where there is none): at any other numbers its derivative could be
+    Padding rows show `fn` the first real row (ones where there is none): at any other numbers its derivative could be
     NaN, and zero times NaN would reach the gradient of what `fn` closes over.
 
     Raises:
@@ -23,7 +23,7 @@ def map_features(fn: Callable[[jax.Array], jax.Array], x: SparseTensor) -> Spars
     """
     check_tensor("map_features", x)
     real = x.sites.is_real[:, None]
-    first = jax.lax.stop_gradient(jnp.where(real[:1], x.feats[:1], 0))
+    first = jax.lax.stop_gradient(jnp.where(real[:1], x.feats[:1], 1))
     y = fn(jnp.where(real, x.feats, first))
     if y.ndim != 2 or y.shape[0] != x.capacity:
         raise ValueError(f"map_features: `fn` returned shape {y.shape}, but it must return [{x.capacity}, C'].")
