@@ -286,6 +286,23 @@ def test_a_cache_that_cannot_be_read_or_written_warns_once_and_works(own_cache):
     assert key() in result.choices
 
 
+def test_a_process_keeps_what_it_tuned_where_the_cache_cannot_be_written(monkeypatch):
+    def read_only(path, text):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(store, "write", read_only)
+    with js.tuning.policy(on_cache_miss="tune", table=False):
+        with pytest.warns(UserWarning, match="keeps the result"):
+            first = tile_rows()
+        before = measure.programs_timed
+        assert tile_rows() == first
+        assert measure.programs_timed == before
+    with pytest.warns(UserWarning, match="keeps the result"):
+        store.add_to_cache("cpu", Choices({key(c_in=8): OTHERS[0]}))
+    assert dict(store.cached("cpu")) == {key(): first, key(c_in=8): OTHERS[0]}
+    assert not store.cached("NVIDIA H200")
+
+
 def test_load_refuses_what_is_no_result(tmp_path):
     path = tmp_path / "result.json"
     for text in (BROKEN["truncated"], BROKEN["older schema"], "\udcff"):  # the last is no UTF-8
