@@ -29,7 +29,7 @@ from jaxsparse.ops.conv import (
     primitives,
 )
 from jaxsparse.ops.conv import choices as conv_choices
-from jaxsparse.tuning import TuningResult, choice, cost, measure, store
+from jaxsparse.tuning import TuningResult, choice, cost, measure, search, store
 from jaxsparse.tuning.key import FARTHEST, Choices, Key, from_json, row_bucket, to_json
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choices of the CPU's kernels")
@@ -188,6 +188,34 @@ def test_on_cache_miss_tune_times_once_and_keeps_the_best(x64):
         before = measure.programs_timed
         assert tile_rows() == first
         assert measure.programs_timed == before
+
+
+def test_on_cache_miss_tune_takes_its_times_on_the_device_of_the_program(monkeypatch):
+    """As where a function is lowered for the CPU in a process whose default backend is a GPU."""
+    device, time_layer, seen = jax.local_devices()[-1], search.time_layer, []
+
+    def noted(layer, key, candidates, maps, others, platform, expected):
+        arrays = [*maps[0], expected, *measure.operands(layer, 0, 0)]
+        seen.append((platform, {d for a in arrays for d in a.devices()}))
+        return time_layer(layer, key, candidates, maps, others, platform, expected)
+
+    monkeypatch.setattr(search, "time_layer", noted)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(search, "device_here", lambda platform: device)
+    with js.tuning.policy(on_cache_miss="tune", table=False):
+        first = tile_rows()
+    assert seen == [("cpu", {device})]
+    assert store.cached("cpu")[key()] == first
+
+
+def test_a_timing_that_fails_leaves_nothing_on_the_device(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(search, "time_layer", fails)
+    with js.tuning.policy(on_cache_miss="tune", table=False), raises(RuntimeError, "out of memory"):
+        tile_rows()
+    assert measure.numbers.cache_info().currsize == 0
 
 
 def test_several_processes_take_no_times_and_read_no_cache(monkeypatch):
