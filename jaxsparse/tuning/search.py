@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxsparse._primitive import lacks_kernels
 from jaxsparse.tuning import measure, store
 from jaxsparse.tuning.choice import Question, device_here, device_of
 from jaxsparse.tuning.key import Choice, Choices, Key
@@ -86,11 +87,13 @@ def this_platform() -> str:
     """ "cpu" or "cuda".
 
     Raises:
-      RuntimeError: on a platform that runs plain JAX, where there is nothing to choose.
+      RuntimeError: where plain JAX runs, and there is nothing to choose.
     """
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in ("cpu", "cuda"):
         raise RuntimeError(f"nothing can be tuned on {platform}: only CPU and CUDA have kernels to choose from.")
+    if lacks_kernels(platform):
+        raise RuntimeError("nothing can be tuned on cuda: this build of jaxsparse has no CUDA kernels to choose from.")
     return platform
 
 
