@@ -16,43 +16,43 @@ from jaxsparse import _native
 from jaxsparse.tensor import FLOAT_DTYPES
 
 
-def _runs(op, device, dtype, implementation: str) -> bool:
+def _runs(op, device, dtype) -> bool:
     """Whether an op gives the right answer on a device in a dtype: runs it."""
     with jax.enable_x64(True), jax.default_device(device):
-        coords = jnp.asarray([[0, i, j, 0] for i in range(3) for j in range(3)], jnp.int32)
-        x = js.SparseTensor(coords, jnp.ones((9, 4), dtype))
         try:
-            value, expected = op(x, implementation)
+            coords = jnp.asarray([[0, i, j, 0] for i in range(3) for j in range(3)], jnp.int32)
+            x = js.SparseTensor(coords, jnp.ones((9, 4), dtype))
+            value, expected = op(x)
+            return bool(np.isclose(np.float64(value), expected, rtol=1e-2))
         except Exception as error:  # whatever stops it, the table says no; the reason goes to stderr
             print(f"{device}: {dtype.__name__}: {error}", file=sys.stderr)
             return False
-        return bool(np.isclose(np.float64(value), expected, rtol=1e-2))
 
 
-def _forward(x, implementation):
+def _forward(x):
     kernel = jnp.ones((27, 4, 2), x.dtype)
-    return js.ops.conv(x, kernel, kernel_size=3, implementation=implementation).feats[4, 0], 36
+    return js.ops.conv(x, kernel, kernel_size=3).feats[4, 0], 36
 
 
-def _gradient(x, implementation):
+def _gradient(x):
     def loss(kernel, feats):
-        return js.ops.conv(x.with_feats(feats), kernel, kernel_size=3, implementation=implementation).feats.sum()
+        return js.ops.conv(x.with_feats(feats), kernel, kernel_size=3).feats.sum()
 
     kernel_bar, feats_bar = jax.grad(loss, (0, 1))(jnp.ones((27, 4, 2), x.dtype), x.feats)
     return kernel_bar[13, 0, 0] + feats_bar[4, 0], 9 + 18
 
 
-def _resample(x, implementation):
-    options = {"kernel_size": 2, "strides": 2, "implementation": implementation}
+def _resample(x):
+    options = {"kernel_size": 2, "strides": 2}
     y = js.ops.conv(x, jnp.ones((8, 4, 4), x.dtype), sites="reachable", **options)
     return js.ops.conv_transpose(y, jnp.ones((8, 4, 2), x.dtype), like=x, **options).feats[0, 0], 64
 
 
-def _voxelize(x, implementation):
+def _voxelize(x):
     points = jnp.asarray([[0.1, 0.2, 0.3], [0.4, 0.1, 0.2], [1.5, 0.0, 0.0]], jnp.float32)
     feats = jnp.asarray([[1.0], [3.0], [5.0]], x.dtype)
-    y, index = js.voxelize(points, feats, 1.0, capacity=4, implementation=implementation)
-    return js.devoxelize(y, index, implementation=implementation).sum(), 9
+    y, index = js.voxelize(points, feats, 1.0, capacity=4)
+    return js.devoxelize(y, index).sum(), 9
 
 
 _OPS = {"conv": _forward, "conv gradient": _gradient, "strided, transposed": _resample, "voxelize": _voxelize}
@@ -78,12 +78,11 @@ def main() -> None:
             continue
         for device in devices:
             native = device.platform == "cpu" or bool(_native.cuda_handlers())
-            implementation = "auto" if native else "xla"
-            how = "custom calls" if native else 'plain JAX, implementation="xla" only: built without CUDA kernels'
+            how = "custom calls" if native else "plain JAX: built without CUDA kernels"
             print(f"\n{device} ({device.device_kind}): {how}")
             print(f"  {'':20} " + " ".join(f"{name:>9}" for name in names))
             for name, op in _OPS.items():
-                marks = ["yes" if _runs(op, device, d, implementation) else "no" for d in FLOAT_DTYPES]
+                marks = ["yes" if _runs(op, device, d) else "no" for d in FLOAT_DTYPES]
                 print(f"  {name:20} " + " ".join(f"{mark:>9}" for mark in marks))
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
+from jaxsparse import _native
 from jaxsparse._compat import Primitive, ad, apply_primitive, batching, mlir, out_aval, promote, zero_tangent
+from jaxsparse.tuning import choice
 
 Shapes = Sequence[tuple[Sequence[int], Any]]
 
@@ -31,6 +35,23 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f'`implementation` (={implementation!r}) must be "auto" or "xla".')
 
 
+def lacks_kernels(platform: str) -> bool:
+    """Whether plain JAX has to serve a platform of custom calls: a device of this process, and a build without them.
+
+    A program for a platform that this process has no device of is for another machine and its build.
+    """
+    return platform == "cuda" and not _native.cuda_handlers() and choice.device_here(platform) is not None
+
+
+@functools.cache
+def _warn_of_plain_jax() -> None:
+    warnings.warn(
+        "jaxsparse: this build has no CUDA kernels; plain JAX runs on the GPU in their place, which is slower. Install "
+        "jaxsparse where nvcc is, with JAXSPARSE_CUDA=ON in the environment, to have them (see README.md).",
+        stacklevel=2,
+    )
+
+
 class Op:
     """A primitive of several results with a lowering for each platform.
 
@@ -38,7 +59,8 @@ class Op:
       name: the primitive's name, as it shows in a jaxpr.
       shapes: `(*operand_avals, **params) -> [(shape, dtype), ...]`.
       custom_call: JAX code that emits the custom calls, `(platform, *operands, **params) -> results`, used on CPU and
-        CUDA where `params["implementation"]` is "auto"; None where plain JAX serves everywhere.
+        CUDA where `params["implementation"]` is "auto", see `lacks_kernels` too; None where plain JAX serves
+        everywhere.
       reference: plain JAX code with the same results, `(*operands, **params) -> results`, used where
         `params["implementation"]` is "xla" and on every other platform.
       is_elementwise: whether it is sooner computed again than kept, see `save_products`.
@@ -71,6 +93,9 @@ class Op:
     def _lowering(self, platform: str | None):
         def run(*operands, implementation, **params):
             if implementation == "xla" or platform is None or self._custom_call is None:
+                return list(self._reference(*operands, **params))
+            if lacks_kernels(platform):
+                _warn_of_plain_jax()
                 return list(self._reference(*operands, **params))
             return list(self._custom_call(platform, *operands, **params))
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import raises
 
 import jaxsparse as js
+from jaxsparse import __main__ as report
 from jaxsparse import _ffi, _native
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,6 +58,18 @@ def test_report_names_versions_and_devices():
     assert f"jaxsparse {js.__version__}" in out.stdout
     assert "float64" in out.stdout
     assert " no" not in re.sub("CUDA kernels: no|gpu: no device", "", out.stdout), out.stdout + out.stderr
+
+
+def test_report_says_no_and_why_where_not_even_a_tensor_can_be_made(monkeypatch, capsys):
+    def fails(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(js, "SparseTensor", fails)
+    monkeypatch.setattr(sys, "argv", ["jaxsparse"])
+    report.main()
+    printed = capsys.readouterr()
+    assert " yes" not in printed.out
+    assert "float64: no such kernel" in printed.err
 
 
 def test_version_is_that_of_the_project_file():

@@ -29,7 +29,7 @@ from jaxsparse.ops.conv import (
     primitives,
 )
 from jaxsparse.ops.conv import choices as conv_choices
-from jaxsparse.tuning import TuningResult, choice, cost, measure, store
+from jaxsparse.tuning import TuningResult, choice, cost, measure, search, store
 from jaxsparse.tuning.key import FARTHEST, Choices, Key, from_json, row_bucket, to_json
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the choices of the CPU's kernels")
@@ -190,6 +190,34 @@ def test_on_cache_miss_tune_times_once_and_keeps_the_best(x64):
         assert measure.programs_timed == before
 
 
+def test_on_cache_miss_tune_takes_its_times_on_the_device_of_the_program(monkeypatch):
+    """As where a function is lowered for the CPU in a process whose default backend is a GPU."""
+    device, time_layer, seen = jax.local_devices()[-1], search.time_layer, []
+
+    def noted(layer, key, candidates, maps, others, platform, expected):
+        arrays = [*maps[0], expected, *measure.operands(layer, 0, 0)]
+        seen.append((platform, {d for a in arrays for d in a.devices()}))
+        return time_layer(layer, key, candidates, maps, others, platform, expected)
+
+    monkeypatch.setattr(search, "time_layer", noted)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(search, "device_here", lambda platform: device)
+    with js.tuning.policy(on_cache_miss="tune", table=False):
+        first = tile_rows()
+    assert seen == [("cpu", {device})]
+    assert store.cached("cpu")[key()] == first
+
+
+def test_a_timing_that_fails_leaves_nothing_on_the_device(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(search, "time_layer", fails)
+    with js.tuning.policy(on_cache_miss="tune", table=False), raises(RuntimeError, "out of memory"):
+        tile_rows()
+    assert measure.numbers.cache_info().currsize == 0
+
+
 def test_several_processes_take_no_times_and_read_no_cache(monkeypatch):
     store.add_to_cache("cpu", Choices({key(): OTHERS[0]}))
     assert tile_rows() == OTHERS[0]
@@ -284,6 +312,23 @@ def test_a_cache_that_cannot_be_read_or_written_warns_once_and_works(own_cache):
         result = js.autotune(lambda x: layer(x, KERNEL), X, progress=False)
     assert len([w for w in found if "cannot be written" in str(w.message)]) == 1
     assert key() in result.choices
+
+
+def test_a_process_keeps_what_it_tuned_where_the_cache_cannot_be_written(monkeypatch):
+    def read_only(path, text):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(store, "write", read_only)
+    with js.tuning.policy(on_cache_miss="tune", table=False):
+        with pytest.warns(UserWarning, match="keeps the result"):
+            first = tile_rows()
+        before = measure.programs_timed
+        assert tile_rows() == first
+        assert measure.programs_timed == before
+    with pytest.warns(UserWarning, match="keeps the result"):
+        store.add_to_cache("cpu", Choices({key(c_in=8): OTHERS[0]}))
+    assert dict(store.cached("cpu")) == {key(): first, key(c_in=8): OTHERS[0]}
+    assert not store.cached("NVIDIA H200")
 
 
 def test_load_refuses_what_is_no_result(tmp_path):

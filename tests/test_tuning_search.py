@@ -15,7 +15,7 @@ from jax import lax
 from scenes import quick_rngs, random_kernel, random_tensor
 
 import jaxsparse as js
-from jaxsparse import _ffi
+from jaxsparse import _ffi, _native
 from jaxsparse.geometry import Geometry
 from jaxsparse.ops.conv import choices as conv_choices
 from jaxsparse.tuning import TuningResult, choice, measure, search, store, synthetic, work
@@ -348,6 +348,15 @@ def test_arguments_are_checked():
         tune(Net(), jax.eval_shape(lambda x: x, scene()))
     with raises(ValueError, "`budget_s` (=0)", "positive"):
         tune(Net(), scene(), budget_s=0)
+
+
+def test_nothing_is_tuned_on_a_gpu_that_the_build_has_no_kernels_for(monkeypatch):
+    monkeypatch.setattr(_native, "cuda_handlers", dict)
+    monkeypatch.setattr(choice, "device_here", lambda platform: jax.local_devices()[0])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for tool in (tune, js.tuning.explain):
+        with raises(RuntimeError, "nothing can be tuned", "no CUDA kernels"):
+            tool(Net(), scene())
 
 
 # --- explain, tables ---

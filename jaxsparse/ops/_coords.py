@@ -222,7 +222,11 @@ def builder_question(platform: str, sites: int, geometry: Geometry, grid: tuple[
     key = Key("builder", device, "", 0, 0, 0, "table", grid, row_bucket(sites))
     blocks = geometry.blocks_under_window
     return Question(
-        key, geometry.builders, lambda builder, _: cost.builder_us(builder, sites, geometry.volume, blocks), is_here
+        key,
+        platform,
+        geometry.builders,
+        lambda builder, _: cost.builder_us(builder, sites, geometry.volume, blocks),
+        is_here,
     )
 
 

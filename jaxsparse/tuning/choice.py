@@ -29,6 +29,7 @@ class Question:
 
     Attributes:
       key: what it depends on.
+      platform: "cpu" or "cuda", that of the program.
       candidates: what is built and serves, the search space.
       predict: predicted time of a candidate in microseconds, from a candidate and the neighbours a site (None where
         they are not known); the least is the heuristic's choice.
@@ -38,6 +39,7 @@ class Question:
     """
 
     key: Key
+    platform: str
     candidates: tuple[Choice, ...]
     predict: Callable[[Any, float | None], float]
     is_here: bool = True

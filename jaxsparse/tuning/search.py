@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 
+from jaxsparse._primitive import lacks_kernels
 from jaxsparse.tuning import measure, store
-from jaxsparse.tuning.choice import Question, device_of
+from jaxsparse.tuning.choice import Question, device_here, device_of
 from jaxsparse.tuning.key import Choice, Choices, Key
 from jaxsparse.tuning.measure import NEVER, Time
 from jaxsparse.tuning.record import Layer, Recorded, record
@@ -89,11 +90,13 @@ def this_platform() -> str:
     """ "cpu" or "cuda".
 
     Raises:
-      RuntimeError: on a platform that runs plain JAX, where there is nothing to choose.
+      RuntimeError: where plain JAX runs, and there is nothing to choose.
     """
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     if platform not in ("cpu", "cuda"):
         raise RuntimeError(f"nothing can be tuned on {platform}: only CPU and CUDA have kernels to choose from.")
+    if lacks_kernels(platform):
+        raise RuntimeError("nothing can be tuned on cuda: this build of jaxsparse has no CUDA kernels to choose from.")
     return platform
 
 
@@ -329,22 +332,26 @@ class Search:
 def tune_layer(question: Question) -> Choice:
     """Times the tiles of one layer on a synthetic scene of its size and adds the best to the user's cache.
 
-    For `on_cache_miss="tune"`: runs in a thread of its own, since the caller is in the middle of a trace.
+    For `on_cache_miss="tune"`: runs in a thread of its own, since the caller is in the middle of a trace, and on the
+    device that the question is of, which need not be the default one.
     """
     x64 = jax.config.values["jax_enable_x64"]
 
     def run() -> Choice:
         from jaxsparse.tuning.synthetic import layer_and_map
 
-        with jax.enable_x64(x64):
+        with jax.enable_x64(x64), jax.default_device(device_here(question.platform)):
             layer, kernel_map, neighbours = layer_and_map(question)
             heuristic = question.heuristic()
             candidates = pruned(question, neighbours)
-            platform = this_platform()
-            expected = measure.reference(layer, kernel_map)
-            timed = time_layer(layer, question.key, candidates, [kernel_map], Choices(), platform, expected)
+            try:
+                expected = measure.reference(layer, kernel_map)
+                timed = time_layer(
+                    layer, question.key, candidates, [kernel_map], Choices(), question.platform, expected
+                )
+            finally:
+                measure.forget()
             best = timed.best(heuristic)
-            measure.forget()
             if best is None:
                 return heuristic
             store.add_to_cache(question.key.device, Choices({question.key: best}))

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -80,19 +81,32 @@ def _read(path: pathlib.Path, remedy: str) -> Choices:
         return Choices()
 
 
+_added: dict[str, Choices] = {}  # by this process, for each kind of device
+_adding = threading.Lock()
+
+
 @functools.cache
-def _cached(path: pathlib.Path) -> Choices:
-    return _read(path, "Kernels are chosen without it; the next tuning writes it anew.")
+def _cached(path: pathlib.Path, device: str) -> Choices:
+    found = _read(path, "Kernels are chosen without it; the next tuning writes it anew.")
+    return found | _added.get(device, Choices())
 
 
 def cached(device: str) -> Choices:
-    """The user's choices for a kind of device. Read once a process, so that one program sees one state of the file."""
-    return _cached(cache_path(device))
+    """The user's choices for a kind of device: what this process added, and else the file's.
+
+    The file is read once a process, and anew after an addition, so that one program sees one state of it.
+    """
+    return _cached(cache_path(device), device)
 
 
 def add_to_cache(device: str, choices: Choices) -> None:
-    """Adds to the user's cache; what other processes write at the same time is kept. Warns where it cannot."""
+    """Adds to the user's cache; what other processes write at the same time is kept.
+
+    Where the file cannot be written, which it warns of, this process has the choices all the same.
+    """
     path = cache_path(device)
+    with _adding:
+        _added[device] = _added.get(device, Choices()) | choices
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")), warnings.catch_warnings():
@@ -104,11 +118,12 @@ def add_to_cache(device: str, choices: Choices) -> None:
             "one will not find it. Set XDG_CACHE_HOME to a folder that can be written, or save the result to a file.",
             stacklevel=2,
         )
-    forget()
+    _cached.cache_clear()
 
 
 def forget() -> None:
-    """Reads the cache again when it is next asked for."""
+    """As in a new process: drops what this one added, and reads the file again when it is next asked for."""
+    _added.clear()
     _cached.cache_clear()
 
 

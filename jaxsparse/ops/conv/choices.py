@@ -122,10 +122,12 @@ def conv(platform: str, p: Problem) -> Question:
     key = _key("conv", device, p, dtype, widths)
     if platform == "cpu":
         predict = cost.cpu_conv_us
-        return Question(key, PLAIN_TILE_ROWS, lambda rows, n: predict(rows, at(n), *widths, dtype), is_here, p)
+        return Question(
+            key, platform, PLAIN_TILE_ROWS, lambda rows, n: predict(rows, at(n), *widths, dtype), is_here, p
+        )
     sorts = bool(sort(platform, p).heuristic())
     tiles = _conv_tiles(platform, p, built_tiles("conv", p.spec.dtype, widths[0]))
-    return Question(key, tiles, lambda tile, n: cost.conv_us(tile, at(n), *widths, dtype, sorts), is_here, p)
+    return Question(key, platform, tiles, lambda tile, n: cost.conv_us(tile, at(n), *widths, dtype, sorts), is_here, p)
 
 
 def sort(platform: str, p: Problem) -> Question:
@@ -134,6 +136,7 @@ def sort(platform: str, p: Problem) -> Question:
     at, tiles = _map(p), _conv_tiles(platform, p, FORWARD_TILES)
     return Question(
         _key("sort", device, p),
+        platform,
         (False, True),
         lambda sorts, n: cost.sort_us(sorts, at(n), direction(p.spec, p.of_reverse), p.spec.grid, tiles),
         is_here,
@@ -146,6 +149,7 @@ def wgrad(platform: str, p: Problem) -> Question:
     at, dtype, widths = _map(p), p.spec.dtype_name(platform), p.widths(platform)
     return Question(
         _key("wgrad", device, p, dtype, widths),
+        platform,
         _that_run(platform, built_tiles("wgrad", p.spec.dtype, widths[0]), cost.wgrad_shared_bytes),
         lambda tile, n: cost.wgrad_us(tile, at(n), *widths, dtype),
         is_here,
