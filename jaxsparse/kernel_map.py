@@ -6,9 +6,9 @@ import dataclasses
 
 import jax
 
+from jaxsparse import _coords
 from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry
-from jaxsparse.ops import _coords
 from jaxsparse.sites import Sites, check_single
 
 

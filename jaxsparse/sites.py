@@ -14,10 +14,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxsparse import _keys, status
+from jaxsparse import _coords, _keys, status
 from jaxsparse._compat import trace_state
 from jaxsparse.geometry import AxisInts, Geometry, check_bounds, check_within_int32, per_axis
-from jaxsparse.ops import _coords
 from jaxsparse.status import Problem
 
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _keys, status
+from jaxsparse import _coords, _keys, status
 from jaxsparse.geometry import AxisInts
-from jaxsparse.ops import _coords
 from jaxsparse.sites import Capacities, Sites, check_batch_size, check_capacities, check_capacity, check_single
 from jaxsparse.status import Problem
 

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _keys, status
+from jaxsparse import _coords, _keys, status
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import check_bounds
-from jaxsparse.ops import _coords
-from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.rows import gather_rows, sum_rows
 from jaxsparse.sites import (
     Capacities,

@@ -16,9 +16,8 @@ from jax import lax
 from scenes import pad_rows, random_coords, regular_scenes
 
 import jaxsparse as js
-from jaxsparse import _keys
+from jaxsparse import _coords, _keys
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _coords
 
 IMPLEMENTATIONS = ["auto", "xla"]
 # Each geometry compiles anew, the reference in half a second: fewer examples of that.

@@ -17,9 +17,9 @@ from flax import nnx
 from scenes import pad_rows, quick_rngs, random_coords, random_kernel, random_tensor, row_error
 
 import jaxsparse as js
-from jaxsparse import _ffi
+from jaxsparse import _coords, _ffi
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _coords, channels, normalize, rows
+from jaxsparse.ops import channels, normalize, rows
 from jaxsparse.ops.conv import FORWARD_TILES, WGRAD_TILES, choices, fused, primitives
 from jaxsparse.tuning import TuningResult, choice, measure, search, work
 from jaxsparse.tuning.key import Choices, Key, row_bucket

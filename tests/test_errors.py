@@ -14,8 +14,8 @@ from jax import lax
 from scenes import random_tensor
 
 import jaxsparse as js
+from jaxsparse._dtypes import canonical_precision
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops.conv.reference import canonical_precision
 
 RNGS = nnx.Rngs(0)
 POINTS = np.random.default_rng(0).uniform(-3, 3, (50, 3)).astype(np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_oracles import F32, F64, I32, ON_HOST, U8, call, masks_of, random_table, real_rows, small_integers, wide
 
-from jaxsparse.ops import _workspace
+from jaxsparse import _workspace
 
 pytestmark = ON_HOST
 

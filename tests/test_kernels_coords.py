@@ -23,8 +23,8 @@ from kernel_oracles import (
 )
 from scenes import regular_scenes
 
+from jaxsparse import _coords, _workspace
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _coords, _workspace
 
 pytestmark = ON_HOST
 

@@ -27,8 +27,8 @@ from kernel_oracles import (
     truncated,
 )
 
+from jaxsparse import _workspace
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv import FLOAT_TILES, FORWARD_TILES, NARROW_TILES
 
 pytestmark = ON_HOST

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from kernel_oracles import BF16, F16, F32, F64, I32, ON_HOST, U8, call, small_integers, wide
 
-from jaxsparse.ops import _workspace
+from jaxsparse import _workspace
 
 pytestmark = ON_HOST
 

@@ -24,7 +24,7 @@ from kernel_oracles import (
     truncated,
 )
 
-from jaxsparse.ops import _workspace
+from jaxsparse import _workspace
 from jaxsparse.ops.conv import FLOAT_WGRAD_TILES, WGRAD_TILES
 
 pytestmark = ON_HOST

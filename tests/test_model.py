@@ -12,7 +12,7 @@ from flax import nnx
 from scenes import quick_rngs, random_tensor
 
 import jaxsparse as js
-from jaxsparse.ops import _coords
+from jaxsparse import _coords
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from jax import lax
 from scenes import on_cpu, pad_rows, quick_rngs, random_tensor, row_error
 
 import jaxsparse as js
-from jaxsparse.ops import _coords
+from jaxsparse import _coords
 
 STRIDES = [(1, 1, 1), (2, 2, 2), (4, 4, 4), (8, 8, 8), (8, 16, 8)]
 

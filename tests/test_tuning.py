@@ -17,8 +17,8 @@ from conftest import raises
 from scenes import random_kernel, random_tensor
 
 import jaxsparse as js
+from jaxsparse import _coords
 from jaxsparse.geometry import Geometry
-from jaxsparse.ops import _coords
 from jaxsparse.ops.conv import (
     FLOAT_TILES,
     FLOAT_WGRAD_TILES,

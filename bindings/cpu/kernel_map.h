@@ -1,5 +1,5 @@
 // Kernel maps on the CPU. Plain C++ over raw pointers; the arguments are those of the custom calls of the same names (see
-// jaxsparse/ops/_coords.py).
+// jaxsparse/_coords.py).
 #pragma once
 
 #include <cstdint>

@@ -13,12 +13,12 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxsparse import ops
+from jaxsparse._dtypes import canonical_precision
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap
 from jaxsparse.nn.linear import Initializer, check_features, check_input, compute_dtype
 from jaxsparse.nn.norm import BatchNorm
 from jaxsparse.ops import ConvConfig
-from jaxsparse.ops.conv.reference import canonical_precision
 from jaxsparse.ops.elementwise import check_activation
 from jaxsparse.sites import Sites, check_capacity
 from jaxsparse.tensor import SparseTensor

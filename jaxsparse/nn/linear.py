@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxsparse import ops
-from jaxsparse.ops.conv.reference import canonical_precision
+from jaxsparse._dtypes import canonical_precision
 from jaxsparse.tensor import SparseTensor, check_tensor
 
 Initializer = jax.nn.initializers.Initializer

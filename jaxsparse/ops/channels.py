@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxsparse import _ffi
+from jaxsparse import _ffi, _workspace
 from jaxsparse._compat import ad, zero_tangent
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
-from jaxsparse.ops import _workspace
-from jaxsparse.ops.conv.reference import accumulation_dtype
 
 
 def _real(x, counts):

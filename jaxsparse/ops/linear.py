@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import accumulation_dtype, canonical_precision
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops.channel_norm import per_channel
-from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
 from jaxsparse.tensor import SparseTensor, check_tensor, on_sites
 
 

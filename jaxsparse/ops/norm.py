@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse.ops.channel_norm import per_channel
 from jaxsparse.ops.channels import affine, statistics
-from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import activate, check_activation
 from jaxsparse.ops.join import check_features, common_sites
 from jaxsparse.ops.normalize import normalize

@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxsparse import _ffi
 from jaxsparse._compat import DropVar, ad, set_remat, zero_tangent
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops.channels import (
@@ -33,7 +34,6 @@ from jaxsparse.ops.channels import (
     statistics_tangents,
     workspace_struct,
 )
-from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import _where_positive
 
 

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import _ffi
+from jaxsparse import _ffi, _workspace
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse._primitive import Op
-from jaxsparse.ops import _workspace
-from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.sites import as_int32
 from jaxsparse.tensor import check_float
 

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from jaxsparse import _coords
 from jaxsparse._compat import bind_equation, sub_jaxprs
 from jaxsparse._keys import real_rows
-from jaxsparse.ops import _coords
 from jaxsparse.ops.conv import choices, primitives
 from jaxsparse.tuning.choice import Question
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxsparse import status
+from jaxsparse._dtypes import accumulation_dtype, canonical_precision
 from jaxsparse._primitive import check_implementation
 from jaxsparse.geometry import AxisInts, Geometry
 from jaxsparse.kernel_map import KernelMap, map_between
 from jaxsparse.ops.channel_norm import ChannelNorm, per_channel
 from jaxsparse.ops.conv import fused, primitives
 from jaxsparse.ops.conv.config import ConvConfig
-from jaxsparse.ops.conv.reference import accumulation_dtype, canonical_precision
 from jaxsparse.ops.elementwise import check_activation
 from jaxsparse.ops.join import common_sites
 from jaxsparse.ops.linear import check_weights, linear

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxsparse import _ffi
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
 from jaxsparse.ops.channel_norm import ChannelNorm
 from jaxsparse.ops.conv import choices, primitives
 from jaxsparse.ops.conv.config import ConvConfig
-from jaxsparse.ops.conv.reference import accumulation_dtype
 from jaxsparse.ops.elementwise import ACTIVATIONS
 from jaxsparse.ops.linear import linear_rows, linear_rows_reference
 from jaxsparse.tensor import SparseTensor

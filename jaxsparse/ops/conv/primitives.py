@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxsparse import _ffi, _native
+from jaxsparse import _ffi, _native, _workspace
 from jaxsparse._compat import batching
+from jaxsparse._dtypes import accumulation_dtype
 from jaxsparse._keys import real_rows
 from jaxsparse._primitive import Op
-from jaxsparse.ops import _workspace
 from jaxsparse.ops.conv import choices, reference
 from jaxsparse.ops.conv.choices import Problem
 from jaxsparse.ops.conv.config import PLAIN_TILE_ROWS, ConvConfig
@@ -66,7 +66,7 @@ class Spec:
 
     def call_dtypes(self, platform: str, out_dtype) -> tuple[jnp.dtype, jnp.dtype]:
         """Dtypes of the custom call's operands and result. The CPU's take float32 or float64 only."""
-        accumulation = reference.accumulation_dtype(self.dtype)
+        accumulation = accumulation_dtype(self.dtype)
         if platform == "cpu":
             return accumulation, accumulation
         return self.dtype, self.dtype if out_dtype == self.dtype else accumulation

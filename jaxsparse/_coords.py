@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxsparse import _ffi, _keys
+from jaxsparse import _ffi, _keys, _workspace
 from jaxsparse._primitive import Op
 from jaxsparse.geometry import MOST_TAPS, Geometry
-from jaxsparse.ops import _workspace
 from jaxsparse.tuning import choice, cost
 from jaxsparse.tuning.choice import Question
 from jaxsparse.tuning.key import Key, row_bucket
