@@ -32,7 +32,10 @@ class PoolParallelFor {
       return;
     }
     auto shared = std::make_shared<Shared>(tasks, body);  // outlives this call in helpers that start late
-    for (int64_t h = 0; h < helpers; ++h) pool_.Schedule([shared] { shared->work(); });
+    try {
+      for (int64_t h = 0; h < helpers; ++h) pool_.Schedule([shared] { shared->work(); });
+    } catch (...) {  // out of memory: the helpers scheduled so far use `body`, so go on with them
+    }
     shared->work();
     std::unique_lock lock(shared->mutex);
     shared->all_done.wait(lock, [&] { return shared->done == tasks; });
@@ -177,8 +180,8 @@ ffi::Error conv_forward(ffi::ThreadPool pool, In x, In w, In table, In masks, In
   const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
   return for_float("jaxsparse_conv_forward_v1", s.dtype, [&](auto t) {
     using T = decltype(t);
-    cpu::conv_forward(PoolParallelFor(pool), data<T>(x), data<T>(w), data<int32_t>(table), out, s.taps, s.in_channels,
-                      s.out_channels, s.tile_rows, data<T>(y));
+    cpu::conv_forward(PoolParallelFor(pool), data<T>(x), s.in_rows, data<T>(w), data<int32_t>(table), out, s.taps,
+                      s.in_channels, s.out_channels, s.tile_rows, data<T>(y));
   });
 }
 
@@ -189,8 +192,8 @@ ffi::Error conv_wgrad(ffi::ThreadPool pool, In x, In g, In table, In masks, In o
   const cpu::Segments out{s.segments, s.out_rows / s.segments, data<int32_t>(out_counts)};
   return for_float("jaxsparse_conv_wgrad_v1", s.dtype, [&](auto t) {
     using T = decltype(t);
-    cpu::conv_wgrad(PoolParallelFor(pool), data<T>(x), data<T>(g), data<int32_t>(table), out, s.taps, s.in_channels,
-                    s.out_channels, data<T>(dw));
+    cpu::conv_wgrad(PoolParallelFor(pool), data<T>(x), s.in_rows, data<T>(g), data<int32_t>(table), out, s.taps,
+                    s.in_channels, s.out_channels, data<T>(dw));
   });
 }
 
@@ -207,8 +210,8 @@ ffi::Error segment_sum(ffi::ThreadPool pool, In x, In order, In offsets, Out y) 
   if (auto e = check_segment_sum(x, order, offsets, y, &s); e.failure()) return e;
   return for_float("jaxsparse_segment_sum_v1", s.dtype, [&](auto t) {
     using T = decltype(t);
-    cpu::segment_sum(PoolParallelFor(pool), data<T>(x), s.channels, data<int32_t>(order), data<int32_t>(offsets),
-                     s.values, data<T>(y));
+    cpu::segment_sum(PoolParallelFor(pool), data<T>(x), s.positions, s.channels, data<int32_t>(order),
+                     data<int32_t>(offsets), s.values, data<T>(y));
   });
 }
 

@@ -21,7 +21,9 @@ class KernelMap:
     not shared by themselves.
 
     Attributes:
-      table: int32 `[K, N_out]`; `table[k, m]` is the input row under tap k of output m, -1 where there is none.
+      table: int32 `[K, N_out]`; `table[k, m]` is the input row under tap k of output m, -1 where there is none. On the
+        CPU every entry outside the input rows counts as absent; on GPUs none but -1 may occur, since the tensor-core
+        kernels do not check them.
       masks: uint32 `[N_out, ceil(K / 32)]`; bit `k % 32` of word `k // 32` says whether tap k is there.
       in_counts: int32 `[1]`, real input rows.
       out_counts: int32 `[1]`, real output rows. Columns of the table and rows of the masks from there on hold anything.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,6 +203,43 @@ def test_explicit_map_gives_the_same_result():
     kernel_map = js.kernel_map(x.sites, x.sites, 3)
     expected = js.ops.conv(x, kernel, kernel_size=3).feats
     np.testing.assert_array_equal(js.ops.conv(x, kernel, kernel_size=3, kernel_map=kernel_map).feats, expected)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "xla"])
+def test_entries_of_a_map_outside_the_input_rows_count_as_absent(implementation):
+    x = random_tensor(0, rows=60, capacity=70)
+    coarse = x.sites.coarse(Geometry.create(3, 3, 2), "reachable", 200)
+    kernel_map = js.kernel_map(x.sites, coarse, 3, 2)
+    kernel = random_kernel(0, Geometry.create(3, 3, 2), 3, 4)
+    rng = np.random.default_rng(0)
+    is_wrong = rng.random((2, *kernel_map.table.shape)) < 0.3
+    wrong = rng.choice(np.int32([70, 71, 100, 10**6, 2**31 - 1, -2, -(2**31)]), is_wrong.shape)
+    feats = jnp.stack([x.feats, 2 * x.feats])
+
+    def products(x, coarse, kernel, feats, table):
+        m = dataclasses.replace(kernel_map, table=table)
+        options = {"kernel_size": 3, "strides": 2, "kernel_map": m, "implementation": implementation}
+
+        def f(feats, kernel):
+            return js.ops.conv(x.with_feats(feats), kernel, sites=coarse, **options)
+
+        y, vjp = jax.vjp(lambda *args: f(*args).feats, feats, kernel)
+        transposed = js.ops.conv_transpose(f(feats, kernel), jnp.swapaxes(kernel, 1, 2), like=x, **options)
+        return y, *vjp(y), transposed.feats
+
+    def of_scenes(x, coarse, kernel, feats, tables):
+        return [
+            [products(x, coarse, kernel, f, t) for f, t in zip(feats, tables, strict=True)],
+            jax.vmap(products, (None, None, None, 0, 0))(x, coarse, kernel, feats, tables),
+        ]
+
+    got, expected = (
+        jax.tree.leaves(on_cpu(of_scenes, x, coarse, kernel, feats, jnp.where(is_wrong, entries, kernel_map.table)))
+        for entries in (wrong, np.int32(-1))
+    )
+    assert (expected[0] != 0).any()
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_bias_reaches_every_output_site_and_no_padding():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.test_util import check_grads
-from scenes import random_tensor
+from scenes import on_cpu, random_tensor
 
 import jaxsparse as js
 
@@ -52,6 +52,15 @@ def test_gather_and_sum_are_transposes(implementation):
     np.testing.assert_allclose(jax.vjp(gather, x)[1](g)[0], total(g), rtol=1e-13)
     check_grads(lambda x: gather(x) ** 2, (x,), order=2)
     check_grads(lambda g: total(g) ** 2, (g,), order=2)
+
+
+def test_sum_leaves_out_what_a_wrong_grouping_has_outside_the_rows():
+    order = jnp.int32([5, -1, 2**31 - 1, 0, 6, 3])
+    offsets = jnp.int32([-(2**31), 4, 2**31 - 1, -7, 5])
+    x = jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32)
+    y = on_cpu(lambda x, *grouped: js.ops.sum_rows(x, jnp.zeros(6, jnp.int32), 4, grouped=grouped), x, order, offsets)
+    zero = jnp.zeros(3)
+    np.testing.assert_array_equal(y, jnp.stack([x[5] + x[0], x[3], zero, x[5] + x[0]]))
 
 
 def test_vmap_of_sums():

@@ -53,8 +53,8 @@ void copy_rows(const T* from, int64_t rows, int64_t columns, int64_t padded, T* 
 }  // namespace
 
 template <typename T>
-void conv_forward(const ParallelFor& parallel_for, const T* x, const T* w, const int32_t* table, const Segments& out,
-                  int64_t volume, int64_t c_in, int64_t c_out, int64_t tile_rows, T* y) {
+void conv_forward(const ParallelFor& parallel_for, const T* x, int64_t in_rows, const T* w, const int32_t* table,
+                  const Segments& out, int64_t volume, int64_t c_in, int64_t c_out, int64_t tile_rows, T* y) {
   const int64_t columns = whole_vectors<T>(c_out), rows = out.rows();
   Scratch<T> weights(volume * c_in * columns);
   copy_rows(w, volume * c_in, c_out, columns, weights.get());
@@ -73,7 +73,7 @@ void conv_forward(const ParallelFor& parallel_for, const T* x, const T* w, const
       for (int64_t m = begin; m < real_end; ++m) {
         x_row[pairs] = table[k * rows + m];
         y_row[pairs] = static_cast<int32_t>(m - begin);
-        pairs += x_row[pairs] >= 0;
+        pairs += is_row(x_row[pairs], in_rows);
       }
       inner_loops<T>().gather_gemm(x, x_row.data(), weights.get() + k * c_in * columns, y_row.data(), pairs, c_in,
                                    columns, tile.get());
@@ -85,8 +85,8 @@ void conv_forward(const ParallelFor& parallel_for, const T* x, const T* w, const
 }
 
 template <typename T>
-void conv_wgrad(const ParallelFor& parallel_for, const T* x, const T* g, const int32_t* table, const Segments& out,
-                int64_t volume, int64_t c_in, int64_t c_out, T* dw) {
+void conv_wgrad(const ParallelFor& parallel_for, const T* x, int64_t in_rows, const T* g, const int32_t* table,
+                const Segments& out, int64_t volume, int64_t c_in, int64_t c_out, T* dw) {
   // A task computes a block of dw: one tap and up to kBlock input channels. It sums chunks of kChunk pairs, in row order. So
   // the rounding error grows with kChunk + pairs / kChunk, and the result depends only on the real rows.
   constexpr int64_t kBlock = 48, kChunk = 256;
@@ -94,16 +94,16 @@ void conv_wgrad(const ParallelFor& parallel_for, const T* x, const T* g, const i
   parallel_for(volume * blocks, [&](int64_t task) {
     const int64_t k = task / blocks, first = task % blocks * kBlock, width = std::min(kBlock, c_in - first);
     Scratch<T> sum(width * columns), x_chunk(kChunk * width), g_chunk(kChunk * columns);
+    const int32_t* entry = table + k * rows;
     int64_t pairs = 0;
     const auto flush = [&] {
       inner_loops<T>().outer_sum(x_chunk.get(), g_chunk.get(), pairs, width, columns, sum.get());
       pairs = 0;
     };
     for (int64_t s = 0; s < out.number; ++s) {
-      for (int64_t m = out.begin(s); m < out.end(s); ++m) {
-        const int64_t n = table[k * rows + m];
-        if (n < 0) continue;
-        std::memcpy(x_chunk.get() + pairs * width, x + n * c_in + first, width * sizeof(T));
+      for (int64_t m = out.begin(s), end = out.end(s); m < end; ++m) {
+        if (!is_row(entry[m], in_rows)) continue;
+        std::memcpy(x_chunk.get() + pairs * width, x + entry[m] * c_in + first, width * sizeof(T));
         std::memcpy(g_chunk.get() + pairs * columns, g + m * c_out, c_out * sizeof(T));
         if (++pairs == kChunk) flush();
       }
@@ -115,11 +115,11 @@ void conv_wgrad(const ParallelFor& parallel_for, const T* x, const T* g, const i
   });
 }
 
-#define JAXSPARSE_INSTANTIATE(T)                                                                                     \
-  template void conv_forward(const ParallelFor&, const T*, const T*, const int32_t*, const Segments&, int64_t,       \
-                             int64_t, int64_t, int64_t, T*);                                                         \
-  template void conv_wgrad(const ParallelFor&, const T*, const T*, const int32_t*, const Segments&, int64_t, int64_t, \
-                           int64_t, T*);
+#define JAXSPARSE_INSTANTIATE(T)                                                                                    \
+  template void conv_forward(const ParallelFor&, const T*, int64_t, const T*, const int32_t*, const Segments&,      \
+                             int64_t, int64_t, int64_t, int64_t, T*);                                               \
+  template void conv_wgrad(const ParallelFor&, const T*, int64_t, const T*, const int32_t*, const Segments&, int64_t, \
+                           int64_t, int64_t, T*);
 JAXSPARSE_INSTANTIATE(float)
 JAXSPARSE_INSTANTIATE(double)
 

@@ -245,8 +245,8 @@ void reverse_table(const ParallelFor& parallel_for, int64_t volume, const int32_
     std::fill(row, row + in_rows, -1);
     const int32_t* entry = table + k * out.rows();
     for (int64_t s = 0; s < out.number; ++s) {
-      for (int64_t m = out.begin(s); m < out.end(s); ++m) {
-        if (entry[m] >= 0) row[entry[m]] = static_cast<int32_t>(m);
+      for (int64_t m = out.begin(s), end = out.end(s); m < end; ++m) {
+        if (is_row(entry[m], in_rows)) row[entry[m]] = static_cast<int32_t>(m);
       }
     }
   });

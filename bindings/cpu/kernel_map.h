@@ -30,7 +30,8 @@ struct KernelMapArgs {
 // input sites the first counts. Columns from out_count on are not written.
 void kernel_map(const ParallelFor&, const KernelMapArgs&);
 
-// reverse[k, table[k, m]] = m, -1 elsewhere; masks hold the taps of each input row.
+// reverse[k, table[k, m]] = m, -1 elsewhere; masks hold the taps of each input row. Entries outside [0, in_rows) count as
+// absent.
 void reverse_table(const ParallelFor&, int64_t volume, const int32_t* table, const Segments& out, int64_t in_rows,
                    int32_t* reverse, uint32_t* masks);
 

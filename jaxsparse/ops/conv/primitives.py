@@ -211,27 +211,27 @@ def _wgrad_gemm(x, g, table, masks, out_counts, struct, spec, tile):
     return _ffi.call("jaxsparse_wgrad_gemm_v1", results, x, g, pairs, tap_pairs, **attributes)[0]
 
 
-def _real_entries(table, out_counts):
-    """The table with -1 in the columns that may hold anything."""
-    return jnp.where(real_rows(out_counts, table.shape[1])[None], table, -1)
+def _real_entries(table, out_counts, in_rows):
+    """The table with -1 in the columns that may hold anything, and where an entry is no input row."""
+    return jnp.where(real_rows(out_counts, table.shape[1])[None] & (table < in_rows), table, -1)
 
 
 def forward_reference(x, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
     """`forward` in plain JAX."""
-    table = _real_entries(table, out_counts)
+    table = _real_entries(table, out_counts, x.shape[0])
     y = reference.forward(x.astype(spec.dtype), w.astype(spec.dtype), table, precision=spec.precision)
     return [y.astype(out_dtype)]
 
 
 def dgrad_reference(g, w, table, masks, in_counts, out_counts, *, spec, out_dtype):
     """`dgrad` in plain JAX."""
-    reverse = reference.reverse(_real_entries(table, out_counts), spec.in_rows)
+    reverse = reference.reverse(_real_entries(table, out_counts, spec.in_rows), spec.in_rows)
     w = jnp.swapaxes(w, 1, 2)
     return forward_reference(g, w, reverse, None, out_counts, in_counts, spec=spec, out_dtype=out_dtype)
 
 
 def _wgrad_reference(x, g, table, masks, in_counts, out_counts, *, spec, out_dtype):
-    table = _real_entries(table, out_counts)
+    table = _real_entries(table, out_counts, x.shape[0])
     dw = reference.wgrad(x.astype(spec.dtype), g.astype(spec.dtype), table, precision=spec.precision)
     return [dw.astype(out_dtype)]
 
@@ -299,7 +299,8 @@ def fold_scenes(op: Op):
             return op.loop_over_batch(operands, dims, spec=spec, **params)
         flat = [x if s else x.reshape(-1, *x.shape[2:]) for x, s in zip(stacked, shared, strict=True)]
         offset = spec.in_rows * jnp.arange(size, dtype=jnp.int32)[:, None, None]
-        table = jnp.where(stacked[2] >= 0, stacked[2] + offset, -1)
+        is_row = (stacked[2] >= 0) & (stacked[2] < spec.in_rows)  # others would be rows of the next scene
+        table = jnp.where(is_row, stacked[2] + offset, -1)
         flat[2] = table.swapaxes(0, 1).reshape(taps, size * out_rows)
         folded = dataclasses.replace(spec, in_rows=size * spec.in_rows)
         (out,) = op(*flat, spec=folded, **params)

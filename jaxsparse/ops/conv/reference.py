@@ -9,17 +9,12 @@ from jax import lax
 from jaxsparse._dtypes import accumulation_dtype
 
 
-def _present(rows, x):
-    """[N_out, 1], which entries of a tap's row of the table are rows of x."""
-    return ((rows >= 0) & (rows < len(x)))[:, None]
-
-
 def forward(x, w, table, *, precision: lax.Precision) -> jax.Array:
     """`y[m] = sum_k x[table[k, m]] @ w[k]`, in the accumulation dtype: `[N_out, C_out]`."""
     dtype = accumulation_dtype(x.dtype)
 
     def product(rows, weights):
-        taken = jnp.where(_present(rows, x), x[jnp.maximum(rows, 0)], 0)
+        taken = jnp.where(rows[:, None] >= 0, x[jnp.maximum(rows, 0)], 0)
         return jnp.dot(taken, weights, precision=precision, preferred_element_type=dtype)
 
     total = product(table[0], w[0])
@@ -32,7 +27,7 @@ def wgrad(x, g, table, *, precision: lax.Precision) -> jax.Array:
     dtype = accumulation_dtype(x.dtype)
 
     def product(rows):
-        present = _present(rows, x)
+        present = rows[:, None] >= 0
         taken = jnp.where(present, x[jnp.maximum(rows, 0)], 0)
         return jnp.dot(taken.T, jnp.where(present, g, 0), precision=precision, preferred_element_type=dtype)
 
