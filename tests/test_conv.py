@@ -216,9 +216,9 @@ def test_entries_of_a_map_outside_the_input_rows_count_as_absent(implementation)
     wrong = rng.choice(np.int32([70, 71, 100, 10**6, 2**31 - 1, -2, -(2**31)]), is_wrong.shape)
     feats = jnp.stack([x.feats, 2 * x.feats])
 
-    def products(x, coarse, kernel, feats, table):
-        m = dataclasses.replace(kernel_map, table=table)
-        options = {"kernel_size": 3, "strides": 2, "kernel_map": m, "implementation": implementation}
+    def products(x, coarse, kernel_map, kernel, feats, table):
+        changed = dataclasses.replace(kernel_map, table=table)
+        options = {"kernel_size": 3, "strides": 2, "kernel_map": changed, "implementation": implementation}
 
         def f(feats, kernel):
             return js.ops.conv(x.with_feats(feats), kernel, sites=coarse, **options)
@@ -227,17 +227,14 @@ def test_entries_of_a_map_outside_the_input_rows_count_as_absent(implementation)
         transposed = js.ops.conv_transpose(f(feats, kernel), jnp.swapaxes(kernel, 1, 2), like=x, **options)
         return y, *vjp(y), transposed.feats
 
-    def of_scenes(x, coarse, kernel, feats, tables):
-        return [
-            [products(x, coarse, kernel, f, t) for f, t in zip(feats, tables, strict=True)],
-            jax.vmap(products, (None, None, None, 0, 0))(x, coarse, kernel, feats, tables),
-        ]
+    def of_scenes(entries):
+        shared = x, coarse, kernel_map, kernel
+        tables = jnp.where(is_wrong, entries, kernel_map.table)
+        each = [on_cpu(products, *shared, *scene) for scene in zip(feats, tables, strict=True)]
+        return jax.tree.leaves([each, on_cpu(jax.vmap(products, (*[None] * 4, 0, 0)), *shared, feats, tables)])
 
-    got, expected = (
-        jax.tree.leaves(on_cpu(of_scenes, x, coarse, kernel, feats, jnp.where(is_wrong, entries, kernel_map.table)))
-        for entries in (wrong, np.int32(-1))
-    )
-    assert (expected[0] != 0).any()
+    got, expected = of_scenes(wrong), of_scenes(np.int32(-1))
+    assert all((a != 0).any() for a in expected)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 

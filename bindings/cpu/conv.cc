@@ -115,11 +115,11 @@ void conv_wgrad(const ParallelFor& parallel_for, const T* x, int64_t in_rows, co
   });
 }
 
-#define JAXSPARSE_INSTANTIATE(T)                                                                                    \
-  template void conv_forward(const ParallelFor&, const T*, int64_t, const T*, const int32_t*, const Segments&,      \
-                             int64_t, int64_t, int64_t, int64_t, T*);                                               \
-  template void conv_wgrad(const ParallelFor&, const T*, int64_t, const T*, const int32_t*, const Segments&, int64_t, \
-                           int64_t, int64_t, T*);
+#define JAXSPARSE_INSTANTIATE(T)                                                                               \
+  template void conv_forward(const ParallelFor&, const T*, int64_t, const T*, const int32_t*, const Segments&, \
+                             int64_t, int64_t, int64_t, int64_t, T*);                                          \
+  template void conv_wgrad(const ParallelFor&, const T*, int64_t, const T*, const int32_t*, const Segments&,   \
+                           int64_t, int64_t, int64_t, T*);
 JAXSPARSE_INSTANTIATE(float)
 JAXSPARSE_INSTANTIATE(double)
 

@@ -11,8 +11,8 @@ namespace jaxsparse::cpu {
 // offsets [groups + 1]: the start of each group in order.
 void invert_index(const int32_t* index, int64_t positions, int64_t groups, int32_t* order, int32_t* offsets);
 
-// y[v] = sum of x[order[j]] for j in offsets[v] .. offsets[v + 1], in that order. x and order have `positions` rows; what
-// lies outside them is left out. T is float or double.
+// y[v] = sum of x[order[j]] for j in offsets[v] .. offsets[v + 1], in that order. x and order have `positions` rows;
+// what lies outside them is left out. T is float or double.
 template <typename T>
 void segment_sum(const ParallelFor&, const T* x, int64_t positions, int64_t channels, const int32_t* order,
                  const int32_t* offsets, int64_t groups, T* y);
