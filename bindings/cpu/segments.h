@@ -17,7 +17,7 @@ struct Segments {
   int64_t end(int64_t s) const { return begin(s) + std::clamp<int64_t>(counts[s], 0, rows_each); }
 };
 
-// Whether an entry of an operand is one of `rows` rows, fewer than 2^32; others count as absent.
+// Whether an entry of an operand is one of `rows` rows, at most 2^31; others count as absent.
 inline bool is_row(int32_t entry, int64_t rows) { return static_cast<uint32_t>(entry) < static_cast<uint32_t>(rows); }
 
 }  // namespace jaxsparse::cpu
