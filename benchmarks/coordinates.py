@@ -9,8 +9,8 @@
 - growth: 10 thousand to 4 million voxels, a scan cut down or set beside itself; and capacity 4 times the count.
 
 Every step gets another input, a ring of turned and mirrored scans. GPU time is the sum of kernel times from a profiler
-trace; wall is synchronised before and after. On a CPU only wall times are taken. Every map of this
-library is checked against a binary search in numpy on the host before it gets a time; a wrong one gets none.
+trace; wall is synchronised before and after. On a CPU only wall times are taken. Every map of this library is checked
+against a binary search in numpy on the host before it gets a time; a wrong one gets none.
 """
 
 import argparse

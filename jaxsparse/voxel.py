@@ -211,15 +211,15 @@ def devoxelize(
       ValueError: where the tensor lies on a coarser grid.
     """
     check_implementation(implementation)
-    if isinstance(voxels, SparseTensor):
-        check_tensor("devoxelize", voxels)
-    if isinstance(voxels, SparseTensor) and set(voxels.stride) != {1}:
+    if not isinstance(voxels, SparseTensor):
+        return gather_rows(voxels, point_to_voxel, implementation=implementation)
+    check_tensor("devoxelize", voxels)
+    if set(voxels.stride) != {1}:
         raise ValueError(
             f"devoxelize: `voxels` lies on the grid with stride {voxels.stride}, whose rows `point_to_voxel` does not "
             "number; bring it back to the voxels first, as SparseConvTranspose(...)(voxels, like=x) does."
         )
-    feats = voxels.unmasked if isinstance(voxels, SparseTensor) else voxels
-    return gather_rows(feats, point_to_voxel, implementation=implementation)
+    return gather_rows(voxels.unmasked, point_to_voxel, implementation=implementation)
 
 
 def collate(tensors: Sequence[SparseTensor], capacity: int | None = None) -> SparseTensor:
